@@ -1,0 +1,304 @@
+"""What a Focal Transformer is: its settings, and the geometry that follows from them."""
+
+from typing import NamedTuple
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+
+ATTENTION_TYPES = ("focal", "topk")
+POOLS = ("fc", "conv", "mean", "max", "none")
+EXPAND_LAYERS = ("all", "even", "odd")
+
+
+class BlockGeometry(NamedTuple):
+    """How one block divides its map; all lengths in tokens."""
+
+    window_size: int
+    expand_size: int
+    shift_size: int
+    focal_window: int
+    pooled_levels: int
+
+
+@strict
+class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Settings of a Focal Transformer ([Yang et al. 2021](https://arxiv.org/abs/2107.00641)). The defaults are Focal-Tiny.
+
+    Every tuple holds one value per stage, so all of them have the length of `depths`.
+
+    Args:
+        image_size (`int` or `(height, width)`, *optional*, defaults to 224):
+            Size in pixels for which the tables are made. Inputs of any other size run too. A stage whose smaller map
+            side at this size is at most `window_size` has that side as its window, and neither expands nor shifts.
+        patch_size (`int`, *optional*, defaults to 4):
+            Side in pixels of the patch that becomes one token; 4 with `use_conv_embed`.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the input.
+        embed_dim (`int`, *optional*, defaults to 96):
+            Channels of the first stage; each later stage has twice those of the one before.
+        depths (`tuple[int]`, *optional*, defaults to `(2, 2, 6, 2)`):
+            Blocks per stage.
+        num_heads (`tuple[int]`, *optional*, defaults to `(3, 6, 12, 24)`):
+            Attention heads per stage.
+        window_size (`int`, *optional*, defaults to 7):
+            Side in tokens of a window of queries.
+        attention_type (`str`, *optional*, defaults to `"focal"`):
+            `"focal"` (section 3.2 of the paper): a window attends to itself, to the tokens around it and to pooled
+            tokens in a square around it. `"topk"` (the original's `focalv2`): to the nearest tokens of each level.
+        focal_levels (`tuple[int]`, *optional*, defaults to `(2, 2, 2, 2)`):
+            Levels of granularity: 0 is the window alone, 1 adds the tokens around it, each further one pooled tokens.
+            At most 2 with `"topk"`.
+        focal_windows (`tuple[int]`, *optional*, defaults to `(7, 5, 3, 1)`):
+            `"focal"` only: side in pooled tokens, odd, of the square that a window sees.
+        focal_stages (`tuple[int]`, *optional*, defaults to all of them):
+            Indices, from 0, of the stages that pool.
+        focal_pool (`str`, *optional*, defaults to `"fc"`):
+            How a cell of tokens becomes one: `"fc"`, `"conv"`, `"mean"`, `"max"`; `"none"` for no pooled tokens.
+        expand_sizes (`tuple[int]`, *optional*, defaults to `(3, 3, 3, 3)`):
+            `"focal"` only: how many tokens beyond its border a window sees at full resolution.
+        expand_layer (`str`, *optional*, defaults to `"all"`):
+            Which blocks of a stage expand: with `"even"` the even ones do not, with `"odd"` the odd ones do not.
+        topk (`int`, *optional*, defaults to 128):
+            `"topk"` only: the number of tokens that a window sees at each level.
+        use_shift (`bool`, *optional*, defaults to `False`):
+            Whether odd blocks shift the map by half a window, as Swin does.
+        use_conv_embed (`bool`, *optional*, defaults to `False`):
+            Whether patches and downsampling overlap (kernels 7 and 3 instead of 4 and 2).
+        use_pre_norm (`bool`, *optional*, defaults to `False`):
+            Whether maps are normalised before downsampling, too.
+        use_layerscale (`bool`, *optional*, defaults to `False`):
+            Whether residual branches are scaled by learnt factors.
+        layerscale_value (`float`, *optional*, defaults to 1e-4):
+            Initial value of those factors.
+        use_absolute_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether learnt absolute positions are added to the patches.
+        patch_norm (`bool`, *optional*, defaults to `True`):
+            Whether the patches are normalised.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the query, key and value projections have a bias.
+        qk_scale (`float`, *optional*):
+            Factor of the attention scores; `head_dim ** -0.5` if `None`.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Hidden size of the MLPs relative to their input.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLPs.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the patches, the attention and in the MLPs.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of attention weights. A token that the original lists twice is dropped as one here.
+        drop_path_rate (`float`, *optional*, defaults to 0.1):
+            Stochastic depth of the last block; it grows linearly from 0 at the first.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal for linear layers, position tables and absolute positions.
+        encoder_stride (`int`, *optional*, defaults to 32):
+            Pixels per token of the last map, which masked image modelling turns back into pixels.
+        out_features (`list[str]`, *optional*):
+            Backbone only: names of the maps to return, of `stem`, `stage1`, `stage2` …; the last stage by default.
+        out_indices (`list[int]`, *optional*):
+            Backbone only: the same by index.
+
+    Raises:
+        StrictDataclassClassValidationError: where settings contradict each other; the message names them.
+
+    Example:
+
+    ```python
+    >>> from focal_hf import FocalConfig, FocalModel
+
+    >>> config = FocalConfig()  # Focal-Tiny
+    >>> model = FocalModel(config)  # with random weights
+    ```"""
+
+    model_type = "focal"
+    attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # noqa: RUF012
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 4
+    num_channels: int = 3
+    embed_dim: int = 96
+    depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: list[int] | tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    attention_type: str = "focal"
+    focal_levels: list[int] | tuple[int, ...] = (2, 2, 2, 2)
+    focal_windows: list[int] | tuple[int, ...] = (7, 5, 3, 1)
+    focal_stages: list[int] | tuple[int, ...] | None = None
+    focal_pool: str = "fc"
+    expand_sizes: list[int] | tuple[int, ...] = (3, 3, 3, 3)
+    expand_layer: str = "all"
+    topk: int = 128
+    use_shift: bool = False
+    use_conv_embed: bool = False
+    use_pre_norm: bool = False
+    use_layerscale: bool = False
+    layerscale_value: float | int = 1e-4
+    use_absolute_embeddings: bool = False
+    patch_norm: bool = True
+    qkv_bias: bool = True
+    qk_scale: float | int | None = None
+    mlp_ratio: float | int = 4.0
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.1
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
+    encoder_stride: int = 32
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.focal_stages is None:
+            self.focal_stages = tuple(range(len(self.depths)))
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
+    # from it must follow.
+
+    @property
+    def num_layers(self) -> int:
+        """Number of stages, which is what Swin's config calls so."""
+        return len(self.depths)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    @property
+    def stage_names(self) -> list[str]:
+        return ["stem"] + [f"stage{stage}" for stage in range(1, len(self.depths) + 1)]
+
+    @property
+    def stage_grids(self) -> list[tuple[int, int]]:
+        """Height and width in tokens of every stage's map for an image of `image_size`."""
+        size = self.image_size if isinstance(self.image_size, list | tuple) else (self.image_size, self.image_size)
+        return [
+            tuple(-(-side // (self.patch_size * 2**stage)) for side in size)  # rounded up, as the input is padded
+            for stage in range(len(self.depths))
+        ]
+
+    def block_geometry(self, stage: int, block: int) -> BlockGeometry:
+        """Geometry of block `block` of stage `stage`, both counted from 0."""
+        shortest = min(self.stage_grids[stage])
+        divided = shortest > self.window_size
+        still = {"all": None, "even": 0, "odd": 1}[self.expand_layer]
+        expands = divided and self.focal_levels[stage] > 0 and block % 2 != still and self.attention_type == "focal"
+        pools = self.focal_pool != "none" and stage in self.focal_stages
+        return BlockGeometry(
+            window_size=min(self.window_size, shortest),
+            expand_size=self.expand_sizes[stage] if expands else 0,
+            shift_size=self.window_size // 2 if divided and self.use_shift and block % 2 == 1 else 0,
+            focal_window=self.focal_windows[stage],
+            pooled_levels=max(self.focal_levels[stage] - 1, 0) if pools else 0,
+        )
+
+    def validate_architecture(self):
+        """Called when the config is made, and again by every model built from it."""
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self):
+        """Every setting by itself."""
+        for name, choices in (
+            ("attention_type", ATTENTION_TYPES),
+            ("focal_pool", POOLS),
+            ("expand_layer", EXPAND_LAYERS),
+            ("hidden_act", tuple(ACT2FN)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+        for name in ("patch_size", "num_channels", "embed_dim", "window_size", "topk", "encoder_stride"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {value}.")
+        for name in ("mlp_ratio", "qk_scale", "layer_norm_eps"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}.")
+
+        if len(self.depths) == 0:
+            raise ValueError("depths must name at least one stage; got none.")
+        for name, least in (
+            ("depths", 1),
+            ("num_heads", 1),
+            ("focal_levels", 0),
+            ("focal_windows", 1),
+            ("expand_sizes", 0),
+        ):
+            values = getattr(self, name)
+            if len(values) != len(self.depths):
+                raise ValueError(
+                    f"{name} must hold one value for each of the {len(self.depths)} stages in depths="
+                    f"{tuple(self.depths)}; got {len(values)}: {tuple(values)}."
+                )
+            if min(values) < least:
+                raise ValueError(f"every value of {name} must be at least {least}; got {tuple(values)}.")
+        if not set(self.focal_stages) <= set(range(len(self.depths))) or len(set(self.focal_stages)) != len(
+            self.focal_stages
+        ):
+            raise ValueError(
+                f"focal_stages must be distinct indices of the {len(self.depths)} stages, counted from 0; got "
+                f"{tuple(self.focal_stages)}."
+            )
+
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"image_size must be one side or (height, width); got {tuple(self.image_size)}.")
+        if min(self.stage_grids[0]) < 1:
+            raise ValueError(f"image_size must be at least 1 pixel a side; got {self.image_size}.")
+
+    def _check_combinations(self):
+        """What must hold between settings."""
+        if self.use_conv_embed and self.patch_size != 4:
+            raise ValueError(
+                f"use_conv_embed has one patch, of kernel 7 and stride 4, so patch_size must be 4; got {self.patch_size}."
+            )
+        for stage, heads in enumerate(self.num_heads):
+            if (channels := self.embed_dim * 2**stage) % heads:
+                raise ValueError(
+                    f"the channels of a stage must divide among its heads; stage {stage} has embed_dim * 2**{stage} = "
+                    f"{channels} channels and num_heads[{stage}] = {heads}."
+                )
+        for stage, level in enumerate(self.focal_levels):
+            geometry = self.block_geometry(stage, 0)
+            if self.attention_type == "topk":
+                if level not in (1, 2):
+                    raise ValueError(
+                        f"attention_type='topk' has one level (fine) or two (fine and pooled); focal_levels[{stage}] "
+                        f"is {level}."
+                    )
+                if level - 1 != geometry.pooled_levels:
+                    raise ValueError(
+                        f"focal_levels[{stage}] = {level} asks attention_type='topk' for pooled tokens, but stage "
+                        f"{stage} does not pool: focal_pool={self.focal_pool!r}, focal_stages="
+                        f"{tuple(self.focal_stages)}. Let it pool, or set that level to 1."
+                    )
+            elif geometry.pooled_levels and geometry.focal_window % 2 == 0:
+                raise ValueError(
+                    f"focal_windows must be odd, so that a window stands at the middle of the pooled tokens that it "
+                    f"sees; focal_windows[{stage}] is {geometry.focal_window}."
+                )
+            if geometry.pooled_levels and geometry.window_size < 2 ** (geometry.pooled_levels - 1):
+                raise ValueError(
+                    f"focal_levels[{stage}] = {level} pools cells of 1/{2 ** (geometry.pooled_levels - 1)} of a window, "
+                    f"but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
+                    f"{self.image_size}. Use fewer levels, a larger window_size or a larger image_size."
+                )
+            if self.expand_sizes[stage] > self.window_size:
+                raise ValueError(
+                    f"expand_sizes must be at most window_size = {self.window_size}; expand_sizes[{stage}] is "
+                    f"{self.expand_sizes[stage]}."
+                )
+
+
+__all__ = ["FocalConfig"]

@@ -1,0 +1,789 @@
+"""The network. Section and equation numbers are those of Yang et al. 2021 (https://arxiv.org/abs/2107.00641)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_focal import BlockGeometry, FocalConfig
+from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
+
+
+@dataclass
+class FocalEncoderOutput(ModelOutput):
+    """
+    Output of the encoder.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, tokens, channels)`):
+            The last stage's tokens, not normalised.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, with `output_hidden_states=True`):
+            The tokens that enter the encoder and those that leave each stage, after its downsampling, each
+            `(batch, tokens, channels)`.
+        attentions (`tuple(torch.Tensor)`, *optional*, with `output_attentions=True` and eager attention):
+            For the last block of each stage `(batch * windows, heads, queries, keys)`: see [`FocalAttention`].
+        reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `output_hidden_states=True`):
+            `hidden_states` as maps, each `(batch, channels, height, width)`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class FocalModelOutput(ModelOutput):
+    """
+    Output of [`FocalModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, tokens, channels)`):
+            The last stage's tokens, normalised.
+        pooler_output (`torch.Tensor` of shape `(batch, channels)`, *optional*, unless `add_pooling_layer=False`):
+            Their mean.
+        hidden_states, attentions, reshaped_hidden_states:
+            As in [`FocalEncoderOutput`].
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class FocalImageClassifierOutput(ModelOutput):
+    """
+    Output of [`FocalForImageClassification`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, with `labels`):
+            Classification loss, or regression loss if `config.num_labels == 1`.
+        logits (`torch.Tensor` of shape `(batch, config.num_labels)`):
+            Scores before the softmax.
+        hidden_states, attentions, reshaped_hidden_states:
+            As in [`FocalEncoderOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class FocalMaskedImageModelingOutput(ModelOutput):
+    """
+    Output of [`FocalForMaskedImageModeling`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, with `bool_masked_pos`):
+            Mean absolute error of the masked pixels.
+        reconstruction (`torch.Tensor` of the shape of `pixel_values`):
+            Reconstructed pixels.
+        hidden_states, attentions, reshaped_hidden_states:
+            As in [`FocalEncoderOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class FocalDropPath(nn.Module):
+    """Stochastic depth ([Huang et al. 2016](https://arxiv.org/abs/1603.09382)): drops whole samples in training."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        kept = hidden_states.new_empty(hidden_states.shape[:1] + (1,) * (hidden_states.ndim - 1)).bernoulli_(keep_prob)
+        return hidden_states * kept / keep_prob
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class FocalLayerScale(nn.Module):
+    """Learnt factor per channel of a residual branch ([Touvron et al. 2021](https://arxiv.org/abs/2103.17239))."""
+
+    def __init__(self, channels: int, value: float):
+        super().__init__()
+        self.value = value
+        self.lambda1 = nn.Parameter(torch.full((channels,), float(value)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Zeros at the bottom and right of (..., height, width) maps until both sides are multiples of `multiple`."""
+    bottom, right = -maps.shape[-2] % multiple, -maps.shape[-1] % multiple
+    return nn.functional.pad(maps, (0, right, 0, bottom)) if bottom or right else maps
+
+
+class FocalPatchEmbeddings(nn.Module):
+    """Pixels (batch, channels, height, width) to tokens (batch, height / patch · width / patch, embed_dim)."""
+
+    def __init__(self, config: FocalConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        kernel_size, padding = (7, 2) if config.use_conv_embed else (config.patch_size, 0)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.embed_dim, kernel_size=kernel_size, stride=config.patch_size, padding=padding
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Returns the tokens and the height and width of their map. The input is padded to whole patches."""
+        if pixel_values is None:
+            raise ValueError("pixel_values are required, of shape (batch, channels, height, width); got None.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {self.num_channels}, height, width), with the model's "
+                f"config.num_channels = {self.num_channels} channels; got {tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point, normalised by the image processor; got {pixel_values.dtype}."
+            )
+        embeddings = self.projection(pad_to_multiple(pixel_values, self.patch_size))
+        return embeddings.flatten(2).transpose(1, 2), tuple(embeddings.shape[2:])
+
+
+class FocalEmbeddings(nn.Module):
+    """Patches, with mask tokens and absolute positions where there are any."""
+
+    def __init__(self, config: FocalConfig, use_mask_token: bool = False):
+        super().__init__()
+        self.patch_embeddings = FocalPatchEmbeddings(config)
+        self.patch_grid = config.stage_grids[0]
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps) if config.patch_norm else nn.Identity()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if use_mask_token else None
+        num_patches = self.patch_grid[0] * self.patch_grid[1]
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, num_patches, config.embed_dim)) if config.use_absolute_embeddings else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def interpolated_positions(self, height: int, width: int) -> torch.Tensor:
+        """Absolute positions (1, height · width, embed_dim) for a map of any size."""
+        if (height, width) == self.patch_grid:
+            return self.position_embeddings
+        maps = self.position_embeddings.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
+        maps = nn.functional.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
+        return maps.flatten(2).transpose(1, 2)
+
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        embeddings, (height, width) = self.patch_embeddings(pixel_values)
+        embeddings = self.norm(embeddings)
+        if bool_masked_pos is not None:
+            if bool_masked_pos.shape != embeddings.shape[:2]:
+                raise ValueError(
+                    f"bool_masked_pos must have shape (batch, patches) = {tuple(embeddings.shape[:2])} for this input "
+                    f"of {height} by {width} patches; got {tuple(bool_masked_pos.shape)}."
+                )
+            embeddings = torch.where(
+                bool_masked_pos.bool()[..., None], self.mask_token.to(embeddings.dtype), embeddings
+            )
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self.interpolated_positions(height, width)
+        return self.dropout(embeddings), (height, width)
+
+
+class FocalDownsample(nn.Module):
+    """Halves the map (odd sides are padded to even ones) and doubles the channels."""
+
+    def __init__(self, config: FocalConfig, dim: int):
+        super().__init__()
+        kernel_size, padding = (3, 1) if config.use_conv_embed else (2, 0)
+        self.pre_norm = nn.GroupNorm(1, dim) if config.use_pre_norm else nn.Identity()
+        self.projection = nn.Conv2d(dim, 2 * dim, kernel_size=kernel_size, stride=2, padding=padding)
+        self.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
+        maps = hidden_states.transpose(1, 2).unflatten(2, input_dimensions)
+        maps = self.projection(pad_to_multiple(self.pre_norm(maps), 2))
+        return self.norm(maps.flatten(2).transpose(1, 2))
+
+
+class FocalPooling(nn.Module):
+    """Sub-window pooling (section 3.2.1): each cell of tokens becomes one pooled token.
+
+    Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis. Where they do not fill the map, its border
+    is left out, half of the surplus at the top and left.
+    """
+
+    def __init__(self, config: FocalConfig, dim: int, window_size: int, levels: int):
+        super().__init__()
+        self.pool = config.focal_pool
+        self.window_size = window_size
+        self.cells = [window_size // 2**level for level in range(levels)]
+        self.layers = nn.ModuleList()
+        if self.pool == "fc":
+            self.layers.extend(nn.Linear(cell**2, 1) for cell in self.cells)
+        elif self.pool == "conv":
+            self.layers.extend(nn.Conv2d(dim, dim, kernel_size=cell, stride=cell, groups=dim) for cell in self.cells)
+
+    def pool_level(self, maps: torch.Tensor, level: int) -> torch.Tensor:
+        """(batch, height, width, channels) maps to (batch, pooled tokens, channels)."""
+        cell = self.cells[level]
+        rows, cols = (side // self.window_size * 2**level for side in maps.shape[1:3])
+        top, left = (maps.shape[1] - rows * cell) // 2, (maps.shape[2] - cols * cell) // 2
+        maps = maps[:, top : top + rows * cell, left : left + cols * cell]
+        if self.pool == "conv":
+            return self.layers[level](maps.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        cells = maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell))  # (batch, rows, cell, cols, cell, channels)
+        if self.pool == "mean":
+            pooled = cells.mean(dim=(2, 4))
+        elif self.pool == "max":
+            pooled = cells.amax(dim=(2, 4))
+        else:
+            pooled = self.layers[level](cells.permute(0, 1, 3, 5, 2, 4).flatten(-2)).squeeze(-1)
+        return pooled.flatten(1, 2)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """(batch, height, width, channels) maps to (batch, pooled tokens of all levels, channels)."""
+        return torch.cat([self.pool_level(maps, level) for level in range(len(self.cells))], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: returns the output (batch, queries, heads, head_dim) and the weights."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class FocalAttention(nn.Module):
+    """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
+
+    `forward` returns the new map and, with eager attention, the weights (batch · windows, heads, queries, keys): windows
+    row by row, queries row by row in their window, keys in the order of the neighbourhood's index
+    ([`FocalNeighborhood`], [`TopkNeighborhood`]). `output_attentions=True` returns those of the last block of each
+    stage; a forward hook on the modules of this class sees those of every block.
+    """
+
+    def __init__(self, config: FocalConfig, stage: int, geometry: BlockGeometry):
+        super().__init__()
+        dim = config.embed_dim * 2**stage
+        num_heads = config.num_heads[stage]
+        self.config = config
+        self.window_size = geometry.window_size
+        self.shift_size = geometry.shift_size
+        self.head_dim = dim // num_heads
+        self.scaling = config.qk_scale or self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+
+        self.q_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(dim, dim)
+
+        self.pooling = (
+            FocalPooling(config, dim, geometry.window_size, geometry.pooled_levels) if geometry.pooled_levels else None
+        )
+        self.neighborhood = (
+            FocalNeighborhood(num_heads, *geometry)
+            if config.attention_type == "focal"
+            else TopkNeighborhood(
+                num_heads,
+                self.head_dim,
+                geometry.window_size,
+                config.focal_levels[stage],
+                config.topk,
+                config.stage_grids[stage],
+            )
+        )
+
+    def forward(self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, height, width, channels) maps, of any size, to maps of that size and the attention weights."""
+        input_height, input_width = maps.shape[1:3]
+        maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+        if self.shift_size:
+            maps = torch.roll(maps, (-self.shift_size, -self.shift_size), dims=(1, 2))
+        batch, height, width, channels = maps.shape
+        rows, cols, side = height // self.window_size, width // self.window_size, self.window_size
+
+        tokens = maps.flatten(1, 2)
+        query = self.q_proj(tokens)
+        if self.pooling is not None:
+            tokens = torch.cat([tokens, self.pooling(maps)], dim=1)
+        index, bias = self.neighborhood(height, width)
+
+        # Here queries, the tokens' keys and values, the index and the bias meet.
+        def gathered(projection: nn.Linear) -> torch.Tensor:
+            picked = projection(tokens).index_select(1, index.flatten())
+            return picked.view(batch * rows * cols, index.shape[1], -1, self.head_dim).transpose(1, 2)
+
+        query = query.view(batch, rows, side, cols, side, -1, self.head_dim).permute(0, 1, 3, 5, 2, 4, 6)
+        query = query.reshape(batch * rows * cols, -1, side**2, self.head_dim)
+        key, value = gathered(self.k_proj), gathered(self.v_proj)
+        bias = bias.to(query.dtype)
+        if bias.shape[0] > 1:
+            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            bias,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+        output = output.reshape(batch, rows, cols, side, side, channels).transpose(2, 3)
+        output = self.o_proj(output.reshape(batch, height, width, channels))
+        if self.shift_size:
+            output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
+        return output[:, :input_height, :input_width], weights
+
+
+class FocalMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: FocalConfig, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(config.mlp_ratio * dim))
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(int(config.mlp_ratio * dim), dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class FocalLayer(GradientCheckpointingLayer):
+    """One block: focal attention, then an MLP, both normalised before and added to their input."""
+
+    def __init__(self, config: FocalConfig, stage: int, block: int, drop_path_rate: float):
+        super().__init__()
+        dim = config.embed_dim * 2**stage
+
+        def layer_scale() -> nn.Module:
+            return FocalLayerScale(dim, config.layerscale_value) if config.use_layerscale else nn.Identity()
+
+        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = FocalAttention(config, stage, config.block_geometry(stage, block))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_scale1 = layer_scale()
+        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = FocalMLP(config, dim)
+        self.layer_scale2 = layer_scale()
+        self.drop_path = FocalDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, tokens, channels) to the same, and the attention weights."""
+        maps = self.layernorm_before(hidden_states).unflatten(1, input_dimensions)
+        attention, weights = self.attention(maps, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attention.flatten(1, 2))))
+        update = self.layer_scale2(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states + self.drop_path(update), weights
+
+
+class FocalStage(GradientCheckpointingLayer):
+    """Blocks on a map of one size, and the downsampling to the next stage's."""
+
+    def __init__(self, config: FocalConfig, stage: int, drop_path_rates: list[float]):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            FocalLayer(config, stage, block, rate) for block, rate in enumerate(drop_path_rates)
+        )
+        last = stage == len(config.depths) - 1
+        self.downsample = None if last else FocalDownsample(config, config.embed_dim * 2**stage)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_dimensions: tuple[int, int],
+        output_hidden_states_before_downsampling: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns tokens (batch, tokens, channels), a map (batch, channels, height, width) and attention weights."""
+        for block in self.blocks:
+            hidden_states, weights = block(hidden_states, input_dimensions, **kwargs)
+        before = hidden_states
+        if self.downsample is not None:
+            hidden_states = self.downsample(hidden_states, input_dimensions)
+        if output_hidden_states_before_downsampling or self.downsample is None:
+            maps = before.unflatten(1, input_dimensions)
+        else:
+            maps = hidden_states.unflatten(1, half(input_dimensions))
+        return hidden_states, maps.permute(0, 3, 1, 2).contiguous(), weights
+
+
+def half(dimensions: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a map after downsampling."""
+    return (dimensions[0] + 1) // 2, (dimensions[1] + 1) // 2
+
+
+class FocalPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and loading and saving as every transformers model has them."""
+
+    config: FocalConfig
+    base_model_prefix = "focal"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FocalStage"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _input_embed_layer = "patch_embeddings"
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(FocalStage, index=0, capture_initial_hidden_state=True),
+        "attentions": OutputRecorder(FocalStage, index=2, capture_initial_hidden_state=False),
+    }
+
+    def __init__(self, config: FocalConfig, *args, **kwargs):
+        # `from_pretrained(..., key=value)` sets fields after the config has checked itself.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As the original's: truncated normals for linear layers and tables, PyTorch's own for convolutions."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = (module.weight.shape[1] * module.weight.shape[2] * module.weight.shape[3]) ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, FocalEmbeddings):
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, FocalLayerScale):
+            init.constant_(module.lambda1, module.value)
+        elif isinstance(module, FocalNeighborhood):
+            init.zeros_(module.relative_position_bias_table)
+            if module.relative_position_bias_table_to_neighbors is not None:
+                init.trunc_normal_(module.relative_position_bias_table_to_neighbors, std=std)
+            for table in module.relative_position_bias_table_to_windows:
+                init.trunc_normal_(table, std=std)
+        elif isinstance(module, TopkNeighborhood):
+            for level in range(module.levels):
+                saved = getattr(module, f"nearest_index_{level}")
+                init.copy_(saved, module.computed_index(*module.grid, level, saved.device))
+
+
+class FocalEncoder(FocalPreTrainedModel):
+    """All stages."""
+
+    def __init__(self, config: FocalConfig):
+        super().__init__(config)
+        total = sum(config.depths)
+        rates = iter([config.drop_path_rate * block / max(total - 1, 1) for block in range(total)])
+        self.layers = nn.ModuleList(
+            FocalStage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_dimensions: tuple[int, int],
+        output_hidden_states: bool = False,
+        output_hidden_states_before_downsampling: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FocalEncoderOutput:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`):
+                Embedded patches.
+            input_dimensions (`tuple[int, int]`):
+                Height and width of their map.
+            output_hidden_states_before_downsampling (`bool`, *optional*, defaults to `False`):
+                Whether `reshaped_hidden_states` are the stages' maps before their downsampling.
+        """
+        maps = (hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2).contiguous(),)
+        for stage in self.layers:
+            hidden_states, stage_map, _ = stage(
+                hidden_states,
+                input_dimensions,
+                output_hidden_states_before_downsampling=output_hidden_states_before_downsampling,
+                **kwargs,
+            )
+            maps += (stage_map,)
+            if stage.downsample is not None:
+                input_dimensions = half(input_dimensions)
+        return FocalEncoderOutput(
+            last_hidden_state=hidden_states,
+            reshaped_hidden_states=maps if output_hidden_states is not False else None,
+        )
+
+
+class FocalModel(FocalPreTrainedModel):
+    """The Focal Transformer without a head.
+
+    Args:
+        config ([`FocalConfig`]):
+            What to build.
+        add_pooling_layer (`bool`, *optional*, defaults to `True`):
+            Whether to return the mean of the last tokens.
+        use_mask_token (`bool`, *optional*, defaults to `False`):
+            Whether to have a mask token for masked image modelling.
+    """
+
+    def __init__(self, config: FocalConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.num_layers = config.num_layers
+        self.num_features = config.hidden_size
+        self.embeddings = FocalEmbeddings(config, use_mask_token=use_mask_token)
+        self.encoder = FocalEncoder(config)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FocalModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Images of any height and width.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
+                Which patches to hide, row by row, where the model has a mask token.
+
+        Raises:
+            ValueError: for input of another shape or dtype; the message says which was expected.
+        """
+        if bool_masked_pos is not None and self.embeddings.mask_token is None:
+            raise ValueError("bool_masked_pos needs a model with a mask token: build it with use_mask_token=True.")
+        # The encoder declares this argument, so it does not come back with the captured ones.
+        output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        embeddings, input_dimensions = self.embeddings(pixel_values, bool_masked_pos)
+        encoder_outputs = self.encoder(
+            embeddings, input_dimensions, output_hidden_states=output_hidden_states, **kwargs
+        )
+        last_hidden_state = self.layernorm(encoder_outputs.last_hidden_state)
+        pooler_output = None
+        if self.pooler is not None:
+            pooler_output = self.pooler(last_hidden_state.transpose(1, 2)).flatten(1)
+        return FocalModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooler_output,
+            hidden_states=encoder_outputs.hidden_states,
+            attentions=encoder_outputs.attentions,
+            reshaped_hidden_states=encoder_outputs.reshaped_hidden_states,
+        )
+
+
+class FocalForImageClassification(FocalPreTrainedModel):
+    """A Focal Transformer that classifies images: a linear layer on the mean of the last tokens."""
+
+    def __init__(self, config: FocalConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.focal = FocalModel(config)
+        self.classifier = (
+            nn.Linear(self.focal.num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FocalImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Images of any height and width.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Classes in `[0, config.num_labels)`, or values to regress if `config.num_labels == 1`.
+        """
+        outputs = self.focal(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return FocalImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class FocalForMaskedImageModeling(FocalPreTrainedModel):
+    """A Focal Transformer that reconstructs hidden patches ([SimMIM](https://arxiv.org/abs/2111.09886))."""
+
+    def __init__(self, config: FocalConfig):
+        super().__init__(config)
+        stride = config.patch_size * 2 ** (len(config.depths) - 1)
+        if config.encoder_stride != stride:
+            raise ValueError(
+                f"encoder_stride must be patch_size * 2**(stages - 1) = {stride}, the pixels per token of the last "
+                f"map; got {config.encoder_stride}."
+            )
+        self.focal = FocalModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FocalMaskedImageModelingOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Images of any height and width.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
+                Which patches to hide, row by row; `patches` is ceil(height / patch_size) · ceil(width / patch_size).
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from focal_hf import FocalConfig, FocalForMaskedImageModeling
+
+        >>> model = FocalForMaskedImageModeling(FocalConfig())
+        >>> pixel_values = torch.rand(1, 3, 160, 224)
+        >>> bool_masked_pos = torch.rand(1, 40 * 56) < 0.6
+        >>> outputs = model(pixel_values, bool_masked_pos=bool_masked_pos)
+        >>> list(outputs.reconstruction.shape)
+        [1, 3, 160, 224]
+        ```"""
+        outputs = self.focal(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
+        batch, _, height, width = pixel_values.shape
+        patch, stride = self.config.patch_size, self.config.encoder_stride
+        last_map = outputs.last_hidden_state.transpose(1, 2).unflatten(2, (-(-height // stride), -(-width // stride)))
+        reconstruction = self.decoder(last_map)[:, :, :height, :width]
+
+        loss = None
+        if bool_masked_pos is not None:
+            mask = bool_masked_pos.view(batch, 1, -(-height // patch), -(-width // patch)).to(reconstruction.dtype)
+            mask = mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :height, :width]
+            error = nn.functional.l1_loss(reconstruction, pixel_values, reduction="none")
+            loss = (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
+        return FocalMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
+    """Feature maps of the stages that `config.out_features` names, for detection and segmentation heads."""
+
+    def __init__(self, config: FocalConfig):
+        super().__init__(config)
+        self.num_features = [config.embed_dim] + [config.embed_dim * 2**stage for stage in range(config.num_layers)]
+        self.focal = FocalModel(config, add_pooling_layer=False)
+        # Feature maps are taken before it, and a parameter without a gradient stops distributed training.
+        self.focal.layernorm = nn.Identity()
+        self.hidden_states_norms = nn.ModuleDict(
+            {
+                name: nn.LayerNorm(channels, eps=config.layer_norm_eps)
+                for name, channels in zip(self.out_features, self.channels, strict=True)
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Images of any height and width.
+
+        Returns:
+            `feature_maps`, normalised, and with `output_hidden_states=True` `hidden_states`, the stem's and every
+            stage's map before its downsampling, each `(batch, channels, height / stride, width / stride)`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from focal_hf import FocalBackbone, FocalConfig
+
+        >>> model = FocalBackbone(FocalConfig(out_features=["stage1", "stage2", "stage3", "stage4"]))
+        >>> outputs = model(torch.rand(1, 3, 224, 224))
+        >>> list(outputs.feature_maps[-1].shape)
+        [1, 768, 7, 7]
+        ```"""
+        outputs = self.focal(pixel_values, output_hidden_states_before_downsampling=True, **kwargs)
+        feature_maps = tuple(
+            self.hidden_states_norms[name](maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+            for name, maps in zip(self.stage_names, outputs.reshaped_hidden_states, strict=True)
+            if name in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps,
+            hidden_states=outputs.reshaped_hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "FocalBackbone",
+    "FocalForImageClassification",
+    "FocalForMaskedImageModeling",
+    "FocalModel",
+    "FocalPreTrainedModel",
+]

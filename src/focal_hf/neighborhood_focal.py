@@ -1,0 +1,343 @@
+"""Where a window looks: which tokens its queries attend to, and with which bias.
+
+Both attention types are the same act. The keys and values of a block are the tokens of its map, row by row, followed by
+its pooled tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index, and has a
+bias for each query and each picked token:
+
+    index  (windows, keys)                     rows of [map tokens | pooled tokens of level 1 | of level 2 | ...]
+    bias   (windows or 1, heads, queries, keys)
+
+Windows and the queries in them are in row-major order. There is no attention here: only geometry and tables.
+
+Index tables depend on integers alone (map size, window size ...). They are made by functions rather than stored in
+buffers, so that a model loaded through the meta device has nothing to refill.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Neighborhood(NamedTuple):
+    """What the windows of a map attend to; see the module's docstring for the shapes."""
+
+    index: torch.Tensor
+    bias: torch.Tensor
+
+
+def cached_table(function):
+    """Remembers the tables that a function of integers and a device has made.
+
+    Not while compiling or exporting, where the arithmetic belongs in the graph. Never as inference tensors, which
+    autograd could not use later.
+    """
+    cached = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        if torch.compiler.is_compiling():
+            return function(*args)
+        with torch.inference_mode(False), torch.no_grad():
+            return cached(*args)
+
+    return wrapper
+
+
+@cached_table
+def relative_position_index(query_side: int, key_side: int, device: torch.device) -> torch.Tensor:
+    """Rows of a table of (query_side + key_side - 1)² relative positions, shape (query_side², key_side²)."""
+    query = torch.arange(query_side, device=device)
+    key = torch.arange(key_side, device=device)
+    offset = query[:, None] - key[None, :] + key_side - 1  # (query_side, key_side), for rows and columns alike
+    index = offset[:, None, :, None] * (query_side + key_side - 1) + offset[None, :, None, :]
+    return index.reshape(query_side**2, key_side**2)
+
+
+@cached_table
+def fine_columns(window_size: int, expand_size: int, device: torch.device) -> torch.Tensor:
+    """Where the bias of each fine token stands, shape (2, (window_size + 2 · expand_size)²).
+
+    The fine tokens are the square of the window and `expand_size` tokens around it, row by row. Their biases stand in
+    `[the window's own tokens | the slots of the tokens around it]`. The slots are those of four windows, displaced by
+    `expand_size` along both diagonals, without the tokens in the window itself. So a token has one column (then both
+    rows here agree), two where displaced windows overlap, or none (-1) where they leave a gap.
+    """
+    window, side = window_size**2, window_size + 2 * expand_size
+    inside = torch.arange(window_size, device=device)
+    square = torch.arange(-expand_size, window_size + expand_size, device=device)
+    own = (square >= 0) & (square < window_size)
+
+    next_slot = window
+    candidates = []
+    for down in (expand_size, -expand_size):
+        for right in (expand_size, -expand_size):
+            # Slots are numbered over the displaced window's tokens that fall outside of the window.
+            rows, cols = inside + down, inside + right
+            outside = ~(((rows >= 0) & (rows < window_size))[:, None] & ((cols >= 0) & (cols < window_size))[None, :])
+            slots = next_slot + outside.flatten().cumsum(0) - 1
+            next_slot = next_slot + window - max(window_size - expand_size, 0) ** 2
+            # Which of them lie in the square, and where.
+            row, col = square - down, square - right
+            listed = ((row >= 0) & (row < window_size))[:, None] & ((col >= 0) & (col < window_size))[None, :]
+            place = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
+            candidates.append(torch.where(listed, slots[place], -1))
+
+    found = torch.stack(candidates).sort(dim=0, descending=True).values[:2]
+    found[1] = torch.where(found[1] < 0, found[0], found[1])
+    own_column = square[:, None] * window_size + square[None, :]
+    return torch.where(own[:, None] & own[None, :], own_column, found).reshape(2, side**2)
+
+
+@cached_table
+def focal_index(
+    height: int,
+    width: int,
+    window_size: int,
+    expand_size: int,
+    shift_size: int,
+    focal_window: int,
+    pooled_levels: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens that each window of a map attends to with `attention_type="focal"` (section 3.2 of the paper).
+
+    Args:
+        height, width: sides of the map, multiples of `window_size`.
+
+    Returns:
+        The index (windows, keys), and which of those each query may see, (windows, queries or 1, keys), or None where
+        all may. Fine tokens wrap around the map's edges; pooled tokens beyond them are not seen, nor are tokens that a
+        shift has brought to the window from the opposite edge.
+    """
+    rows, cols = height // window_size, width // window_size
+
+    def grid_index(row: torch.Tensor, col: torch.Tensor, stride: int) -> torch.Tensor:
+        """(rows, a) and (cols, b) coordinates to (rows · cols, a · b) indices."""
+        return (row[:, None, :, None] * stride + col[None, :, None, :]).reshape(rows * cols, -1)
+
+    def spans(count: int, step: int, first: int, length: int) -> torch.Tensor:
+        """(count, length): the coordinates from `first` before each of `count` places that are `step` apart."""
+        return torch.arange(count, device=device)[:, None] * step - first + torch.arange(length, device=device)
+
+    side = window_size + 2 * expand_size
+    fine_rows = spans(rows, window_size, expand_size, side) % height
+    fine_cols = spans(cols, window_size, expand_size, side) % width
+    index = [grid_index(fine_rows, fine_cols, width)]
+    visible = [torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(rows * cols, 1, side**2)]
+
+    if shift_size:
+        own = fine_columns(window_size, expand_size, device)[0]
+        own = (own >= 0) & (own < window_size**2)
+
+        def regions(length: int) -> torch.Tensor:
+            position = torch.arange(length, device=device)
+            return (position >= length - window_size).long() + (position >= length - shift_size).long()
+
+        region = (regions(height)[:, None] * 3 + regions(width)[None, :]).flatten()
+        of_query = region[
+            grid_index(spans(rows, window_size, 0, window_size), spans(cols, window_size, 0, window_size), width)
+        ]
+        visible = [~own | (of_query[:, :, None] == region[index[0]][:, None, :])]
+
+    first_pooled = height * width
+    for level in range(pooled_levels):
+        stride = 2**level  # pooled tokens in a window, per axis
+        pooled_rows, pooled_cols = rows * stride, cols * stride
+        length = focal_window + stride - 1
+        row = spans(rows, stride, (focal_window - 1) // 2, length)
+        col = spans(cols, stride, (focal_window - 1) // 2, length)
+        index.append(
+            first_pooled + grid_index(row.clamp(0, pooled_rows - 1), col.clamp(0, pooled_cols - 1), pooled_cols)
+        )
+        row_inside, col_inside = (row >= 0) & (row < pooled_rows), (col >= 0) & (col < pooled_cols)
+        inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]
+        visible.append(inside.reshape(rows * cols, 1, -1))
+        first_pooled += pooled_rows * pooled_cols
+
+    index = torch.cat(index, dim=1)
+    if shift_size == 0 and (pooled_levels == 0 or focal_window == 1):
+        return index, None
+    queries = max(part.shape[1] for part in visible)
+    return index, torch.cat([part.expand(-1, queries, -1) for part in visible], dim=2)
+
+
+def nearest_radius(height: int, width: int, count: int) -> int:
+    """The least radius in tokens of a disc that holds `count` of a map's tokens wherever in the map it is centred."""
+    # Fewest lie in a disc at a corner.
+    for radius in range(height + width):
+        inside = sum(min(math.isqrt(radius**2 - row**2) + 1, width) for row in range(min(radius + 1, height)))
+        if inside >= count:
+            return radius
+    raise ValueError(f"A map of {height} by {width} tokens has fewer than {count}.")
+
+
+def window_centers(windows: int, window_size: int, level: int, device: torch.device) -> torch.Tensor:
+    """Coordinates along one axis, in the tokens of `level`, at which windows stand with `attention_type="topk"`."""
+    centers = torch.arange(windows, device=device)
+    return centers if level else centers * window_size + window_size // 2
+
+
+@cached_table
+def nearest_index(
+    height: int, width: int, window_size: int, level: int, topk: int, device: torch.device
+) -> torch.Tensor:
+    """The `topk` tokens of a level that are nearest to each window's centre, shape (windows, min(topk, tokens)).
+
+    Nearest first, ties in row-major order. `height` and `width` are the map's, multiples of `window_size`; the indices
+    count within the level: map tokens at level 0, pooled tokens at level 1.
+    """
+    rows, cols = height // window_size, width // window_size
+    if level:
+        height, width = rows, cols
+    topk = min(topk, height * width)
+    radius = nearest_radius(height, width, topk)
+
+    # A square around each centre, pushed back into the map, holds them all: no need to search the whole map.
+    def spans(centers: torch.Tensor, length: int) -> torch.Tensor:
+        side = min(2 * radius + 1, length)
+        return (centers - radius).clamp(0, length - side)[:, None] + torch.arange(side, device=device)
+
+    center_row = window_centers(rows, window_size, level, device)
+    center_col = window_centers(cols, window_size, level, device)
+    row, col = spans(center_row, height), spans(center_col, width)
+    distance = ((row - center_row[:, None]) ** 2)[:, None, :, None] + ((col - center_col[:, None]) ** 2)[
+        None, :, None, :
+    ]
+    token = (row * width)[:, None, :, None] + col[None, :, None, :]
+    order = distance.reshape(rows * cols, -1).argsort(dim=1, stable=True)[:, :topk]
+    return token.reshape(rows * cols, -1).gather(1, order)
+
+
+class FocalNeighborhood(nn.Module):
+    """Neighbourhoods of `attention_type="focal"`: the window and its surroundings, and squares of pooled tokens.
+
+    A token that the original lists twice, with biases a and b, is one column here with bias log(eᵃ + eᵇ): the same
+    attention with fewer columns, and gradients reach both. The columns are the fine square of side
+    window_size + 2 · expand_size, then for each pooled level k a square of side focal_window + 2ᵏ - 1, all row-major.
+    """
+
+    def __init__(
+        self, num_heads: int, window_size: int, expand_size: int, shift_size: int, focal_window: int, pooled_levels: int
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.expand_size = expand_size
+        self.shift_size = shift_size
+        self.focal_window = focal_window
+        self.pooled_levels = pooled_levels
+
+        window = window_size**2
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        slots = 4 * window - 4 * (window_size - expand_size) ** 2
+        self.relative_position_bias_table_to_neighbors = (
+            nn.Parameter(torch.zeros(1, num_heads, window, slots)) if expand_size else None
+        )
+        self.relative_position_bias_table_to_windows = nn.ParameterList(
+            nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
+            for level in range(pooled_levels)
+        )
+
+    def fine_bias(self) -> torch.Tensor:
+        """Bias of every query of a window to its fine tokens, shape (heads, queries, fine tokens)."""
+        table = self.relative_position_bias_table
+        own = table.float()[relative_position_index(self.window_size, self.window_size, table.device)].permute(2, 0, 1)
+        if self.relative_position_bias_table_to_neighbors is None:
+            return own
+        listed = torch.cat([own, self.relative_position_bias_table_to_neighbors[0].float()], dim=-1)
+        first, second = fine_columns(self.window_size, self.expand_size, table.device)
+        once, again = listed[..., first], listed[..., second]
+        bias = torch.where(first == second, once, torch.logaddexp(once, again))
+        return bias.masked_fill(first < 0, -torch.inf) if 2 * self.expand_size > self.window_size else bias
+
+    def pooled_bias(self, level: int) -> torch.Tensor:
+        """Bias of every query of a window to its pooled tokens of a level, shape (heads, queries, pooled tokens)."""
+        table = self.relative_position_bias_table_to_windows[level]
+        index = relative_position_index(self.window_size, self.focal_window + 2**level - 1, table.device)
+        return table.float()[:, index]
+
+    def forward(self, height: int, width: int) -> Neighborhood:
+        """Of a map of `height` by `width` tokens, multiples of the window's side."""
+        bias = torch.cat([self.fine_bias(), *(self.pooled_bias(level) for level in range(self.pooled_levels))], dim=-1)
+        index, visible = focal_index(
+            height,
+            width,
+            self.window_size,
+            self.expand_size,
+            self.shift_size,
+            self.focal_window,
+            self.pooled_levels,
+            bias.device,
+        )
+        bias = bias[None]
+        if visible is not None:
+            bias = bias.masked_fill(~visible[:, None], -torch.inf)
+        return Neighborhood(index, bias)
+
+
+class TopkNeighborhood(nn.Module):
+    """Neighbourhoods of `attention_type="topk"` (the original's focalv2): the nearest tokens of each level.
+
+    The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
+    `grid` are a buffer that is saved, since the original's break ties in distance as its `torch.topk` once did; for
+    maps of other sizes they are computed.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, window_size: int, levels: int, topk: int, grid: tuple[int, int]):
+        super().__init__()
+        self.window_size = window_size
+        self.levels = levels
+        self.topk = topk
+        self.grid = tuple(-(-side // window_size) * window_size for side in grid)
+        self.coordinate_mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(2, head_dim), nn.ReLU(), nn.Linear(head_dim, num_heads)) for _ in range(levels)
+        )
+        for level in range(levels):
+            self.register_buffer(f"nearest_index_{level}", self.computed_index(*self.grid, level))
+
+    def computed_index(self, height: int, width: int, level: int, device: torch.device | None = None) -> torch.Tensor:
+        """Indices for a map of any size, (windows, min(topk, tokens of the level))."""
+        device = device or torch.empty(0).device
+        return nearest_index(height, width, self.window_size, level, self.topk, device).clone()
+
+    def level_bias(self, height: int, width: int, level: int, index: torch.Tensor) -> torch.Tensor:
+        """Bias of every query to the tokens of a level in `index`, shape (windows, heads, queries, tokens)."""
+        window, device = self.window_size, index.device
+        rows, cols = height // window, width // window
+        step = window if level else 1  # of the level's tokens, in tokens of the map
+        level_height, level_width = (rows, cols) if level else (height, width)
+        radius = nearest_radius(level_height, level_width, index.shape[1])
+
+        # Offsets repeat across windows and queries: the MLP sees each once, on a square grid of all that occur.
+        reach = step * radius
+        axis = torch.arange(-reach - window // 2, reach + window - window // 2, device=device)
+        mlp = self.coordinate_mlps[level]
+        offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
+        table = mlp(offsets.to(mlp[0].weight.dtype)).flatten(0, 1)  # (offsets, heads)
+
+        def lookup(windows: int, key: torch.Tensor, dim: int) -> torch.Tensor:
+            """Places on the axis, (windows, queries along the axis, keys)."""
+            center = window_centers(windows, window, level, device)
+            center = center.repeat_interleave(cols) if dim == 0 else center.repeat(rows)
+            query = torch.arange(window, device=device)
+            return (center[:, None] - key)[:, None, :] * step + query[None, :, None] + reach
+
+        row = lookup(rows, index // level_width, 0)
+        col = lookup(cols, index % level_width, 1)
+        place = row[:, :, None, :] * len(axis) + col[:, None, :, :]  # (windows, query rows, query columns, keys)
+        return table[place.flatten(1, 2)].permute(0, 3, 1, 2)
+
+    def forward(self, height: int, width: int) -> Neighborhood:
+        """Of a map of `height` by `width` tokens, multiples of the window's side."""
+        index, bias, first = [], [], 0
+        for level in range(self.levels):
+            saved = getattr(self, f"nearest_index_{level}")
+            of_level = (
+                saved if (height, width) == self.grid else self.computed_index(height, width, level, saved.device)
+            )
+            index.append(of_level + first)
+            bias.append(self.level_bias(height, width, level, of_level))
+            first += height * width
+        return Neighborhood(torch.cat(index, dim=1), torch.cat(bias, dim=-1))
