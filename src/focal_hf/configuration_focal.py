@@ -261,7 +261,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         """What must hold between settings."""
         if self.use_conv_embed and self.patch_size != 4:
             raise ValueError(
-                f"use_conv_embed has one patch, of kernel 7 and stride 4, so patch_size must be 4; got {self.patch_size}."
+                f"use_conv_embed has patches of kernel 7 and stride 4, so patch_size must be 4; got {self.patch_size}."
             )
         for stage, heads in enumerate(self.num_heads):
             if (channels := self.embed_dim * 2**stage) % heads:
@@ -290,8 +290,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
             if geometry.pooled_levels and geometry.window_size < 2 ** (geometry.pooled_levels - 1):
                 raise ValueError(
-                    f"focal_levels[{stage}] = {level} pools cells of 1/{2 ** (geometry.pooled_levels - 1)} of a window, "
-                    f"but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
+                    f"focal_levels[{stage}] = {level} pools down to 1/{2 ** (geometry.pooled_levels - 1)} of a window's "
+                    f"side, but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
                     f"{self.image_size}. Use fewer levels, a larger window_size or a larger image_size."
                 )
             if self.expand_sizes[stage] > self.window_size:

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
-from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
+from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood, at_least_float32
 
 
 @dataclass
@@ -140,6 +140,11 @@ def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     """Zeros at the bottom and right of (..., height, width) maps until both sides are multiples of `multiple`."""
     bottom, right = -maps.shape[-2] % multiple, -maps.shape[-1] % multiple
     return nn.functional.pad(maps, (0, right, 0, bottom)) if bottom or right else maps
+
+
+def half(dimensions: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a map after downsampling."""
+    return (dimensions[0] + 1) // 2, (dimensions[1] + 1) // 2
 
 
 class FocalPatchEmbeddings(nn.Module):
@@ -281,7 +286,7 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: returns the output (batch, queries, heads, head_dim) and the weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(at_least_float32(scores), dim=-1).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -289,8 +294,8 @@ def eager_attention_forward(
 class FocalAttention(nn.Module):
     """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
 
-    `forward` returns the new map and, with eager attention, the weights (batch · windows, heads, queries, keys): windows
-    row by row, queries row by row in their window, keys in the order of the neighbourhood's index
+    `forward` returns the new map and, with eager attention, the weights (batch · windows, heads, queries, keys):
+    windows row by row, queries row by row in their window, keys in the order of the neighbourhood's index
     ([`FocalNeighborhood`], [`TopkNeighborhood`]). `output_attentions=True` returns those of the last block of each
     stage; a forward hook on the modules of this class sees those of every block.
     """
@@ -450,11 +455,6 @@ class FocalStage(GradientCheckpointingLayer):
         else:
             maps = hidden_states.unflatten(1, half(input_dimensions))
         return hidden_states, maps.permute(0, 3, 1, 2).contiguous(), weights
-
-
-def half(dimensions: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a map after downsampling."""
-    return (dimensions[0] + 1) // 2, (dimensions[1] + 1) // 2
 
 
 class FocalPreTrainedModel(PreTrainedModel):

@@ -28,6 +28,11 @@ class Neighborhood(NamedTuple):
     bias: torch.Tensor
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Biases are combined in float32 even where the weights are bfloat16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def cached_table(function):
     """Remembers the tables that a function of integers and a device has made.
 
@@ -137,9 +142,8 @@ def focal_index(
             return (position >= length - window_size).long() + (position >= length - shift_size).long()
 
         region = (regions(height)[:, None] * 3 + regions(width)[None, :]).flatten()
-        of_query = region[
-            grid_index(spans(rows, window_size, 0, window_size), spans(cols, window_size, 0, window_size), width)
-        ]
+        own_rows, own_cols = spans(rows, window_size, 0, window_size), spans(cols, window_size, 0, window_size)
+        of_query = region[grid_index(own_rows, own_cols, width)]
         visible = [~own | (of_query[:, :, None] == region[index[0]][:, None, :])]
 
     first_pooled = height * width
@@ -243,10 +247,11 @@ class FocalNeighborhood(nn.Module):
     def fine_bias(self) -> torch.Tensor:
         """Bias of every query of a window to its fine tokens, shape (heads, queries, fine tokens)."""
         table = self.relative_position_bias_table
-        own = table.float()[relative_position_index(self.window_size, self.window_size, table.device)].permute(2, 0, 1)
+        index = relative_position_index(self.window_size, self.window_size, table.device)
+        own = at_least_float32(table)[index].permute(2, 0, 1)
         if self.relative_position_bias_table_to_neighbors is None:
             return own
-        listed = torch.cat([own, self.relative_position_bias_table_to_neighbors[0].float()], dim=-1)
+        listed = torch.cat([own, at_least_float32(self.relative_position_bias_table_to_neighbors[0])], dim=-1)
         first, second = fine_columns(self.window_size, self.expand_size, table.device)
         once, again = listed[..., first], listed[..., second]
         bias = torch.where(first == second, once, torch.logaddexp(once, again))
@@ -256,7 +261,7 @@ class FocalNeighborhood(nn.Module):
         """Bias of every query of a window to its pooled tokens of a level, shape (heads, queries, pooled tokens)."""
         table = self.relative_position_bias_table_to_windows[level]
         index = relative_position_index(self.window_size, self.focal_window + 2**level - 1, table.device)
-        return table.float()[:, index]
+        return at_least_float32(table)[:, index]
 
     def forward(self, height: int, width: int) -> Neighborhood:
         """Of a map of `height` by `width` tokens, multiples of the window's side."""

@@ -1,0 +1,125 @@
+"""Same weights, same function as the original: every golden case, within 1e-5 in float32."""
+
+import golden_cases
+import original
+import pytest
+import torch
+
+from focal_hf import FocalBackbone, FocalForImageClassification
+
+TOLERANCE = 1e-5
+RELEASED = [name for name in golden_cases.NAMES if name in original.RELEASED]
+SMALL = [name for name in golden_cases.NAMES if name not in RELEASED]
+
+# Published in millions, by name in the original's repository.
+PUBLISHED_PARAMETERS = {
+    "focal_tiny_patch4_window7_224": 28.9,
+    "focal_tiny_useconv_patch4_window7_224": 30.8,
+    "focal_small_patch4_window7_224": 51.1,
+    "focal_small_useconv_patch4_window7_224": 53.1,
+    "focal_base_patch4_window7_224": 89.8,
+    "focal_base_useconv_patch4_window7_224": 93.3,
+    "focalv2_tiny_useconv_patch4_window7_224": 30.2,
+    "focalv2_small_useconv_patch4_window7_224": 51.5,
+    "focalv2_base_useconv_patch4_window7_224": 91.2,
+}
+
+
+def load(case, **attributes):
+    """The case's config and its weights under focal_hf's names."""
+    config = original.config_from_settings(case.config)
+    for name, value in attributes.items():
+        setattr(config, name, value)
+    state = case.state_dict
+    if not any(key.startswith("buffer/") for key in case.answers):
+        # Cases whose input is not of the config's size come without indices.
+        fresh = original.to_original(FocalForImageClassification(config).state_dict(), config)
+        state = {key: fresh[key] for key in case.buffers} | state
+    return config, original.from_original(state, config)
+
+
+def assert_close(answer, expected, scale=None):
+    scale = expected.abs().max() if scale is None else scale
+    error = ((answer - expected).abs().max() / scale).item()
+    assert error < TOLERANCE, error
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
+def test_answers_of_the_original(name, attention):
+    case = golden_cases.case(name)
+    config, state = load(case, _attn_implementation=attention)
+    model = FocalForImageClassification(config).eval()
+    model.load_state_dict(state)
+    stem = {}
+    # Before absolute positions are added.
+    model.focal.embeddings.norm.register_forward_hook(lambda module, args, output: stem.update(value=output))
+
+    differentiate = any(key.startswith("grad/") for key in case.answers)
+    with torch.set_grad_enabled(differentiate):
+        logits = model(case.pixel_values).logits
+    assert_close(logits.detach(), case.answers["logits"])
+    with torch.no_grad():
+        assert_close(model.focal(case.pixel_values).pooler_output, case.answers["pooled"])
+
+    if differentiate:
+        (logits * golden_cases.probe(logits.shape)).sum().backward()
+        gradients = {key: value.grad for key, value in model.named_parameters()}
+        gradients |= {key: value for key, value in state.items() if "nearest_index" in key}
+        gradients = original.to_original(gradients, config)
+        expected = {key.removeprefix("grad/"): value for key, value in case.answers.items() if key.startswith("grad/")}
+        assert set(expected) == set(case.shapes)
+        scale = max(value.abs().max() for value in expected.values())
+        for key, value in expected.items():
+            assert_close(gradients[key], value, scale)
+
+    config.out_features = config.stage_names
+    backbone = FocalBackbone(config).eval()
+    backbone.load_state_dict({key: value for key, value in state.items() if key in backbone.state_dict()}, strict=False)
+    with torch.no_grad():
+        maps = list(backbone(case.pixel_values, output_hidden_states=True).hidden_states)
+    height, width = maps[0].shape[2:]
+    maps[0] = stem["value"].detach().transpose(1, 2).unflatten(2, (height, width))
+    assert len(maps) == 1 + sum(key.startswith("stage") for key in case.answers)
+    for stage, answer in enumerate(maps):
+        answer = answer.permute(0, 2, 3, 1)
+        expected = case.answers[f"stage{stage}" if stage else "stem"]
+        if name in RELEASED:  # these keep a part
+            answer = answer[:, :: answer.shape[1] // 7, :: answer.shape[2] // 7, :16]
+        assert_close(answer, expected)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
+def test_converting_back_returns_the_same_tensors(name):
+    case = golden_cases.case(name)
+    config, state = load(case)
+    back = original.to_original(state, config)
+    assert set(back) == set(case.shapes) | set(case.buffers)
+    for key, value in case.state_dict.items():
+        assert back[key].dtype == value.dtype
+        assert torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_architectures(name):
+    """Built from their names, they have the settings of the golden cases and the published number of parameters."""
+    config = original.config_from_settings(original.RELEASED[name])
+    assert config.num_labels == 1000
+    golden_config = original.config_from_settings(golden_cases.case(name).config)
+    golden_config.drop_path_rate = config.drop_path_rate  # the cases leave it out
+    assert config.to_dict() == golden_config.to_dict()
+    parameters = sum(parameter.numel() for parameter in original.build_empty(config).parameters())
+    assert round(parameters / 1e6, 1) == PUBLISHED_PARAMETERS[name]
+
+
+def test_ties_are_the_checkpoints():
+    """With indices of our own, the case whose ties fall otherwise comes out wrong."""
+    case = golden_cases.case("focalv2_ties")
+    config, state = load(case)
+    model = FocalForImageClassification(config).eval()
+    own = {key: value for key, value in model.state_dict().items() if "nearest_index" in key}
+    assert any(not torch.equal(value, state[key]) for key, value in own.items())
+    model.load_state_dict(state | own)
+    with torch.no_grad():
+        logits = model(case.pixel_values).logits
+    assert (logits - case.answers["logits"]).abs().max() > 1e-3
