@@ -1,0 +1,102 @@
+"""FocalAttention against the slow reference, over random shapes and settings."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from reference import reference_attention
+
+from focal_hf import FocalConfig
+from focal_hf.configuration_focal import POOLS
+from focal_hf.modeling_focal import FocalAttention
+
+
+@st.composite
+def one_stage_configs(draw):
+    window = draw(st.integers(1, 5))
+    options = {
+        "image_size": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
+        "patch_size": 1,
+        "embed_dim": 4,
+        "depths": (2,),
+        "num_heads": (draw(st.sampled_from([1, 2])),),
+        "window_size": window,
+        "attention_type": draw(st.sampled_from(["focal", "topk"])),
+        "focal_levels": (draw(st.integers(0, 4)),),
+        "focal_windows": (draw(st.sampled_from([1, 3, 5])),),
+        "focal_pool": draw(st.sampled_from(POOLS)),
+        "expand_sizes": (draw(st.integers(0, window)),),
+        "topk": draw(st.integers(1, 40)),
+        "use_shift": draw(st.booleans()),
+        "qkv_bias": draw(st.booleans()),
+        "qk_scale": draw(st.sampled_from([None, 0.5])),
+        "out_features": None,
+    }
+    try:
+        return FocalConfig(**options)
+    except StrictDataclassClassValidationError:
+        assume(False)
+
+
+def build(config, block):
+    attention = FocalAttention(config, 0, config.block_geometry(0, block)).double().eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_()
+    return attention
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=one_stage_configs(),
+    block=st.integers(0, 1),
+    height=st.integers(1, 14),
+    width=st.integers(1, 14),
+    implementation=st.sampled_from(["eager", "sdpa"]),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_slow_reference(config, block, height, width, implementation, seed):
+    torch.manual_seed(seed)
+    config._attn_implementation = implementation
+    attention = build(config, block)
+    maps = torch.randn(1, height, width, 4, dtype=torch.float64, requires_grad=True)
+    output = attention(maps)[0]
+    expected = reference_attention(attention, maps)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+
+    inputs = [maps, *attention.parameters()]
+    probe = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
+    expected = torch.autograd.grad((expected * probe).sum(), inputs, materialize_grads=True)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(config=one_stage_configs(), block=st.integers(0, 1), height=st.integers(1, 14), width=st.integers(1, 14))
+def test_images_do_not_mix_and_weights_sum_to_one(config, block, height, width):
+    config._attn_implementation = "eager"
+    attention = build(config, block)
+    maps = torch.randn(3, height, width, 4, dtype=torch.float64)
+    with torch.no_grad():
+        output, weights = attention(maps)
+        alone, _ = attention(maps[1:2])
+    torch.testing.assert_close(output[1:2], alone)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    window = attention.window_size
+    assert weights.shape[0] == 3 * -(-height // window) * -(-width // window)
+    assert weights.shape[2] == window**2
+
+
+@pytest.mark.parametrize("attention_type", ["focal", "topk"])
+def test_tables_made_in_inference_serve_training(attention_type):
+    """Index tables are remembered; none may remain as an inference tensor."""
+    config = FocalConfig(image_size=44, patch_size=1, depths=(1,), embed_dim=8, num_heads=(2,), focal_levels=(2,),
+                         focal_windows=(3,), expand_sizes=(3,), attention_type=attention_type, topk=13)  # fmt: skip
+    config._attn_implementation = "sdpa"
+    attention = FocalAttention(config, 0, config.block_geometry(0, 0))
+    maps = torch.randn(1, 37, 41, 8)
+    with torch.inference_mode():
+        attention(maps)
+    attention(maps)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())
