@@ -1,0 +1,389 @@
+"""What the original calls its settings, weights and buffers, and what focal_hf calls them; nothing else here knows.
+
+The original is the repository microsoft/Focal-Transformer. Both state dicts hold the same numbers under other names;
+only `qkv`, one matrix there, is three here. One table of names serves both directions.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf.neighborhood_focal import focal_index, relative_position_index
+
+
+class ConversionError(Exception):
+    """Says what was given, what was expected and what to do."""
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+# MODEL.FOCAL.* and its defaults.
+_FOCAL_DEFAULTS = {
+    "PATCH_SIZE": 4,
+    "IN_CHANS": 3,
+    "EMBED_DIM": 96,
+    "DEPTHS": [2, 2, 6, 2],
+    "NUM_HEADS": [3, 6, 12, 24],
+    "WINDOW_SIZE": 7,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "QK_SCALE": False,
+    "APE": False,
+    "PATCH_NORM": True,
+    "USE_SHIFT": False,
+    "FOCAL_POOL": "none",
+    "FOCAL_STAGES": [0, 1, 2, 3],
+    "FOCAL_LEVELS": [1, 1, 1, 1],
+    "FOCAL_WINDOWS": [7, 5, 3, 1],
+    "FOCAL_TOPK": 128,
+    "EXPAND_STAGES": [0, 1, 2, 3],  # read and ignored by the original, too
+    "EXPAND_SIZES": [3, 3, 3, 3],
+    "EXPAND_LAYER": "all",
+    "USE_CONV_EMBED": False,
+    "USE_LAYERSCALE": False,
+    "USE_PRE_NORM": False,
+}
+_ATTENTION_TYPES = {"focal": "focal", "focalv2": "topk"}
+
+
+def _released_settings() -> dict[str, dict]:
+    sizes = {
+        "tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 0.2),
+        "small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 0.3),
+        "base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 0.5),
+    }
+    settings = {}
+    for kind, embedding in (("focal", ""), ("focal", "useconv_"), ("focalv2", "useconv_")):
+        for size, (embed_dim, depths, num_heads, drop_path) in sizes.items():
+            name = f"{kind}_{size}_{embedding}patch4_window7_224"
+            settings[name] = {
+                "MODEL": {
+                    "TYPE": kind,
+                    "NAME": name,
+                    "DROP_PATH_RATE": drop_path,
+                    "FOCAL": {
+                        "EMBED_DIM": embed_dim,
+                        "DEPTHS": depths,
+                        "NUM_HEADS": num_heads,
+                        "FOCAL_POOL": "fc",
+                        "FOCAL_LEVELS": [2, 2, 2, 2],
+                        "USE_CONV_EMBED": bool(embedding),
+                    },
+                }
+            }
+    return settings
+
+
+RELEASED = _released_settings()
+
+
+def read_settings(config: str) -> dict:
+    """The original's settings from a YAML file, its `BASE` files followed, or by the name of a released model."""
+    if config in RELEASED:
+        return RELEASED[config]
+    path = Path(config)
+    if not path.is_file():
+        raise ConversionError(
+            f"--config {config} is neither a file nor the name of a released model. Give the YAML file that the "
+            f"checkpoint was trained with, or one of: {', '.join(RELEASED)}."
+        )
+    return _read_yaml(path.resolve(), ())
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
+    if path in above:
+        raise ConversionError(f"The BASE entries of {above[0]} lead in a circle through {path}.")
+    try:
+        own = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ConversionError(f"{above[-1]} names {path} under BASE, and there is no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} is not a YAML file that can be read: {error}") from None
+    if not isinstance(own, dict):
+        raise ConversionError(f"{path} must hold settings such as MODEL.FOCAL.EMBED_DIM; it holds {own!r}.")
+    settings = {}
+    for base in own.pop("BASE", None) or []:
+        if base:
+            settings = _merged(settings, _read_yaml((path.parent / base).resolve(), (*above, path)))
+    return _merged(settings, own)
+
+
+def _merged(base: Mapping, over: Mapping) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def config_from_settings(settings: Mapping, image_size: int | None = None) -> FocalConfig:
+    """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`."""
+    model, data = settings.get("MODEL") or {}, settings.get("DATA") or {}
+    focal = model.get("FOCAL") or {}
+    if unknown := sorted(set(focal) - set(_FOCAL_DEFAULTS)):
+        raise ConversionError(f"MODEL.FOCAL has no {', '.join(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
+    focal = _FOCAL_DEFAULTS | focal
+    kind = model.get("TYPE", "focal")
+    if kind not in _ATTENTION_TYPES:
+        raise ConversionError(f"MODEL.TYPE must be focal or focalv2; the settings say {kind!r}.")
+    labels = model.get("NUM_CLASSES", 1000)
+    stages = len(focal["DEPTHS"])
+    try:
+        return FocalConfig(
+            image_size=image_size or data.get("IMG_SIZE", 224),
+            patch_size=focal["PATCH_SIZE"],
+            num_channels=focal["IN_CHANS"],
+            embed_dim=focal["EMBED_DIM"],
+            depths=focal["DEPTHS"],
+            num_heads=focal["NUM_HEADS"],
+            window_size=focal["WINDOW_SIZE"],
+            attention_type=_ATTENTION_TYPES[kind],
+            # The original reads these by stage and lets them be longer.
+            focal_levels=focal["FOCAL_LEVELS"][:stages],
+            focal_windows=focal["FOCAL_WINDOWS"][:stages],
+            focal_stages=[stage for stage in focal["FOCAL_STAGES"] if stage < stages],
+            focal_pool=focal["FOCAL_POOL"],
+            expand_sizes=focal["EXPAND_SIZES"][:stages],
+            expand_layer=focal["EXPAND_LAYER"],
+            topk=focal["FOCAL_TOPK"],
+            use_shift=focal["USE_SHIFT"],
+            use_conv_embed=focal["USE_CONV_EMBED"],
+            use_pre_norm=focal["USE_PRE_NORM"],
+            use_layerscale=focal["USE_LAYERSCALE"],
+            use_absolute_embeddings=focal["APE"],
+            patch_norm=focal["PATCH_NORM"],
+            qkv_bias=focal["QKV_BIAS"],
+            qk_scale=focal["QK_SCALE"] or None,
+            mlp_ratio=focal["MLP_RATIO"],
+            hidden_dropout_prob=model.get("DROP_RATE", 0.0),
+            drop_path_rate=model.get("DROP_PATH_RATE", 0.1),
+            encoder_stride=focal["PATCH_SIZE"] * 2 ** (stages - 1),
+            num_labels=labels,
+        )
+    except Exception as error:  # whatever a strict config raises, its message says which setting is wrong
+        raise ConversionError(f"The settings do not describe a model. {error}") from error
+
+
+def settings_from_config(config: FocalConfig, name: str) -> dict:
+    """The settings from which the original builds the model of `config`."""
+    kinds = {ours: theirs for theirs, ours in _ATTENTION_TYPES.items()}
+    size = config.image_size
+    return {
+        "DATA": {"IMG_SIZE": size if isinstance(size, int) else list(size)},
+        "MODEL": {
+            "TYPE": kinds[config.attention_type],
+            "NAME": name,
+            "NUM_CLASSES": config.num_labels,
+            "DROP_RATE": config.hidden_dropout_prob,
+            "DROP_PATH_RATE": config.drop_path_rate,
+            "FOCAL": {
+                "PATCH_SIZE": config.patch_size,
+                "IN_CHANS": config.num_channels,
+                "EMBED_DIM": config.embed_dim,
+                "DEPTHS": list(config.depths),
+                "NUM_HEADS": list(config.num_heads),
+                "WINDOW_SIZE": config.window_size,
+                "MLP_RATIO": config.mlp_ratio,
+                "QKV_BIAS": config.qkv_bias,
+                "QK_SCALE": config.qk_scale or False,
+                "APE": config.use_absolute_embeddings,
+                "PATCH_NORM": config.patch_norm,
+                "USE_SHIFT": config.use_shift,
+                "FOCAL_POOL": config.focal_pool,
+                "FOCAL_STAGES": list(config.focal_stages),
+                "FOCAL_LEVELS": list(config.focal_levels),
+                "FOCAL_WINDOWS": list(config.focal_windows),
+                "FOCAL_TOPK": config.topk,
+                "EXPAND_SIZES": list(config.expand_sizes),
+                "EXPAND_LAYER": config.expand_layer,
+                "USE_CONV_EMBED": config.use_conv_embed,
+                "USE_LAYERSCALE": config.use_layerscale,
+                "USE_PRE_NORM": config.use_pre_norm,
+            },
+        },
+    }
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+_NAMES = (  # focal_hf's, then the original's, applied in this order
+    (r"^classifier\.", "head."),
+    (r"^focal\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.position_embeddings$", "absolute_pos_embed"),
+    (r"^encoder\.", ""),
+    (r"\.downsample\.projection\.", ".downsample.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
+    (r"\.attention\.pooling\.layers\.", ".pool_layers."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.[qkv]_proj\.", ".attn.qkv."),
+    (r"\.attention\.neighborhood\.coordinate_mlps\.", ".attn.coord2rpb_all."),
+    (r"\.attention\.neighborhood\.nearest_index_", ".attn.topk_cloest_indice_"),
+    (r"\.attention\.neighborhood\.", ".attn."),
+)
+
+
+def original_name(name: str) -> str:
+    """The original's name for a tensor of `FocalForImageClassification`; `qkv` for each of its three parts."""
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _qkv_part(name: str) -> int | None:
+    match = re.search(r"\.([qkv])_proj\.", name)
+    return "qkv".index(match[1]) if match else None
+
+
+def build_empty(config: FocalConfig) -> FocalForImageClassification:
+    """The model without memory for its weights, to read names and shapes from."""
+    with torch.device("meta"):
+        return FocalForImageClassification(config)
+
+
+def original_buffers(
+    model: FocalForImageClassification, nearest: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The fixed tensors in the original's state dict that follow from the settings, and, for focalv2, from the indices.
+
+    `nearest` holds the indices, by their names in the original.
+    """
+    config = model.config
+    cpu = torch.device("cpu")
+    buffers = {}
+    for stage, depth in enumerate(config.depths):
+        height, width = config.stage_grids[stage]
+        for block in range(depth):
+            prefix = f"layers.{stage}.blocks.{block}"
+            geometry = config.block_geometry(stage, block)
+            window, expand = geometry.window_size, geometry.expand_size
+            if geometry.shift_size:
+                _, visible = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
+                buffers[f"{prefix}.attn_mask"] = torch.where(visible, 0.0, -100.0)
+            if config.attention_type == "topk":
+                side = torch.arange(window) - window // 2
+                coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)
+                buffers[f"{prefix}.attn.window_coords"] = coords
+                for level in range(config.focal_levels[stage]):
+                    index = nearest[f"{prefix}.attn.topk_cloest_indice_{level}"]
+                    buffers[f"{prefix}.attn.topk_cloest_coords_{level}"] = (
+                        _nearest_offsets(index, height, width, window, level).unsqueeze(1)
+                        + coords.view(-1, 2)[None, :, None, :]
+                    )
+                continue
+            buffers[f"{prefix}.attn.relative_position_index"] = relative_position_index(window, window, cpu)
+            if expand:
+                buffers[f"{prefix}.attn.valid_ind_rolled"] = _kept_of_rolled(window, expand)
+            for level in range(geometry.pooled_levels):
+                key_side = geometry.focal_window + 2**level - 1
+                buffers[f"{prefix}.attn.relative_position_index_{level}"] = relative_position_index(
+                    window, key_side, cpu
+                )
+                if level:
+                    dropped = 2**level - 1
+                    kept = torch.arange(key_side) + dropped
+                    buffers[f"{prefix}.attn.valid_ind_unfold_{level}"] = (
+                        kept[:, None] * (key_side + dropped) + kept
+                    ).flatten()
+    return buffers
+
+
+def _kept_of_rolled(window: int, expand: int) -> torch.Tensor:
+    """Which of the tokens of four windows, displaced along the diagonals, lie outside of the window."""
+    place = torch.arange(window)
+    outside = []
+    for down in (expand, -expand):
+        for right in (expand, -expand):
+            rows, cols = place + down, place + right
+            inside = ((rows >= 0) & (rows < window))[:, None] & ((cols >= 0) & (cols < window))[None, :]
+            outside.append(~inside.flatten())
+    return torch.cat(outside).nonzero().flatten()
+
+
+def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, level: int) -> torch.Tensor:
+    """(window centre - key) in tokens of the map, (windows, keys, 2), as the original keeps it."""
+    rows, cols = height // window, width // window
+    center = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
+    if level:
+        key = torch.stack([index // cols, index % cols], dim=-1)
+        return (center[:, None] - key).float() * window
+    center = center * window + window // 2
+    return (center[:, None] - torch.stack([index // width, index % width], dim=-1)).float()
+
+
+def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[str, torch.Tensor]:
+    """The state dict of `FocalForImageClassification(config)` from one of the original's, every tensor accounted for.
+
+    Raises:
+        ConversionError: names the tensors that are missing, left over, of another shape or not finite.
+    """
+    model = build_empty(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    advice = " Is --config (and --image-size) what the checkpoint was trained with?"
+
+    if missing := sorted({original_name(name) for name in expected} - set(state)):
+        raise ConversionError(f"The checkpoint lacks {_listed(missing)} of a model of these settings.{advice}")
+
+    converted = {}
+    for name, shape in expected.items():
+        tensor, part = state[original_name(name)], _qkv_part(name)
+        given = tuple(tensor.shape)
+        wanted = shape if part is None else (3 * shape[0], *shape[1:])
+        if given != wanted:
+            raise ConversionError(
+                f"{original_name(name)} has shape {given} in the checkpoint and {wanted} in a model of these settings."
+                + advice
+            )
+        if tensor.is_floating_point() != ("nearest_index" not in name):
+            raise ConversionError(f"{original_name(name)} is of type {tensor.dtype} in the checkpoint.")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ConversionError(f"{original_name(name)} holds values that are not finite: the checkpoint is damaged.")
+        converted[name] = (tensor if part is None else tensor.chunk(3)[part]).contiguous()
+
+    for name, tensor in converted.items():
+        if "nearest_index" in name:
+            geometry = config.block_geometry(*(int(number) for number in re.findall(r"\.(\d+)\.", name)[:2]))
+            height, width = config.stage_grids[int(re.search(r"layers\.(\d+)\.", name)[1])]
+            tokens = height * width // (geometry.window_size**2 if name.endswith("_1") else 1)
+            if tensor.min() < 0 or tensor.max() >= tokens:
+                raise ConversionError(
+                    f"{original_name(name)} points at tokens {tensor.min()} to {tensor.max()}; its level has {tokens}."
+                )
+
+    derived = original_buffers(model, state)
+    if surplus := sorted(set(state) - {original_name(name) for name in expected} - set(derived)):
+        raise ConversionError(
+            f"The checkpoint holds {_listed(surplus)}, for which a model of these settings has no use.{advice}"
+        )
+    for name in sorted(set(state) & set(derived)):
+        if state[name].shape != derived[name].shape or not torch.equal(
+            state[name].to(derived[name].dtype), derived[name]
+        ):
+            raise ConversionError(f"{name} in the checkpoint is not what these settings give.{advice}")
+    return converted
+
+
+def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[str, torch.Tensor]:
+    """The original's state dict, its fixed tensors included, from that of `FocalForImageClassification(config)`."""
+    original, parts = {}, {}
+    for name, tensor in state.items():
+        if (part := _qkv_part(name)) is None:
+            original[original_name(name)] = tensor
+        else:
+            parts.setdefault(original_name(name), {})[part] = tensor
+    for name, qkv in parts.items():
+        original[name] = torch.cat([qkv[part] for part in range(3)])
+    return original | original_buffers(build_empty(config), original)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
