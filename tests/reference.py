@@ -36,7 +36,7 @@ def pooled_map(attention, maps, level):
 
 
 def focal_keys(attention, maps, i, j):
-    """Keys of window (i, j): a list of (token or None outside of the map, bias of every query and head, hidden from)."""
+    """Keys of window (i, j): (token or None outside of the map, bias (heads, queries), hidden from which queries)."""
     near = attention.neighborhood
     window, expand, shift = near.window_size, near.expand_size, near.shift_size
     height, width = maps.shape[:2]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from reference import reference_attention
 
 from focal_hf import FocalConfig
 from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
+from reference import reference_attention
 
 
 @st.composite

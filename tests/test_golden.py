@@ -1,10 +1,10 @@
 """Same weights, same function as the original: every golden case, within 1e-5 in float32."""
 
-import golden_cases
-import original
 import pytest
 import torch
 
+import golden_cases
+import original
 from focal_hf import FocalBackbone, FocalForImageClassification
 
 TOLERANCE = 1e-5

@@ -290,8 +290,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
             if geometry.pooled_levels and geometry.window_size < 2 ** (geometry.pooled_levels - 1):
                 raise ValueError(
-                    f"focal_levels[{stage}] = {level} pools down to 1/{2 ** (geometry.pooled_levels - 1)} of a window's "
-                    f"side, but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
+                    f"focal_levels[{stage}] = {level} pools down to 1/{2 ** (geometry.pooled_levels - 1)} of a "
+                    f"window's side, but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
                     f"{self.image_size}. Use fewer levels, a larger window_size or a larger image_size."
                 )
             if self.expand_sizes[stage] > self.window_size:

@@ -1,0 +1,356 @@
+"""examples/: real processes that train a tiny Focal on pictures in folders, and what they say to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from focal_hf import FocalConfig, FocalForImageClassification
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FINETUNE = str(EXAMPLES / "finetune.py")
+BIN = Path(sys.executable).parent
+LAUNCH = [str(BIN / "accelerate"), "launch", "--quiet", "--cpu", "--num_processes", "1"]
+TWO_PROCESSES = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+
+COLOURS = {"red": (220, 40, 30), "green": (30, 200, 50), "blue": (40, 60, 210)}
+
+
+def draw_pictures(folder: Path, counts: dict[str, int]) -> Path:
+    """Plain pictures of 20 x 26 pixels, FOLDER/CLASS/NUMBER.png."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            shade = tuple(min(255, channel + 3 * number) for channel in COLOURS[name])
+            Image.new("RGB", (20, 26), shade).save(folder / name / f"{number}.png")
+    return folder
+
+
+def tiny_config(**changes) -> FocalConfig:
+    settings = {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "focal_levels": (2, 2),
+        "focal_windows": (3, 1),
+        "expand_sizes": (2, 2),
+        "encoder_stride": 4,
+    }
+    return FocalConfig(**settings | changes)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three colours to train on; 7 pictures to validate on, an odd number."""
+    draw_pictures(tmp_path / "data" / "train", {"red": 9, "green": 8, "blue": 8})
+    draw_pictures(tmp_path / "data" / "validation", {"red": 3, "green": 2, "blue": 2})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    tiny_config().save_pretrained(tmp_path / "config")
+    return tmp_path / "config"
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs examples/finetune.py in a process of its own, offline, with tmp_path as working folder."""
+
+    def run(*arguments: object, launcher: tuple | list = (sys.executable,)) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [*launcher, FINETUNE, "--workers", "0", *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_trained_model_loads_and_predicts(finetune, data, config, tmp_path):
+    output = tmp_path / "runs" / "colours"
+    run = finetune(
+        *("--config", config, "--data", data, "--output", output, "--batch-size", 4),
+        *("--epochs", 6, "--learning-rate", 5e-3, "--accumulate", 2),
+        launcher=LAUNCH,
+    )
+    assert run.returncode == 0, run.stderr
+
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert isinstance(model, FocalForImageClassification)
+    assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert model.config.label2id == {"blue": 0, "green": 1, "red": 2}
+    processor = AutoImageProcessor.from_pretrained(output)
+    assert processor(Image.new("RGB", (90, 60)), return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+    classify = pipeline("image-classification", model=str(output))
+    files = sorted(data.glob("validation/*/*.png"))
+    answers = [answer[0]["label"] for answer in classify([str(file) for file in files], top_k=1)]
+    correct = sum(answer == file.parent.name for answer, file in zip(answers, files, strict=True))
+
+    written = results(output)
+    assert len(written["history"]) == 6
+    assert written["best"]["accuracy"] == max(epoch["accuracy"] for epoch in written["history"])
+    assert written["best"]["correct"] == correct  # what is saved is the best model, with the pictures as it saw them
+    assert written["best"]["accuracy"] > 0.7  # plain colours: a third by chance
+    assert "24 steps" in run.stdout  # ceil(25 / 4) = 7 batches, two a step: 4 steps, 6 times
+    assert "18/24" in run.stderr or "24/24" in run.stderr  # the progress bar
+    assert [path.name for path in output.parent.iterdir()] == ["colours"]  # nothing left that was written aside
+
+
+def test_two_processes_count_every_image_once(finetune, data, config, tmp_path):
+    run = finetune(
+        *("--config", config, "--data", data, "--output", tmp_path / "two", "--batch-size", 2, "--epochs", 2),
+        launcher=TWO_PROCESSES,
+    )
+    assert run.returncode == 0, run.stderr
+    written = results(tmp_path / "two")
+    assert written["processes"] == 2
+    assert [epoch["images"] for epoch in written["history"]] == [7, 7]  # not 8, what two equal shares come to
+
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "two")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "two")
+    losses = []
+    for file in sorted(data.glob("validation/*/*.png")):
+        pixels = processor(Image.open(file), return_tensors="pt")
+        label = torch.tensor([model.config.label2id[file.parent.name]])
+        losses.append(model.eval()(**pixels, labels=label).loss.item())
+    assert sum(losses) / 7 == pytest.approx(written["best"]["loss"], abs=1e-5)
+
+
+def test_same_seed_same_result(finetune, data, config, tmp_path):
+    losses = []
+    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
+        run = finetune(
+            *("--config", config, "--data", data, "--output", tmp_path / name, "--epochs", 1, "--seed", seed)
+        )
+        assert run.returncode == 0, run.stderr
+        losses.append(results(tmp_path / name)["history"][0]["train_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+class TestStartingFromACheckpoint:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Callable[..., Path]:
+        """Saves a tiny model with the given classes; its processor halves the brightness, to be told from another."""
+
+        def save(*names: str) -> Path:
+            model = FocalForImageClassification(tiny_config(id2label=dict(enumerate(names))))
+            torch.nn.init.constant_(model.classifier.bias, 7.0)
+            model.save_pretrained(tmp_path / "start")
+            AutoImageProcessor.from_pretrained(self.write_processor(tmp_path)).save_pretrained(tmp_path / "start")
+            return tmp_path / "start"
+
+        return save
+
+    @staticmethod
+    def write_processor(folder: Path) -> Path:
+        (folder / "processor").mkdir()
+        settings = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": 18},
+            "crop_size": {"height": 16, "width": 16},
+            "rescale_factor": 1 / 510,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+        (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(settings))
+        return folder / "processor"
+
+    def one_epoch(self, finetune, start: Path, data: Path) -> tuple[FocalForImageClassification, str]:
+        """The model after training with steps too small to change anything, and what was printed."""
+        output = start.with_name("output")
+        run = finetune("--model", start, "--data", data, "--output", output, "--epochs", 1, "--learning-rate", 1e-12)
+        assert run.returncode == 0, run.stderr
+        assert AutoImageProcessor.from_pretrained(output).rescale_factor == 1 / 510
+        return AutoModelForImageClassification.from_pretrained(output), run.stdout
+
+    def test_with_the_same_classes_keeps_the_classifier_and_their_order(self, finetune, checkpoint, data):
+        model, said = self.one_epoch(finetune, checkpoint("red", "blue", "green"), data)
+        assert model.config.id2label == {0: "red", 1: "blue", 2: "green"}
+        assert model.classifier.bias.tolist() == pytest.approx([7.0] * 3)
+        assert "starts anew" not in said
+
+    @pytest.mark.parametrize("names", [("cat", "dog", "cow"), ("cat", "dog")], ids=["as_many", "fewer"])
+    def test_with_other_classes_makes_a_new_classifier(self, finetune, checkpoint, data, names):
+        start = checkpoint(*names)
+        model, said = self.one_epoch(finetune, start, data)
+        assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+        assert model.classifier.weight.shape == (3, 16)
+        assert model.classifier.bias.abs().max() < 1
+        assert model.classifier.weight.std() > 0
+        assert "its classifier starts anew, with the 3 classes of the data" in said
+        before = FocalForImageClassification.from_pretrained(start)
+        torch.testing.assert_close(model.focal.state_dict(), before.focal.state_dict())
+
+
+def test_without_a_validation_split_holds_out_a_share_of_each_class(finetune, config, tmp_path):
+    folder = draw_pictures(tmp_path / "flat", {"red": 20, "green": 12, "blue": 2})
+    options = ("--config", config, "--data", folder, "--validation-fraction", 0.25, "--epochs", 1)
+    run = finetune(*options, "--output", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert "No split called validation: holding out 9 of 34 training images, 25% of each class" in run.stdout
+    assert results(tmp_path / "out")["best"]["images"] == 5 + 3 + 1
+
+
+def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, tmp_path):
+    output = tmp_path / "out"
+    tiny_config(embed_dim=4).save_pretrained(output)
+    (output / "stale.txt").write_text("of the earlier model")
+    options = ("--config", config, "--data", data, "--output", output, "--epochs", 1)
+    run = finetune(*options, "--overwrite")
+    assert run.returncode == 0, run.stderr
+    assert AutoModelForImageClassification.from_pretrained(output).config.embed_dim == 8
+    assert not (output / "stale.txt").exists()
+
+    (output / "config.json").unlink()
+    refused = finetune(*options, "--overwrite")
+    assert refused.returncode == 1
+    assert "holds something else than a model" in refused.stderr
+    assert (output / "model.safetensors").exists()
+
+
+def no_such_folder(tmp_path: Path) -> list[str]:
+    return ["--data", "./nowhere"]
+
+
+def no_such_hub_name(tmp_path: Path) -> list[str]:
+    return ["--data", "nobody/nothing"]
+
+
+def no_images(tmp_path: Path) -> list[str]:
+    (tmp_path / "texts" / "train" / "red").mkdir(parents=True)
+    (tmp_path / "texts" / "train" / "red" / "notes.txt").write_text("no picture")
+    return ["--data", "texts"]
+
+
+def one_class(tmp_path: Path) -> list[str]:
+    draw_pictures(tmp_path / "single" / "train", {"red": 3})
+    return ["--data", "single"]
+
+
+def class_without_training_images(tmp_path: Path) -> list[str]:
+    draw_pictures(tmp_path / "odd" / "train", {"red": 2, "green": 2})
+    draw_pictures(tmp_path / "odd" / "validation", {"red": 1, "blue": 1})
+    return ["--data", "odd"]
+
+
+def broken_image(tmp_path: Path) -> list[str]:
+    (tmp_path / "data" / "train" / "red" / "broken.png").write_text("no picture")
+    return []
+
+
+def unknown_label_column(tmp_path: Path) -> list[str]:
+    return ["--label-column", "species"]
+
+
+def unknown_image_column(tmp_path: Path) -> list[str]:
+    return ["--image-column", "img"]
+
+
+def no_such_config(tmp_path: Path) -> list[str]:
+    return ["--config", "missing.json"]
+
+
+def contradictory_config(tmp_path: Path) -> list[str]:
+    settings = tiny_config().to_dict() | {"num_heads": [3, 2]}
+    (tmp_path / "wrong.json").write_text(json.dumps(settings))
+    return ["--config", "wrong.json"]
+
+
+def grey_config(tmp_path: Path) -> list[str]:
+    tiny_config(num_channels=1).save_pretrained(tmp_path / "grey")
+    return ["--config", "grey"]
+
+
+def output_not_empty(tmp_path: Path) -> list[str]:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("three years of work")
+    return ["--output", "full"]
+
+
+ERRORS = {
+    no_such_folder: "No such folder: --data ./nowhere. Give an existing folder or the name of a data set on the Hub.",
+    no_such_hub_name: "Cannot read --data nobody/nothing (no such folder here, nor a readable Hub data set)",
+    no_images: "No images found in --data texts: expected texts/train/CLASS/*.png",
+    one_class: "--data single has only one class (red) to train on: a classifier needs at least two",
+    class_without_training_images: "The validation split has classes that have no training images: blue.",
+    broken_image: "Not a readable image: ",
+    unknown_label_column: "has no column species; its columns are image, label. Name the right one with --label-column",
+    unknown_image_column: "has no column img; its columns are image, label. Name the right one with --image-column",
+    no_such_config: "No such file or folder: --config missing.json",
+    contradictory_config: "Cannot build an image classifier from --config wrong.json: ",
+    grey_config: "grey takes 1 channels; this script feeds colour images (3 channels).",
+    output_not_empty: "--output full exists and is not empty: name another folder, or add --overwrite.",
+}
+
+
+@pytest.mark.parametrize("prepare", ERRORS, ids=lambda prepare: prepare.__name__)
+def test_bad_input_is_one_clear_line_before_training(finetune, data, config, tmp_path, prepare):
+    """Of an option given twice, the last counts."""
+    files = set(tmp_path.rglob("*"))
+    run = finetune("--config", config, "--data", data, "--output", "out", *prepare(tmp_path))
+    assert run.returncode == 1
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert ERRORS[prepare] in errors[0]
+    assert len(errors[0]) < 400
+    assert "Traceback" not in run.stderr
+    assert "epoch" not in run.stdout
+    assert not (tmp_path / "out").exists()
+    assert files <= set(tmp_path.rglob("*"))
+
+
+def test_launcher_passes_an_error_on(finetune, config):
+    run = finetune("--config", config, "--data", "./nowhere", "--output", "out", launcher=LAUNCH)
+    assert run.returncode != 0
+    assert "error: No such folder: --data ./nowhere." in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_two_processes_report_an_error_once(finetune, config):
+    run = finetune("--config", config, "--data", "./nowhere", "--output", "out", launcher=TWO_PROCESSES)
+    assert run.returncode != 0
+    assert run.stderr.count("error: No such folder: --data ./nowhere.") == 1
+
+
+def test_model_and_config_exclude_each_other(finetune, config):
+    run = finetune("--config", config, "--model", config, "--data", "data", "--output", "out")
+    assert run.returncode == 2
+    assert "not allowed with argument" in run.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_learns_the_digits(tmp_path):
+    """`make quickstart`, in another folder."""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path / "quick")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "quick" / "result.json").read_text())
+    assert result["accuracy"] >= 0.95
+    assert f"Accuracy on {result['images']} unseen pictures: {result['accuracy']:.4f}" in run.stdout
+
+    splits = {split: set() for split in ("train", "validation", "test")}
+    for split, seen in splits.items():
+        seen.update(file.name for file in (tmp_path / "quick" / "digits" / split).glob("*/*.png"))
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 1797  # no picture in two splits
+    assert result["images"] == len(splits["test"])
+    with Image.open(tmp_path / "quick" / "predictions.png") as picture:
+        assert picture.width > 1000

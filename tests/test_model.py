@@ -1,0 +1,344 @@
+"""The transformers API, for both attention types: names, shapes, sizes, saving, initial weights, errors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    BitImageProcessorPil,
+    SwinBackbone,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    SwinModel,
+    pipeline,
+)
+
+from focal_hf import (
+    FocalBackbone,
+    FocalConfig,
+    FocalForImageClassification,
+    FocalForMaskedImageModeling,
+    FocalModel,
+    FocalPreTrainedModel,
+)
+from focal_hf.modeling_focal import FocalAttention
+
+BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
+CLASSES = {
+    FocalModel: AutoModel,
+    FocalForImageClassification: AutoModelForImageClassification,
+    FocalForMaskedImageModeling: AutoModelForMaskedImageModeling,
+}
+SWIN = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
+SWIN |= {"encoder_stride": 16, "num_labels": 5}
+
+
+def tiny(attention_type="focal", **changes):
+    options = {"focal_levels": (2, 2, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 2, 2), "topk": 11}
+    return FocalConfig(attention_type=attention_type, **SWIN | options | changes)
+
+
+def randomized(model):
+    """With weights under which every part matters."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+def pixels(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_importing_prints_nothing():
+    run = subprocess.run([sys.executable, "-c", "import focal_hf"], capture_output=True, text=True, check=True)
+    assert run.stdout == run.stderr == ""
+
+
+@BOTH
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_auto_classes_save_and_load(model_class, attention_type, tmp_path):
+    model = randomized(model_class(tiny(attention_type)))
+    model.save_pretrained(tmp_path)
+    loaded = CLASSES[model_class].from_pretrained(tmp_path)
+    assert type(loaded) is model_class
+    assert type(CLASSES[model_class].from_config(AutoConfig.from_pretrained(tmp_path))) is model_class
+    for (name, saved), (_, value) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(saved, value), name
+    mask = {"bool_masked_pos": torch.ones(1, 64).bool()} if model_class is FocalForMaskedImageModeling else {}
+    with torch.no_grad():
+        assert torch.equal(model(pixels(1, 3, 32, 32), **mask)[0], loaded(pixels(1, 3, 32, 32), **mask)[0])
+
+
+@BOTH
+def test_backbone_takes_the_weights_of_a_classifier(attention_type, tmp_path):
+    model = randomized(FocalForImageClassification(tiny(attention_type)))
+    model.save_pretrained(tmp_path)
+    backbone, info = FocalBackbone.from_pretrained(tmp_path, out_indices=(1, 3), output_loading_info=True)
+    assert all(name.startswith("hidden_states_norms.") for name in info["missing_keys"])
+    assert backbone.out_features == ["stage1", "stage3"]
+    assert backbone.channels == [8, 32]
+    outputs = backbone.eval()(pixels(2, 3, 32, 48), output_hidden_states=True)
+    assert [tuple(maps.shape) for maps in outputs.feature_maps] == [(2, 8, 8, 12), (2, 32, 2, 3)]
+    expected = model.focal(pixels(2, 3, 32, 48), output_hidden_states=True).reshaped_hidden_states
+    torch.testing.assert_close(outputs.hidden_states[-1], expected[-1])
+    assert type(AutoBackbone.from_config(tiny(attention_type))) is FocalBackbone
+    assert FocalBackbone(tiny(attention_type))(pixels(1, 3, 32, 32)).hidden_states is None
+
+
+@BOTH
+def test_every_parameter_of_a_backbone_is_trained(attention_type):
+    backbone = FocalBackbone(tiny(attention_type, out_features=["stage1", "stage3"]))
+    sum(maps.square().mean() for maps in backbone(pixels(1, 3, 32, 32)).feature_maps).backward()
+    assert [name for name, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+@BOTH
+def test_outputs_are_named_and_shaped_as_swins(attention_type):
+    for ours, swins in (
+        (FocalModel, SwinModel),
+        (FocalForImageClassification, SwinForImageClassification),
+        (FocalForMaskedImageModeling, SwinForMaskedImageModeling),
+        (FocalBackbone, SwinBackbone),
+    ):
+        names = ["stem", "stage2", "stage3"]
+        # Swin itself fails where a map is smaller than its window.
+        config = tiny(attention_type, out_features=names, image_size=64)
+        swin_config = SwinConfig(**SWIN | {"image_size": 64}, out_features=names)
+        config._attn_implementation = swin_config._attn_implementation = "eager"
+        with torch.no_grad():
+            options = {"output_hidden_states": True, "output_attentions": True}
+            outputs = ours(config).eval()(pixels(2, 3, 64, 64), **options)
+            expected = swins(swin_config).eval()(pixels(2, 3, 64, 64), **options)
+        assert list(outputs) == list(expected)
+        for name in expected:
+            if name == "attentions":  # Swin's windows have other keys
+                assert len(outputs[name]) == len(expected[name])
+            elif isinstance(expected[name], tuple):
+                assert [value.shape for value in outputs[name]] == [value.shape for value in expected[name]], name
+            else:
+                assert outputs[name].shape == expected[name].shape, name
+        # Recipes for Swin name these modules.
+        modules = {name.removeprefix("focal.") for name, _ in ours(config).named_modules()}
+        for name in ("embeddings.patch_embeddings.projection", "encoder.layers.1.blocks.1.attention.q_proj"):
+            assert name in modules
+
+
+@BOTH
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(1, 150), width=st.integers(1, 150), conv=st.booleans(), shift=st.booleans())
+def test_maps_have_the_sizes_of_swins(attention_type, height, width, conv, shift):
+    config = tiny(attention_type, use_conv_embed=conv, use_shift=shift, use_pre_norm=shift)
+    config.out_features = config.stage_names
+    backbone = randomized(FocalBackbone(config))
+    swin = SwinBackbone(SwinConfig(**SWIN, out_features=config.stage_names)).eval()
+    with torch.no_grad():
+        maps = backbone(pixels(1, 3, height, width)).feature_maps
+        expected = swin(pixels(1, 3, height, width)).feature_maps
+    assert [value.shape for value in maps] == [value.shape for value in expected]
+    assert all(value.isfinite().all() for value in maps)
+
+
+@BOTH
+def test_input_is_padded_with_zeros_to_whole_patches(attention_type):
+    model = randomized(FocalModel(tiny(attention_type)))
+    image = pixels(1, 3, 35, 46)
+    padded = torch.nn.functional.pad(image, (0, 2, 0, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(image).last_hidden_state, model(padded).last_hidden_state)
+
+
+def test_odd_maps_are_padded_with_zeros():
+    model = randomized(FocalModel(tiny()))
+    downsample = model.encoder.layers[0].downsample
+    tokens = pixels(1, 5 * 7, 8)
+    even = torch.nn.functional.pad(tokens.unflatten(1, (5, 7)), (0, 0, 0, 1, 0, 1)).flatten(1, 2)
+    torch.testing.assert_close(downsample(tokens, (5, 7)), downsample(even, (6, 8)))
+
+
+def test_absolute_positions_are_interpolated():
+    model = randomized(FocalModel(tiny(use_absolute_embeddings=True)))
+    slope = torch.linspace(-1, 1, 8)[:, None].expand(8, 8).reshape(1, 64, 1).expand(1, 64, 8)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.copy_(slope)
+        maps = model.embeddings.interpolated_positions(11, 17).view(11, 17, 8)
+    assert (maps.diff(dim=0) > 0).all()
+    torch.testing.assert_close(maps, maps[:, :1, :1].expand_as(maps))
+    torch.testing.assert_close(maps[5], torch.zeros(17, 8))
+    assert model(pixels(1, 3, 41, 67)).last_hidden_state.shape == (1, 3 * 5, 32)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [(32, 32), (30, 45), (7, 64)])
+def test_masked_image_modelling(attention_type, size):
+    model = randomized(FocalForMaskedImageModeling(tiny(attention_type)))
+    height, width = size
+    rows, cols = -(-height // 4), -(-width // 4)
+    image = pixels(2, 3, height, width)
+    mask = torch.rand(2, rows * cols, generator=torch.Generator().manual_seed(2)) < 0.5
+    outputs = model(image, bool_masked_pos=mask)
+    assert outputs.reconstruction.shape == image.shape
+    hidden = torch.zeros(2, 3, height, width, dtype=torch.bool)
+    for row in range(height):
+        for col in range(width):
+            hidden[:, :, row, col] = mask[:, row // 4 * cols + col // 4, None]
+    torch.testing.assert_close(outputs.loss, (outputs.reconstruction - image)[hidden].abs().mean())
+    # What is hidden does not reach the encoder.
+    changed = torch.where(hidden, 3 * image, image)
+    torch.testing.assert_close(model(changed, bool_masked_pos=mask).reconstruction, outputs.reconstruction)
+    assert model(image).loss is None
+    with pytest.raises(ValueError, match=f"bool_masked_pos must have shape .* = \\(2, {rows * cols}\\)"):
+        model(image, bool_masked_pos=mask[:, 1:])
+
+
+def test_masked_image_modelling_needs_its_stride():
+    with pytest.raises(ValueError, match=r"encoder_stride must be patch_size .* = 16.*got 32"):
+        FocalForMaskedImageModeling(tiny(encoder_stride=32))
+    with pytest.raises(ValueError, match="use_mask_token=True"):
+        FocalModel(tiny())(pixels(1, 3, 32, 32), bool_masked_pos=torch.ones(1, 64).bool())
+
+
+@BOTH
+def test_attention_of_every_block(attention_type):
+    model = FocalModel(tiny(attention_type)).eval()
+    model.set_attn_implementation("eager")
+    weights = []
+    for module in model.modules():
+        if isinstance(module, FocalAttention):
+            module.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    last = model(pixels(1, 3, 32, 32), output_attentions=True).attentions
+    assert len(weights) == sum(model.config.depths)
+    assert all(torch.equal(weights[block], value) for block, value in zip((0, 2, 3), last, strict=True))
+    assert weights[1].shape[:3] == (1, 2, 16)  # one window of 4 by 4 queries, two heads
+    for value in weights:
+        torch.testing.assert_close(value.sum(-1), torch.ones_like(value[..., 0]))
+
+
+def test_initial_weights_are_the_originals():
+    torch.manual_seed(0)
+    config = tiny(embed_dim=32, use_absolute_embeddings=True, use_layerscale=True, use_pre_norm=True, image_size=64)
+    model = FocalForImageClassification(config)
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.bias.abs().max() == 0, name
+            if module.weight.numel() > 1000:
+                assert 0.018 < module.weight.std() < 0.022, name
+        elif isinstance(module, torch.nn.Conv2d):
+            bound = (module.weight.shape[1] * module.kernel_size[0] ** 2) ** -0.5  # PyTorch's uniform default
+            assert 0.95 * bound < module.weight.abs().max() <= bound, name
+            assert 0.5 * bound < module.bias.abs().max() <= bound, name
+        elif isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        seen.add(type(module))
+    assert {torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm} <= seen
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            assert parameter.abs().max() == 0, name
+        elif "relative_position_bias_table_to" in name or "position_embeddings" in name:
+            assert 0.015 < parameter.std() < 0.025, name
+        elif "layer_scale" in name:
+            assert (parameter == 1e-4).all(), name
+
+
+def test_indices_that_a_checkpoint_lacks_are_computed(tmp_path):
+    """Models are built without memory and filled from the file; what it lacks must not stay garbage."""
+    model = FocalModel(tiny("topk"))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "nearest_index" not in name}
+    assert len(kept) == len(state) - 8
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = FocalModel.from_pretrained(tmp_path)
+    for name, tensor in state.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(attention_type, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = FocalForImageClassification(tiny(attention_type)).eval()
+    model.save_pretrained(tmp_path)
+    low = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=dtype).eval()
+    with torch.no_grad():
+        expected, logits = model(pixels(2, 3, 40, 32)).logits, low(pixels(2, 3, 40, 32).to(dtype)).logits
+    assert logits.dtype == dtype
+    assert (logits - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+@BOTH
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(attention_type, reentrant):
+    model = randomized(FocalForImageClassification(tiny(attention_type, drop_path_rate=0.0))).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(pixels(2, 3, 32, 32), labels=torch.tensor([1, 4])).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+@BOTH
+def test_dropout_and_stochastic_depth(attention_type):
+    rates = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "drop_path_rate": 0.5}
+    model = randomized(FocalModel(tiny(attention_type, use_layerscale=True, **rates)))
+    image = pixels(4, 3, 32, 32)
+    assert torch.equal(model(image)[0], model(image)[0])
+    model.train()
+    assert not torch.equal(model(image)[0], model(image)[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"shape \(batch, 3, height, width\).*got \(3, 32, 32\)"),
+        (torch.zeros(1, 1, 32, 32), r"config.num_channels = 3 channels; got \(1, 1, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "must be floating point.*got torch.uint8"),
+        (None, "pixel_values are required"),
+    ],
+)
+def test_bad_pixels_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        FocalForImageClassification(tiny())(image)
+
+
+def test_pipelines_on_a_folder(tmp_path):
+    model = randomized(FocalForImageClassification(tiny(id2label={0: "ant", 1: "bee", 2: "cow"}, num_labels=3)))
+    model.save_pretrained(tmp_path)
+    BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)).__name__.startswith("BitImageProcessor")
+    image = Image.effect_mandelbrot((60, 50), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    image.save(tmp_path / "image.png")
+
+    predictions = pipeline("image-classification", model=str(tmp_path))([str(tmp_path / "image.png"), image], top_k=2)
+    assert predictions[0] == predictions[1]
+    pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values
+    scores = model(pixel_values).logits.softmax(-1)[0].topk(2)
+    assert [p["label"] for p in predictions[0]] == [model.config.id2label[i] for i in scores.indices.tolist()]
+    assert [p["score"] for p in predictions[0]] == pytest.approx(scores.values.tolist(), abs=1e-5)
+
+    features = pipeline("image-feature-extraction", model=str(tmp_path))(image)
+    torch.testing.assert_close(torch.tensor(features), model.focal(pixel_values).last_hidden_state)
+
+
+def test_original_layout_of_classes():
+    for model_class in (*CLASSES, FocalBackbone):
+        assert issubclass(model_class, FocalPreTrainedModel)
+        assert model_class.config_class is FocalConfig
