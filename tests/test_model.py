@@ -1,5 +1,6 @@
 """The transformers API, for both attention types: names, shapes, sizes, saving, initial weights, errors."""
 
+import os
 import subprocess
 import sys
 
@@ -34,6 +35,7 @@ from focal_hf import (
     FocalPreTrainedModel,
 )
 from focal_hf.modeling_focal import FocalAttention
+from hub_server import serve
 
 BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
 CLASSES = {
@@ -342,3 +344,23 @@ def test_original_layout_of_classes():
     for model_class in (*CLASSES, FocalBackbone):
         assert issubclass(model_class, FocalPreTrainedModel)
         assert model_class.config_class is FocalConfig
+
+
+@BOTH
+def test_loads_by_name_from_the_hub(attention_type, tmp_path):
+    """In a process of its own, from a server in the Hub's place."""
+    randomized(FocalForImageClassification(tiny(attention_type))).save_pretrained(tmp_path / "repository")
+    BitImageProcessorPil().save_pretrained(tmp_path / "repository")
+    script = """
+import torch, focal_hf
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel, pipeline
+AutoModel.from_pretrained("org/focal")
+AutoImageProcessor.from_pretrained("org/focal")
+pipeline("image-classification", model="org/focal")
+backbone = AutoBackbone.from_pretrained("org/focal", out_indices=[1, 3])
+print([tuple(maps.shape) for maps in backbone(torch.zeros(1, 3, 64, 32)).feature_maps])
+"""
+    with serve(tmp_path / "repository", "org/focal") as address:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": address}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip().endswith("[(1, 8, 16, 8), (1, 32, 4, 2)]"), run.stderr
