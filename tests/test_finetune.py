@@ -1,7 +1,9 @@
 """examples/: real processes that train a tiny Focal on pictures in folders, and what they say to bad input."""
 
+import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,8 +82,29 @@ def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture(scope="module")
+def script():
+    """examples/finetune.py as a module, for what can be asked of its functions alone."""
+    spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
+
+
+def validation_loss(folder: Path, data: Path) -> float:
+    """Mean loss of a saved model over the validation pictures, one by one."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    losses = []
+    for file in data.glob("validation/*/*.png"):
+        pixels = processor(Image.open(file), return_tensors="pt")
+        label = torch.tensor([model.config.label2id[file.parent.name]])
+        losses.append(model(**pixels, labels=label).loss.item())
+    return sum(losses) / len(losses)
 
 
 def test_trained_model_loads_and_predicts(finetune, data, config, tmp_path):
@@ -124,14 +147,23 @@ def test_two_processes_count_every_image_once(finetune, data, config, tmp_path):
     assert written["processes"] == 2
     assert [epoch["images"] for epoch in written["history"]] == [7, 7]  # not 8, what two equal shares come to
 
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "two")
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "two")
-    losses = []
-    for file in sorted(data.glob("validation/*/*.png")):
-        pixels = processor(Image.open(file), return_tensors="pt")
-        label = torch.tensor([model.config.label2id[file.parent.name]])
-        losses.append(model.eval()(**pixels, labels=label).loss.item())
-    assert sum(losses) / 7 == pytest.approx(written["best"]["loss"], abs=1e-5)
+    assert validation_loss(tmp_path / "two", data) == pytest.approx(written["best"]["loss"], abs=1e-5)
+
+
+def test_keeps_the_best_epoch_not_the_last(finetune, data, config, tmp_path):
+    """Validation pictures under wrong names: the more is learnt, the worse it gets."""
+    for old, new in (("red", "spare"), ("green", "red"), ("blue", "green"), ("spare", "blue")):
+        (data / "validation" / old).rename(data / "validation" / new)
+    run = finetune(
+        *("--config", config, "--data", data, "--output", tmp_path / "out", "--batch-size", 4),
+        *("--epochs", 4, "--learning-rate", 5e-3),
+    )
+    assert run.returncode == 0, run.stderr
+    written = results(tmp_path / "out")
+    assert written["best"]["epoch"] < 4
+    assert written["best"]["loss"] < written["history"][-1]["loss"]
+    assert len(written["history"]) == 4
+    assert validation_loss(tmp_path / "out", data) == pytest.approx(written["best"]["loss"], abs=1e-5)
 
 
 def test_same_seed_same_result(finetune, data, config, tmp_path):
@@ -207,6 +239,76 @@ def test_without_a_validation_split_holds_out_a_share_of_each_class(finetune, co
     assert run.returncode == 0, run.stderr
     assert "No split called validation: holding out 9 of 34 training images, 25% of each class" in run.stdout
     assert results(tmp_path / "out")["best"]["images"] == 5 + 3 + 1
+
+
+def test_reads_labels_that_are_text_from_a_column_of_its_own(finetune, config, tmp_path):
+    (tmp_path / "table").mkdir()
+    lines = ["file_name,colour"]
+    for name in COLOURS:
+        for number in range(4):
+            Image.new("RGB", (16, 16), COLOURS[name]).save(tmp_path / "table" / f"{name}{number}.png")
+            lines.append(f"{name}{number}.png,{name}")
+    (tmp_path / "table" / "metadata.csv").write_text("\n".join(lines))
+    run = finetune(
+        *("--config", config, "--data", "table", "--label-column", "colour", "--output", tmp_path / "out"),
+        *("--epochs", 1),
+    )
+    assert run.returncode == 0, run.stderr
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+
+
+def test_stopped_while_saving_leaves_the_earlier_model_whole(script, tmp_path):
+    class FullDisk:
+        def save_pretrained(self, folder: Path):
+            raise OSError("No space left on device")
+
+    model = FocalForImageClassification(tiny_config(num_labels=3))
+    processor = script.default_processor(model.config, crop=1.0)
+    script.save_model(tmp_path / "out", model, processor, {"epoch": 1})
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    torch.nn.init.ones_(model.classifier.weight)
+    with pytest.raises(OSError, match="No space left"):
+        script.save_model(tmp_path / "out", model, FullDisk(), {"epoch": 2})
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
+
+    script.save_model(tmp_path / "out", model, processor, {"epoch": 3})
+    assert results(tmp_path / "out") == {"epoch": 3}
+    assert FocalForImageClassification.from_pretrained(tmp_path / "out").classifier.weight.eq(1).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_decays_matrices_only(script):
+    model = FocalForImageClassification(tiny_config(use_absolute_embeddings=True))
+    decayed, spared = script.decay_groups(model, weight_decay=0.3)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    tables = ("position_embeddings", "relative_position_bias_table")
+    assert {id(parameter) for parameter in spared["params"]} == {
+        key for key, name in names.items() if name.endswith("bias") or "norm" in name or any(t in name for t in tables)
+    }
+    for table in tables:
+        assert any(table in names[id(parameter)] for parameter in spared["params"])
+
+
+def test_random_view_shows_a_part_of_the_size_asked_for(script):
+    """Red grows from left to right and green downwards, so that a view's corners tell what it shows."""
+    random.seed(0)
+    slope = Image.linear_gradient("L")
+    picture = Image.merge("RGB", (slope.rotate(90), slope, slope))
+    shares, mirrored = [], 0
+    for _ in range(200):
+        view = script.random_view(picture, (32, 32), 0.4, flip=True, resample=Image.Resampling.BILINEAR)
+        assert view.size == (32, 32)
+        (left, top, _), (right, bottom, _) = view.getpixel((0, 0)), view.getpixel((31, 31))
+        mirrored += left > right
+        shares.append(abs(right - left) * (bottom - top) / 255**2 * (32 / 31) ** 2)  # from centres to edges of pixels
+    assert 0.37 < min(shares) < 0.5
+    assert 0.8 < max(shares) < 1.01
+    assert 60 < mirrored < 140
+    unmirrored = [script.random_view(picture, (8, 8), 0.4, False, 2) for _ in range(20)]
+    assert all(view.getpixel((0, 0))[0] < view.getpixel((7, 0))[0] for view in unmirrored)
 
 
 def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, tmp_path):
@@ -339,9 +441,8 @@ def test_model_and_config_exclude_each_other(finetune, config):
 @pytest.mark.slow
 def test_quickstart_learns_the_digits(tmp_path):
     """`make quickstart`, in another folder."""
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path / "quick")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "quick" / "result.json").read_text())
     assert result["accuracy"] >= 0.95
