@@ -106,7 +106,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
     if not isinstance(own, dict):
         raise ConversionError(f"{path} must hold settings such as MODEL.FOCAL.EMBED_DIM; it holds {own!r}.")
     settings = {}
-    for base in own.pop("BASE", None) or []:
+    bases = own.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
         if base:
             settings = _merged(settings, _read_yaml((path.parent / base).resolve(), (*above, path)))
     return _merged(settings, own)
@@ -120,10 +121,10 @@ def _merged(base: Mapping, over: Mapping) -> dict:
     return merged
 
 
-def config_from_settings(settings: Mapping, image_size: int | None = None) -> FocalConfig:
+def config_from_settings(settings: Mapping, image_size: int | list[int] | None = None) -> FocalConfig:
     """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`."""
-    model, data = settings.get("MODEL") or {}, settings.get("DATA") or {}
-    focal = model.get("FOCAL") or {}
+    model, data = _section(settings, "MODEL"), _section(settings, "DATA")
+    focal = _section(model, "FOCAL")
     if unknown := sorted(set(focal) - set(_FOCAL_DEFAULTS)):
         raise ConversionError(f"MODEL.FOCAL has no {', '.join(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
     focal = _FOCAL_DEFAULTS | focal
@@ -131,8 +132,8 @@ def config_from_settings(settings: Mapping, image_size: int | None = None) -> Fo
     if kind not in _ATTENTION_TYPES:
         raise ConversionError(f"MODEL.TYPE must be focal or focalv2; the settings say {kind!r}.")
     labels = model.get("NUM_CLASSES", 1000)
-    stages = len(focal["DEPTHS"])
     try:
+        stages = len(focal["DEPTHS"])
         return FocalConfig(
             image_size=image_size or data.get("IMG_SIZE", 224),
             patch_size=focal["PATCH_SIZE"],
@@ -168,8 +169,34 @@ def config_from_settings(settings: Mapping, image_size: int | None = None) -> Fo
         raise ConversionError(f"The settings do not describe a model. {error}") from error
 
 
+def _section(settings: Mapping, name: str) -> Mapping:
+    section = settings.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ConversionError(f"{name} in the settings must hold further settings; it holds {section!r}.")
+    return section
+
+
+def size_note(config: FocalConfig) -> str | None:
+    """What to know about a model whose maps do not divide evenly."""
+    size = config.image_size
+    unit = config.patch_size * 2 ** (len(config.depths) - 1)
+    if not any(side % unit for side in ([size] if isinstance(size, int) else size)):
+        return None
+    return (
+        f"Note: {size} pixels do not divide by {unit}. Where the original then leaves out the last rows and columns of "
+        "a map, focal_hf keeps them, so the two give different logits at this size."
+    )
+
+
 def settings_from_config(config: FocalConfig, name: str) -> dict:
-    """The settings from which the original builds the model of `config`."""
+    """The settings from which the original builds the model of `config`.
+
+    Raises:
+        ConversionError: where the original has no such setting.
+    """
+    for setting, fixed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
+        if (value := getattr(config, setting)) != fixed:
+            raise ConversionError(f"The original always has {setting} = {fixed}; this model has {value}.")
     kinds = {ours: theirs for theirs, ours in _ATTENTION_TYPES.items()}
     size = config.image_size
     return {
@@ -266,8 +293,8 @@ def original_buffers(
             geometry = config.block_geometry(stage, block)
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
-                _, visible = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
-                buffers[f"{prefix}.attn_mask"] = torch.where(visible, 0.0, -100.0)
+                _, hidden = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
+                buffers[f"{prefix}.attn_mask"] = torch.where(hidden, -100.0, 0.0)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2
                 coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)

@@ -1,0 +1,227 @@
+"""Convert a checkpoint of the original Focal Transformer, or PaddleViT's copy of one, to transformers' format."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForImageClassification, BitImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
+
+from checkpoint_files import (
+    check_output_folder,
+    failing_as,
+    move_into_place,
+    read_checkpoint,
+    run,
+    say,
+    staging_folder,
+)
+from focal_hf import FocalConfig, FocalForImageClassification
+from model_card import model_card
+from original import (
+    RELEASED,
+    ConversionError,
+    config_from_settings,
+    from_original,
+    read_settings,
+    size_note,
+    to_original,
+)
+
+EPILOG = f"""\
+--output then holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card. Before it
+appears, the converter loads what it has written, compares its logits with those of the weights that it read, and
+converts the weights back to compare them bit for bit. Nothing in the checkpoint is run; neither yacs nor Paddle is
+needed, nor a network but for --push-to-hub.
+
+examples:
+  a released model, by name:
+    python convert/convert_focal_to_hf.py --checkpoint focal-tiny-is224-ws7.pth \\
+        --config focal_tiny_patch4_window7_224 --output focal-tiny
+
+  PaddleViT's copy of it, in bfloat16:
+    python convert/convert_focal_to_hf.py --checkpoint focal_tiny_patch4_window7_224.pdparams \\
+        --config focal_tiny_patch4_window7_224 --output focal-tiny --dtype bfloat16
+
+  your own training run, with its settings, at 384 pixels, and on to the Hub (log in first: hf auth login):
+    python convert/convert_focal_to_hf.py --checkpoint ckpt_epoch_299.pth --config my_focal.yaml --image-size 384 \\
+        --output my-focal --push-to-hub me/my-focal
+
+released models:
+  {chr(10).join(RELEASED).replace(chr(10), chr(10) + "  ")}
+"""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Names of ImageNet's 1000 classes in order: WordNet's words for each, but for `crane`, which names two of them.
+LABELS = Path(__file__).with_name("imagenet_labels.json")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the original's .pth (released, bare state dict, or saved during training) or a .pdparams of Paddle",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="the YAML file that it was trained with (its BASE files are read, too), or a released model's name",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write the model to")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DIR where it holds a model, once the new one is checked"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="the size that the checkpoint was trained at, where it is not the settings': a side, or height and width",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: float32)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload DIR to this repository, created if need be")
+    options = parser.parse_args(arguments)
+    if options.image_size is not None:
+        if len(options.image_size) > 2 or min(options.image_size) < 1:
+            parser.error(f"argument --image-size: expected a side, or height and width; got {options.image_size}")
+        options.image_size = options.image_size[0] if len(options.image_size) == 1 else options.image_size
+    return options
+
+
+def check_repository(name: str) -> None:
+    """Raises ConversionError for what would otherwise fail only after the conversion."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConversionError(
+            f"--push-to-hub {name} is not a repository's name such as me/focal-tiny. {error}"
+        ) from None
+    if get_token() is None:
+        raise ConversionError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.")
+
+
+def image_processor(config: FocalConfig) -> BitImageProcessorPil:
+    """The original's evaluation: a resize, and of that the central 7/8.
+
+    The shorter side is resized, but for a rectangular model both: its images have its shape, and a centre crop of
+    others could reach beyond their edge. ImageNet's statistics are averaged where there are not three channels.
+    """
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    rgb = config.num_channels == 3
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return BitImageProcessorPil(
+        size={"shortest_edge": round(height / 0.875)}
+        if height == width
+        else {"height": round(height / 0.875), "width": round(width / 0.875)},
+        crop_size={"height": height, "width": width},
+        image_mean=list(mean) if rgb else [round(sum(mean) / 3, 3)] * config.num_channels,
+        image_std=list(std) if rgb else [round(sum(std) / 3, 3)] * config.num_channels,
+        do_convert_rgb=rgb,
+    )
+
+
+def name_classes(config: FocalConfig) -> None:
+    """ImageNet's names where there are as many classes as it has."""
+    labels = json.loads(LABELS.read_text())
+    if config.num_labels == len(labels):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+
+
+@torch.no_grad()
+def logits_of(model: FocalForImageClassification) -> torch.Tensor:
+    """Of one random image, the same one every time, as float32."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.randn(1, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
+    return model(image.to(model.dtype)).logits.float()
+
+
+def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest expected logit."""
+    return ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def check(folder: Path, expected: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ConversionError unless the model in `folder` gives the logits `expected` and has the weights `state`."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    logits = logits_of(model)
+    if not logits.isfinite().all():
+        raise ConversionError(f"The logits are not finite in {model.dtype}: use another --dtype.")
+    if (error := difference(logits, expected)) > 16 * torch.finfo(model.dtype).eps:
+        raise ConversionError(f"What was written gives other logits than what was read, by {error:.1e} of their scale.")
+    back = to_original(model.state_dict(), model.config)
+    for name, tensor in state.items():
+        if back[name].shape != tensor.shape or not torch.equal(back[name], tensor.to(back[name].dtype)):
+            raise ConversionError(f"What was written does not convert back: {name} is not what it was.")
+
+
+def push(folder: Path, repository: str) -> None:
+    advice = f"The model is in {folder}. To try again: hf upload {repository} {folder}"
+    with failing_as("Uploading the model", advice):
+        repository = HfApi().create_repo(repository, exist_ok=True).repo_id  # with the user's name, if left out
+        commit = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Convert to transformers")
+    say(f"Uploaded: {commit.commit_url}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    logging.disable_progress_bar()
+    output, dtype = options.output.resolve(), DTYPES[options.dtype]
+    inputs = (options.checkpoint, Path(options.config))
+    check_output_folder(output, options.overwrite, inputs)
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
+
+    config = config_from_settings(read_settings(options.config), options.image_size)
+    name_classes(config)
+    # Under the name of a released model, but at another size, the weights are not the released ones.
+    released = options.config in RELEASED and config.image_size == 224
+    name = options.config if options.config in RELEASED else Path(options.config).stem
+
+    say(f"Reading {options.checkpoint}")
+    state = read_checkpoint(options.checkpoint)
+    model = FocalForImageClassification(config).eval()
+    model.load_state_dict(from_original(state, config))
+    say(f"All {len(state)} tensors are accounted for: {model.num_parameters():,} parameters")
+    if note := size_note(config):
+        say(note)
+    exact = logits_of(model)
+    expected = logits_of(model.to(dtype))
+    if dtype != torch.float32:
+        say(f"{options.dtype} moves the logits by {difference(expected, exact):.1e} of their scale")
+
+    with staging_folder(output) as staging:
+        say(f"Writing {options.output}")
+        built = staging / "built"
+        from_paddle = options.checkpoint.suffix == ".pdparams"
+        card = model_card(name, config, released, from_paddle, options.push_to_hub or output.name)
+        with failing_as(f"Writing {options.output}"):
+            model.save_pretrained(built)
+            image_processor(config).save_pretrained(built)
+            card.save(built / "README.md")
+        say("Checking what was written")
+        check(built, expected, state)
+        check_output_folder(output, options.overwrite, inputs)
+        move_into_place(built, output)
+    say(f"Done: {options.output}")
+    if options.push_to_hub:
+        push(output, options.push_to_hub)
+
+
+if __name__ == "__main__":
+    run(main)

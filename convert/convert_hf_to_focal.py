@@ -1,0 +1,116 @@
+"""Convert a Focal image classifier of transformers to a checkpoint that the original Focal Transformer loads."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.utils import logging
+
+from checkpoint_files import failing_as, read_checkpoint, run, say, staging_folder
+from focal_hf import FocalForImageClassification
+from original import (
+    ConversionError,
+    config_from_settings,
+    from_original,
+    read_settings,
+    settings_from_config,
+    size_note,
+    to_original,
+)
+
+EPILOG = """\
+FILE.pth holds {"model": state dict}, the original's fixed tensors included; FILE.yaml, beside it, the settings. Names
+of classes are left behind: the original's format has no place for them. Before the files appear, the converter reads
+them back and compares all weights bit for bit.
+
+examples:
+  a converted or fine-tuned folder:
+    python convert/convert_hf_to_focal.py --model focal-tiny --output focal-tiny.pth
+
+  a model on the Hub, and what was written converted again:
+    python convert/convert_hf_to_focal.py --model me/focal-tiny --output focal-tiny.pth
+    python convert/convert_focal_to_hf.py --checkpoint focal-tiny.pth --config focal-tiny.yaml --output again
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a folder, or a name on the Hub")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.pth", help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE.pth and FILE.yaml where they exist")
+    return parser.parse_args(arguments)
+
+
+def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
+    """Raises ConversionError unless the files are free or, with `overwrite`, files indeed."""
+    for file in files:
+        if file.is_dir() or (file.exists() and not overwrite):
+            advice = "is a folder" if file.is_dir() else "exists; add --overwrite to replace it"
+            raise ConversionError(f"{file} {advice}, or choose another --output.")
+
+
+def load(name: str) -> FocalForImageClassification:
+    """The classifier, every weight of it from its files."""
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind == "focal":
+            model, report = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # a folder that is no model, or a damaged one, makes transformers raise almost anything
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConversionError(
+            f"--model {name} is neither a folder with a model nor the name of one on the Hub, as far as can be read: "
+            f"{lines[0]}"
+        ) from None
+    if kind != "focal":
+        raise ConversionError(f"--model {name} is a {kind} model; the original knows only Focal Transformers.")
+    if problems := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]])):
+        raise ConversionError(
+            f"--model {name} is not an image classifier with all its weights: {', '.join(problems[:4])} do not fit."
+        )
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    logging.disable_progress_bar()
+    checkpoint = options.output.resolve()
+    if checkpoint.suffix != ".pth":
+        raise ConversionError(f"--output {options.output} must end in .pth: the settings go beside it, into a .yaml.")
+    settings = checkpoint.with_suffix(".yaml")
+    check_output_files((checkpoint, settings), options.overwrite)
+
+    say(f"Reading {options.model}")
+    model = load(options.model)
+    weights = model.state_dict()
+    if note := size_note(model.config):
+        say(note)
+
+    with staging_folder(checkpoint) as staging:
+        say(f"Writing {options.output} and {settings.name}")
+        built, built_settings = staging / checkpoint.name, staging / settings.name
+        described = settings_from_config(model.config, checkpoint.stem)
+        with failing_as(f"Writing {options.output}"):
+            torch.save({"model": to_original(weights, model.config)}, built)
+            built_settings.write_text(yaml.safe_dump(described, sort_keys=False))
+
+        say("Checking what was written")
+        again = from_original(read_checkpoint(built), config_from_settings(read_settings(str(built_settings))))
+        for name, tensor in weights.items():
+            if not torch.equal(again[name], tensor):
+                raise ConversionError(f"What was written does not convert back: {name} is not what it was.")
+
+        check_output_files((checkpoint, settings), options.overwrite)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(built_settings, settings)
+        os.replace(built, checkpoint)  # last, so that a checkpoint never lacks its settings
+    say(f"Done: {options.output}")
+
+
+if __name__ == "__main__":
+    run(main)

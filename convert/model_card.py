@@ -1,0 +1,144 @@
+"""The model card of a converted checkpoint: where it comes from, its licence, what it is known to achieve."""
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from focal_hf import FocalConfig
+
+ORIGINAL = "https://github.com/microsoft/Focal-Transformer"
+PADDLEVIT = "https://github.com/BR-IDL/PaddleViT"
+
+# ImageNet-1K top-1 and top-5 accuracy in per cent, at 224 pixels.
+PUBLISHED = {
+    "focal_tiny_patch4_window7_224": (82.2, 95.9),
+    "focal_tiny_useconv_patch4_window7_224": (82.7, 96.1),
+    "focal_small_patch4_window7_224": (83.6, 96.2),
+    "focal_small_useconv_patch4_window7_224": (83.8, 96.5),
+    "focal_base_patch4_window7_224": (84.0, 96.5),
+    "focal_base_useconv_patch4_window7_224": (84.2, 97.1),
+    "focalv2_tiny_useconv_patch4_window7_224": (82.4, 96.0),
+    "focalv2_small_useconv_patch4_window7_224": (83.6, 96.4),
+    "focalv2_base_useconv_patch4_window7_224": (84.0, 96.6),
+}
+PADDLEVIT_EVALUATION = {
+    "focal_tiny_patch4_window7_224": (82.03, 95.86),
+    "focal_tiny_useconv_patch4_window7_224": (82.70, 96.14),
+    "focal_small_patch4_window7_224": (83.55, 96.29),
+    "focal_small_useconv_patch4_window7_224": (83.85, 96.47),
+    "focal_base_patch4_window7_224": (83.98, 96.48),
+    "focal_base_useconv_patch4_window7_224": (84.18, 96.61),
+}
+
+CITATION = """\
+@inproceedings{yang2021focal,
+  title     = {Focal Self-attention for Local-Global Interactions in Vision Transformers},
+  author    = {Yang, Jianwei and Li, Chunyuan and Zhang, Pengchuan and Dai, Xiyang and Xiao, Bin and Yuan, Lu and
+               Gao, Jianfeng},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {34},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2107.00641}
+}"""
+
+
+def model_card(name: str, config: FocalConfig, released: bool, from_paddle: bool, model_id: str) -> ModelCard:
+    """The card of a model called `name`, to be loaded as `model_id`.
+
+    Accuracies are given only where the weights are `released` ones, under which `name` is one of theirs.
+    """
+    evaluations = []
+    if released:
+        evaluations.append(("published by the authors", PUBLISHED[name]))
+        if from_paddle and name in PADDLEVIT_EVALUATION:
+            evaluations.append(("PaddleViT's evaluation of its copy", PADDLEVIT_EVALUATION[name]))
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type="ILSVRC/imagenet-1k",
+            dataset_name="ImageNet-1K",
+            dataset_split="validation",
+            metric_type=kind,
+            metric_name=f"{label}, {whose}",
+            metric_value=value,
+        )
+        for whose, values in evaluations
+        for kind, label, value in zip(("accuracy", "top_5_accuracy"), ("Top-1", "Top-5"), values, strict=True)
+    ]
+    data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["focal-transformer", "vision"],
+        datasets=["ILSVRC/imagenet-1k"] if released else None,
+        model_name=name if results else None,  # needed with results, and empty without
+        eval_results=results or None,
+    )
+    sections = [
+        f"# {name}",
+        _summary(config),
+        "## Use\n\n" + _use(config, model_id),
+        "## Evaluation\n\n" + _evaluation(evaluations) if evaluations else "",
+        "## Licence and origin\n\n" + _origin(released, from_paddle),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _summary(config: FocalConfig) -> str:
+    size = config.image_size if isinstance(config.image_size, int) else " x ".join(map(str, config.image_size))
+    return (
+        "A [Focal Transformer](https://arxiv.org/abs/2107.00641) (Yang et al., NeurIPS 2021) for image classification: "
+        f"{config.num_labels} classes, made for images of {size} pixels. Converted from the original's format with "
+        "`focal_hf`, which checked that these files give the logits of the weights that it read."
+    )
+
+
+def _use(config: FocalConfig, model_id: str) -> str:
+    mode = "L" if config.num_channels == 1 else "RGB"
+    return f"""\
+The model's code is the Python package `focal_hf`; importing it makes transformers know the model.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import focal_hf
+
+processor = AutoImageProcessor.from_pretrained("{model_id}")
+model = AutoModelForImageClassification.from_pretrained("{model_id}").eval()
+
+image = Image.open("picture.jpg").convert("{mode}")
+inputs = processor(image, return_tensors="pt").to(model.dtype)
+with torch.no_grad():
+    logits = model(**inputs).logits
+print(model.config.id2label[logits.argmax(-1).item()])
+```"""
+
+
+def _evaluation(evaluations: list[tuple[str, tuple[float, float]]]) -> str:
+    rows = "\n".join(f"| {whose} | {top_1} | {top_5} |" for whose, (top_1, top_5) in evaluations)
+    return (
+        "ImageNet-1K validation, accuracy in per cent. These figures are of the released weights, as their publishers "
+        "state them; they were not measured again on this conversion.\n\n"
+        f"| | top-1 | top-5 |\n|---|---|---|\n{rows}"
+    )
+
+
+def _origin(released: bool, from_paddle: bool) -> str:
+    paragraphs = [
+        f"The original's code and released weights ([microsoft/Focal-Transformer]({ORIGINAL})) are under the MIT "
+        f"License, Copyright (c) Microsoft Corporation: [its text]({ORIGINAL}/blob/main/LICENSE)."
+    ]
+    if from_paddle:
+        paragraphs.append(
+            f"This model was converted from a file in Paddle's format. [PaddleViT]({PADDLEVIT}), a repository under "
+            "the Apache License 2.0, publishes such files; they are conversions of the original's MIT weights."
+        )
+    if not released:
+        paragraphs.append(
+            "The settings were given by hand, so nothing here tells whether these are the released weights. If they "
+            "are not, nor derived from them, their licence is for whoever trained them to say: then correct this "
+            "section and `license` above."
+        )
+    return "\n\n".join(paragraphs)

@@ -1,0 +1,746 @@
+"""convert/: the original's files to a transformers folder and back, what is refused, and what a kill leaves."""
+
+import base64
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import checkpoint_files
+import convert_focal_to_hf
+import convert_hf_to_focal
+import golden_cases
+import model_card
+from conftest import ROOT
+from focal_hf import FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
+from original import RELEASED, ConversionError
+
+SAMPLES = {
+    name: golden_cases.FOLDER / name
+    for name in (
+        "base_released.pth",
+        "base_bare.pth",
+        "base_training.pth",
+        "base_paddle.pdparams",
+        "base_paddle2021.pdparams",
+    )
+}
+RELEASED_SAMPLE = SAMPLES["base_released.pth"]
+WRITTEN = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+TO_HF = [sys.executable, str(ROOT / "convert" / "convert_focal_to_hf.py")]
+
+
+def write_settings(path: Path, settings: dict) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype
+        and tensor.shape == second[name].shape
+        and tensor.contiguous().numpy().tobytes() == second[name].contiguous().numpy().tobytes()
+        for name, tensor in first.items()
+    )
+
+
+def assert_logits(folder: Path, case: golden_cases.Golden) -> None:
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(case.pixel_values).logits
+    expected = case.answers["logits"]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.fixture(scope="session")
+def case() -> golden_cases.Golden:
+    return golden_cases.case("base")
+
+
+@pytest.fixture(scope="session")
+def config(case, tmp_path_factory) -> str:
+    """The settings of `base` as a YAML file, half of them in another that it names under BASE."""
+    folder = tmp_path_factory.mktemp("config")
+    model = dict(case.config["MODEL"])
+    write_settings(folder / "network.yaml", {"MODEL": {"FOCAL": model.pop("FOCAL"), "NUM_CLASSES": 1}})
+    return write_settings(folder / "base.yaml", {"BASE": ["network.yaml"], "DATA": case.config["DATA"], "MODEL": model})
+
+
+@pytest.fixture(scope="session")
+def conversions(config, tmp_path_factory) -> dict[str, tuple[Path, int, str, str]]:
+    """Every sample file converted by the command line: its folder, exit code, stdout and stderr."""
+    folder = tmp_path_factory.mktemp("converted")
+    # Neither a network nor yacs nor Paddle: none of the three is there to be used.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    running = {
+        name: subprocess.Popen(
+            [*TO_HF, "--checkpoint", file, "--config", config, "--output", folder / name],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, file in SAMPLES.items()
+    }
+    results = {}
+    for name, process in running.items():
+        stdout, stderr = process.communicate(timeout=300)
+        results[name] = (folder / name, process.returncode, stdout, stderr)
+    return results
+
+
+@pytest.fixture(scope="session")
+def converted(conversions) -> Path:
+    return conversions["base_released.pth"][0]
+
+
+@pytest.fixture
+def convert(config, tmp_path) -> Callable:
+    """Converts a checkpoint, a file or a state dict, in this process."""
+
+    def convert(checkpoint: Path | dict, *options: str, config: str = config, output: Path = tmp_path / "out") -> Path:
+        if isinstance(checkpoint, dict):
+            checkpoint, state = tmp_path / "given.pth", checkpoint
+            torch.save({"model": state}, checkpoint)
+        convert_focal_to_hf.main(
+            ["--checkpoint", str(checkpoint), "--config", config, "--output", str(output), *options]
+        )
+        return output
+
+    return convert
+
+
+# --- What is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_sample_gives_the_logits_of_the_original(conversions, case, name):
+    folder, code, stdout, stderr = conversions[name]
+    assert (code, stderr) == (0, "")
+    assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+    assert_logits(folder, case)
+    assert "All 88 tensors are accounted for" in stdout
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_every_sample_gives_the_same_file(conversions):
+    files = {(folder / "model.safetensors").read_bytes() for folder, *_ in conversions.values()}
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(convert, converted, dtype):
+    folder = convert(RELEASED_SAMPLE, "--dtype", dtype)
+    exact = load_file(converted / "model.safetensors")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(tensor, exact[name].to(getattr(torch, dtype)))
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    # And back: the weights keep their type.
+    convert_hf_to_focal.main(["--model", str(folder), "--output", str(folder / "back.pth")])
+    back = torch.load(folder / "back.pth")["model"]
+    assert back["head.weight"].dtype == getattr(torch, dtype)
+
+
+def test_too_large_for_float16(convert, case, tmp_path):
+    state = case.state_dict
+    state["head.weight"] = state["head.weight"] * 1e6
+    with pytest.raises(ConversionError, match=r"not finite in torch\.float16"):
+        convert(state, "--dtype", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_processor_keeps_seven_eighths(converted):
+    processor = AutoImageProcessor.from_pretrained(converted)
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (37, 32)
+    processor = convert_focal_to_hf.image_processor(FocalConfig())
+    assert processor.size["shortest_edge"] == 256
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == (224, 224)
+    assert (processor.image_mean, processor.image_std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (processor.resample, processor.do_center_crop) == (Image.Resampling.BICUBIC, True)
+
+
+@pytest.mark.parametrize("name", ["grey", "rectangle", "focalv2_ties"])
+def test_image_processor_suits_the_model(convert, tmp_path, name):
+    case = golden_cases.case(name)
+    settings = write_settings(tmp_path / f"{name}.yaml", case.config)
+    folder = convert(case.state_dict, config=settings)
+    assert_logits(folder, case)
+    white = 255 if name == "grey" else (255, 255, 255)
+    image = Image.new("L" if name == "grey" else "RGB", (200, 300), white)
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape[1:] == case.pixel_values.shape[1:]
+    assert (pixel_values > 2).all()  # white throughout: the crop does not reach beyond the image
+    assert f'.convert("{image.mode}")' in (folder / "README.md").read_text()
+
+
+def test_indices_of_focalv2_come_from_the_checkpoint(convert, tmp_path):
+    case = golden_cases.case("focalv2_ties")
+    state = case.state_dict
+    folder = convert(state, config=write_settings(tmp_path / "ties.yaml", case.config))
+    written = load_file(folder / "model.safetensors")
+    computed = FocalForImageClassification(FocalConfig.from_pretrained(folder)).state_dict()
+    ours = {
+        name: f"focal.encoder.{name}".replace("attn.topk_cloest_indice", "attention.neighborhood.nearest_index")
+        for name in state
+        if "topk_cloest_indice" in name
+    }
+    assert all(torch.equal(written[ours[name]], state[name]) for name in ours)
+    assert any(not torch.equal(computed[ours[name]], state[name]) for name in ours)
+    convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
+    assert same_bits(torch.load(tmp_path / "back.pth")["model"], state)
+
+
+def test_image_size_of_the_checkpoint(convert, tmp_path):
+    """Settings say another size than the checkpoint was trained at."""
+    case = golden_cases.case("rectangle")
+    settings = write_settings(tmp_path / "square.yaml", {"DATA": {"IMG_SIZE": 64}, "MODEL": case.config["MODEL"]})
+    folder = convert(case.state_dict, "--image-size", *map(str, case.config["DATA"]["IMG_SIZE"]), config=settings)
+    assert_logits(folder, case)
+
+
+def test_note_on_sizes_that_do_not_divide(convert, case, tmp_path, capsys):
+    settings = case.config | {"DATA": {"IMG_SIZE": 60}}
+    settings["MODEL"] = settings["MODEL"] | {"FOCAL": settings["MODEL"]["FOCAL"] | {"WINDOW_SIZE": 4}}
+    state = FocalForImageClassification(convert_focal_to_hf.config_from_settings(settings)).state_dict()
+    state = convert_focal_to_hf.to_original(state, convert_focal_to_hf.config_from_settings(settings))
+    convert(state, config=write_settings(tmp_path / "odd.yaml", settings))
+    assert "Note: 60 pixels do not divide by 8" in capsys.readouterr().out
+
+
+def test_label_names(case, convert, tmp_path):
+    labels = json.loads(convert_focal_to_hf.LABELS.read_text())
+    assert len(set(labels)) == 1000
+    assert (labels[0], labels[134], labels[517]) == ("tench, Tinca tinca", "crane (bird)", "crane (machine)")
+    state, model = case.state_dict, case.config["MODEL"] | {"NUM_CLASSES": 1000}
+    state["head.weight"], state["head.bias"] = torch.randn(1000, 32), torch.randn(1000)
+    folder = convert(state, config=write_settings(tmp_path / "thousand.yaml", case.config | {"MODEL": model}))
+    written = FocalConfig.from_pretrained(folder)
+    assert written.id2label == dict(enumerate(labels))
+    assert written.label2id == {label: number for number, label in enumerate(labels)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["focal_tiny_patch4_window7_224", "focalv2_tiny_useconv_patch4_window7_224"])
+def test_released_model_by_name(convert, name):
+    case = golden_cases.case(name)
+    folder = convert(case.state_dict, config=name)
+    assert_logits(folder, case)
+    assert FocalConfig.from_pretrained(folder).id2label[999] == "toilet tissue, toilet paper, bathroom tissue"
+    assert len(ModelCard.load(folder / "README.md").data.eval_results) == 2
+
+
+# --- The model card ---------------------------------------------------------------------------------------------------
+
+
+def accuracies(card: ModelCard) -> list[float]:
+    return [result.metric_value for result in card.data.eval_results or []]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_card_of_a_released_model(name):
+    card = model_card.model_card(name, FocalConfig(), released=True, from_paddle=False, model_id="me/focal")
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
+    assert accuracies(card) == list(model_card.PUBLISHED[name])
+    assert "not measured again" in card.text
+    assert "Copyright (c) Microsoft Corporation" in card.text
+    assert 'from_pretrained("me/focal")' in card.text
+    assert "yang2021focal" in card.text
+    assert "Paddle" not in card.text
+
+
+def test_card_of_a_paddle_file():
+    name = "focal_base_useconv_patch4_window7_224"
+    card = model_card.model_card(name, FocalConfig(), released=True, from_paddle=True, model_id="x")
+    assert accuracies(card) == [84.2, 97.1, 84.18, 96.61]
+    assert card.data.license == "mit"
+    assert "Apache License 2.0" in card.text
+
+
+def test_card_of_settings_from_a_file(converted, case, convert):
+    card = ModelCard.load(converted / "README.md")
+    assert accuracies(card) == []
+    assert "Evaluation" not in card.text
+    assert "their licence is for whoever trained them to say" in card.text
+    assert "Apache" not in card.text
+    assert "Apache" in (convert(SAMPLES["base_paddle.pdparams"]) / "README.md").read_text()
+
+
+# --- The way back -----------------------------------------------------------------------------------------------------
+
+
+def test_back_and_again(converted, case, tmp_path):
+    back = tmp_path / "back.pth"
+    convert_hf_to_focal.main(["--model", str(converted), "--output", str(back)])
+    assert same_bits(torch.load(back)["model"], torch.load(RELEASED_SAMPLE)["model"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pth", "back.yaml"]
+
+    again = tmp_path / "again"
+    settings = str(tmp_path / "back.yaml")
+    convert_focal_to_hf.main(["--checkpoint", str(back), "--config", settings, "--output", str(again)])
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert (again / name).read_bytes() == (converted / name).read_bytes()
+
+
+def test_back_does_not_overwrite_unasked(converted, tmp_path):
+    arguments = ["--model", str(converted), "--output", str(tmp_path / "back.pth")]
+    (tmp_path / "back.yaml").write_text("mine")
+    with pytest.raises(ConversionError, match=r"back\.yaml exists; add --overwrite"):
+        convert_hf_to_focal.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["back.yaml"]
+    convert_hf_to_focal.main([*arguments, "--overwrite"])
+    assert len(torch.load(tmp_path / "back.pth")["model"]) == 88
+
+
+def other_folder(folder: Path, kind: str, converted: Path) -> None:
+    config = FocalConfig.from_pretrained(converted)
+    if kind == "masked":
+        FocalForMaskedImageModeling(config).save_pretrained(folder)
+    elif kind == "resnet":
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "resnet"}')
+    elif kind == "activation":
+        config.hidden_act = "relu"
+        FocalForImageClassification(config).save_pretrained(folder)
+    elif kind == "truncated":
+        FocalForImageClassification(config).save_pretrained(folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:50000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("masked", "not an image classifier with all its weights: classifier.bias"),
+        ("resnet", "is a resnet model"),
+        ("activation", "always has hidden_act = gelu; this model has relu"),
+        ("truncated", "as far as can be read"),
+        ("absent", "as far as can be read"),
+    ],
+)
+def test_what_cannot_go_back(converted, tmp_path, kind, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    other_folder(tmp_path / "model", kind, converted)
+    with pytest.raises(ConversionError, match=message):
+        convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
+    assert not list(tmp_path.glob("*back*"))
+
+
+def test_back_ends_in_pth(converted, tmp_path):
+    with pytest.raises(ConversionError, match=r"must end in \.pth"):
+        convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.yaml")])
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_the_trap_works(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["trap.pth", "legacy.pth", "plain.pth", "trap.pdparams", "old.pdparams"])
+def test_nothing_in_a_file_is_run(convert, tmp_path, name):
+    marker, file = tmp_path / "ran", tmp_path / name
+    content = {"norm.weight": torch.zeros(2) if name.endswith(".pth") else 0, "trap": Trap(marker)}
+    if name in ("trap.pth", "legacy.pth"):
+        torch.save(content, file, _use_new_zipfile_serialization=name == "trap.pth")
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=4 if name == "trap.pdparams" else 2))
+    with pytest.raises(ConversionError) as caught:
+        convert(file)
+    assert "It was refused" in str(caught.value) or name == "plain.pth"
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"cnumpy\ndtype\n(S'O'\ntR.",  # an array of objects
+        b"c_codecs\nencode\n(Vx\nVrot13\ntR.",  # an encoding other than pickle's own
+        b"cbuiltins\neval\n(V1\ntR.",
+        b"cnumpy\nload\n(Vx\ntR.",
+        b"Pname\n.",  # a persistent id
+    ],
+)
+def test_paddle_files_hold_numbers_only(convert, tmp_path, pickled):
+    (tmp_path / "file.pdparams").write_bytes(pickled)
+    with pytest.raises(ConversionError, match=r"objects|'O'|rot13|builtins\.eval|numpy\.load|persistent"):
+        convert(tmp_path / "file.pdparams")
+
+
+def damaged(state: dict, kind: str) -> dict:
+    if kind == "missing":
+        del state["layers.1.blocks.0.mlp.fc1.bias"]
+    elif kind == "surplus":
+        state["layers.0.blocks.0.attn.extra"] = torch.zeros(1)
+    elif kind == "shape":
+        state["head.weight"] = state["head.weight"].T.contiguous()
+    elif kind == "nan":
+        state["norm.weight"][3] = torch.nan
+    elif kind == "index":
+        state["layers.0.blocks.0.attn.relative_position_index"] += 1
+    elif kind == "number":
+        state["norm.weight"] = 3
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"lacks layers\.1\.blocks\.0\.mlp\.fc1\.bias of"),
+        ("surplus", r"holds layers\.0\.blocks\.0\.attn\.extra, for which"),
+        ("shape", r"head\.weight has shape \(32, 5\) in the checkpoint and \(5, 32\)"),
+        ("nan", r"norm\.weight holds values that are not finite"),
+        ("index", r"layers\.0\.blocks\.0\.attn\.relative_position_index in the checkpoint is not what"),
+        ("number", r"type int under 'norm\.weight'"),
+    ],
+)
+def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(damaged(case.state_dict, kind))
+    assert [path.name for path in tmp_path.iterdir()] == ["given.pth"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"DEPTHS": [2, 1]}, "for which a model of these settings has no use"),
+        ({"DEPTHS": [2, 4]}, "lacks layers.1.blocks.2"),
+        ({"USE_CONV_EMBED": True}, "patch_embed.proj.weight has shape"),
+        ({"NUM_HEADS": [4, 4]}, "in a model of these settings. Is --config"),
+        ({"EMBED_DIM": 10, "NUM_HEADS": [3, 4]}, "must divide among its heads"),
+        ({"DEPTHS": 2}, "do not describe a model"),
+        ({"WINDOWS": 7}, "MODEL.FOCAL has no WINDOWS"),
+    ],
+)
+def test_settings_of_another_model(convert, case, tmp_path, changes, message):
+    model = case.config["MODEL"] | {"FOCAL": case.config["MODEL"]["FOCAL"] | changes}
+    settings = write_settings(tmp_path / "other.yaml", case.config | {"MODEL": model})
+    with pytest.raises(ConversionError, match=message):
+        convert(RELEASED_SAMPLE, config=settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: [1", "is not a YAML file that can be read"),
+        ("just words", "must hold settings such as"),
+        ("MODEL: 3", "MODEL in the settings must hold further settings; it holds 3"),
+        ("BASE: nowhere.yaml", "nowhere.yaml under BASE, and there is no such file"),
+        ("BASE: ['settings.yaml']", "lead in a circle"),
+        (None, "is neither a file nor the name of a released model"),
+    ],
+)
+def test_settings_that_cannot_be_read(convert, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ConversionError, match=message):
+        convert(RELEASED_SAMPLE, config=str(tmp_path / "settings.yaml"))
+
+
+def no_checkpoint(folder: Path, kind: str) -> Path:
+    """A file that someone may give by mistake."""
+    if kind == "folder":
+        return folder
+    suffix = ".pdparams" if kind.startswith("paddle") else ".pth"
+    file = folder / f"file{suffix}"
+    if kind.endswith("truncated"):
+        whole = SAMPLES[f"base_{'paddle' if suffix == '.pdparams' else 'released'}{suffix}"]
+        file.write_bytes(whole.read_bytes()[:60000])
+    elif kind.endswith("text"):
+        file.write_text("hello")
+    elif kind == "empty":
+        file.touch()
+    elif kind == "safetensors":
+        save_file({"focal.layernorm.weight": torch.zeros(2)}, file)
+    elif kind == "converted":
+        torch.save({"focal.layernorm.weight": torch.zeros(2)}, file)
+    elif kind == "tensor":
+        torch.save(torch.zeros(2), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "is not a PyTorch checkpoint, or is not all there"),
+        ("paddle truncated", "is not a Paddle checkpoint, or is not all there"),
+        ("text", "is not a PyTorch checkpoint"),
+        ("paddle text", "is not a Paddle checkpoint"),
+        ("empty", "is not a PyTorch checkpoint"),
+        ("safetensors", "convert_hf_to_focal.py goes the other way"),
+        ("folder", "convert_hf_to_focal.py goes the other way"),
+        ("converted", "convert_hf_to_focal.py goes the other way"),
+        ("tensor", "an object of type Tensor; expected a state dict"),
+        ("absent", "there is no such file"),
+    ],
+)
+def test_what_is_no_checkpoint(convert, tmp_path, kind, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(no_checkpoint(tmp_path, kind))
+    assert not (tmp_path / "out").exists()
+
+
+def test_problems_are_one_line_without_a_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def fail():
+        raise ConversionError("first\n  second")
+
+    with pytest.raises(SystemExit) as caught:
+        checkpoint_files.run(fail)
+    assert caught.value.code == "error: first second"
+
+
+def test_a_full_disk(convert, converted, tmp_path, monkeypatch):
+    def fail(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(FocalForImageClassification, "save_pretrained", fail)
+    with pytest.raises(ConversionError, match=r"Writing .*out failed: No space left"):
+        convert(RELEASED_SAMPLE)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ConversionError, match=r"Writing .*back\.pth failed: No space left"):
+        convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.pth")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attribute", ["weight", "bias"])
+def test_a_wrong_file_is_noticed(convert, tmp_path, monkeypatch, attribute):
+    """The check after writing, where what is written is not what was read."""
+    save = FocalForImageClassification.save_pretrained
+
+    def save_wrongly(model, folder):
+        # The key's bias moves no logit: every score of a query moves alike. Only the way back shows it.
+        changed = (
+            model.classifier.weight
+            if attribute == "weight"
+            else (model.focal.encoder.layers[1].blocks[0].attention.k_proj.bias)
+        )
+        with torch.no_grad():
+            changed.add_(0.01)
+            save(model, folder)
+            changed.sub_(0.01)
+
+    monkeypatch.setattr(FocalForImageClassification, "save_pretrained", save_wrongly)
+    message = "other logits" if attribute == "weight" else r"does not convert back: layers\.1\.blocks\.0\.attn\.qkv"
+    with pytest.raises(ConversionError, match=message):
+        convert(RELEASED_SAMPLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- What stands at the output ----------------------------------------------------------------------------------------
+
+
+def test_overwrite_replaces_a_model(convert, converted, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    (folder / "extra.txt").write_text("old")
+    with pytest.raises(ConversionError, match="add --overwrite"):
+        convert(RELEASED_SAMPLE)
+    assert (folder / "config.json").read_text() == "old"
+    convert(RELEASED_SAMPLE, "--overwrite")
+    assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
+    (tmp_path / "empty").mkdir()
+    convert(RELEASED_SAMPLE, "--overwrite", output=tmp_path / "empty")
+    convert(RELEASED_SAMPLE, output=tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.rglob("model.safetensors")) == ["model.safetensors"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+@pytest.mark.parametrize(
+    "contents", [["letter.txt"], ["config.json", "pictures/cat.png"], ["config.json", "given.pth"]]
+)
+def test_overwrite_spares_what_is_not_just_a_model(convert, tmp_path, contents):
+    folder = tmp_path / "home"
+    for name in contents:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(RELEASED_SAMPLE.read_bytes())
+    checkpoint = folder / "given.pth" if "given.pth" in contents else RELEASED_SAMPLE
+    with pytest.raises(ConversionError, match="is not replaced"):
+        convert(checkpoint, "--overwrite", output=folder)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == sorted(contents)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConversionError, match="is not replaced"):
+        convert(RELEASED_SAMPLE, "--overwrite", output=tmp_path / "file")
+
+
+def test_a_failed_move_brings_the_old_folder_back(convert, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "built":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        convert(RELEASED_SAMPLE, "--overwrite")
+    assert (folder / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def stop_when(arguments: list[str], parent: Path, seen: str, number: int) -> int:
+    """Runs the converter, sends it a signal as soon as `seen` is in its staging folder; its exit code."""
+    process = subprocess.Popen([*TO_HF, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any((folder / seen).exists() for folder in parent.glob(".out.*.partial")):
+            process.send_signal(number)
+            break
+        time.sleep(0.001)
+    _, stderr = process.communicate(timeout=60)
+    assert b"Traceback" not in stderr
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("number", "seen", "code"),
+    [
+        (signal.SIGKILL, ".", -signal.SIGKILL),
+        (signal.SIGKILL, "built/model.safetensors", -signal.SIGKILL),
+        (signal.SIGKILL, "built/README.md", -signal.SIGKILL),
+        (signal.SIGTERM, "built/config.json", 143),
+        (signal.SIGINT, "built/model.safetensors", 130),
+    ],
+)
+def test_a_kill_leaves_nothing_that_looks_complete(config, tmp_path, number, seen, code):
+    """In two folders at once: a new one, and one to overwrite."""
+    codes = {}
+
+    def stop(name: str) -> None:
+        output = tmp_path / name / "out"
+        output.parent.mkdir()
+        if name == "old":
+            output.mkdir()
+            (output / "config.json").write_text("old")
+        arguments = ["--checkpoint", str(RELEASED_SAMPLE), "--config", config, "--output", str(output), "--overwrite"]
+        codes[name] = stop_when(arguments, output.parent, seen, number)
+
+    threads = [threading.Thread(target=stop, args=(name,)) for name in ("new", "old")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert codes == {"new": code, "old": code}
+    assert not (tmp_path / "new" / "out").exists()
+    assert [(file.name, file.read_text()) for file in (tmp_path / "old" / "out").iterdir()] == [("config.json", "old")]
+    if number != signal.SIGKILL:
+        assert list(tmp_path.glob("*/.*")) == []
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub():
+    """A server in the Hub's place: its address, the requests it had and the files it was given."""
+    requests, files = [], {}
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            requests.append((self.command, self.path))
+            reply = {}
+            if self.path == "/api/repos/create":
+                reply = {"url": f"{address}/me/focal"}
+            elif self.path == "/api/models/me/focal/preupload/main":
+                asked = json.loads(body)["files"]
+                reply = {
+                    "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+                }
+            elif self.path == "/api/models/me/focal/commit/main":
+                for line in body.splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                reply = {"commitUrl": f"{address}/me/focal/commit/1", "commitOid": "1"}
+            content = json.dumps(reply).encode()
+            self.send_response(403 if "forbidden" in self.path + body.decode() else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_HEAD = answer
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield address, requests, files
+    server.shutdown()
+    server.server_close()
+
+
+def push(config: str, output: Path, address: str, repository: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HOME": str(output.parent / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    arguments = ["--checkpoint", RELEASED_SAMPLE, "--config", config, "--output", output, "--push-to-hub", repository]
+    return subprocess.run([*TO_HF, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_push_to_hub(hub, config, tmp_path):
+    address, requests, files = hub
+    result = push(config, tmp_path / "out", address, "me/focal")
+    assert result.returncode == 0, result.stderr
+    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in WRITTEN}
+    assert ("POST", "/api/repos/create") in requests
+    assert 'from_pretrained("me/focal")' in files["README.md"].decode()
+
+
+def test_a_push_that_fails_leaves_the_folder(hub, config, tmp_path):
+    result = push(config, tmp_path / "out", hub[0], "me/forbidden")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "403" in result.stderr
+    assert "hf upload me/forbidden" in result.stderr
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == WRITTEN
+
+
+def test_push_is_checked_before_any_work(convert, tmp_path, monkeypatch):
+    with pytest.raises(ConversionError, match="not a repository's name such as me/focal-tiny"):
+        convert(RELEASED_SAMPLE, "--push-to-hub", "a/b/c")
+    monkeypatch.setattr(convert_focal_to_hf, "get_token", lambda: None)
+    with pytest.raises(ConversionError, match="hf auth login"):
+        convert(RELEASED_SAMPLE, "--push-to-hub", "me/focal")
+    assert list(tmp_path.iterdir()) == []
