@@ -293,8 +293,8 @@ def original_buffers(
             geometry = config.block_geometry(stage, block)
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
-                _, hidden = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
-                buffers[f"{prefix}.attn_mask"] = torch.where(hidden, -100.0, 0.0)
+                _, mask = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
+                buffers[f"{prefix}.attn_mask"] = mask.clamp(min=-100)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2
                 coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)

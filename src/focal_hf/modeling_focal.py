@@ -17,7 +17,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
-from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood, at_least_float32
+from .neighborhood_focal import FocalNeighborhood, Neighborhood, TopkNeighborhood, at_least_float32
+
+# What `in_pieces` takes at a time, measured on a processor with 2 MB of second-level cache per core.
+TOKENS_PER_PIECE = 1024  # of an MLP
+VALUES_PER_PIECE = 384 * 1024  # of a map, and of the keys that windows gather
 
 
 @dataclass
@@ -136,6 +140,19 @@ class FocalLayerScale(nn.Module):
         return hidden_states * self.lambda1
 
 
+def in_pieces(hidden_states: torch.Tensor) -> bool:
+    """Whether to work in pieces that stay in the processor's cache: in inference on a CPU, and not in a graph.
+
+    The layers inside are then called once a piece.
+    """
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """(batch, height, width, channels) maps as a view (batch, rows, cols, side, side, channels) of windows."""
+    return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+
+
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     """Zeros at the bottom and right of (..., height, width) maps until both sides are multiples of `multiple`."""
     bottom, right = -maps.shape[-2] % multiple, -maps.shape[-1] % multiple
@@ -252,26 +269,35 @@ class FocalPooling(nn.Module):
         elif self.pool == "conv":
             self.layers.extend(nn.Conv2d(dim, dim, kernel_size=cell, stride=cell, groups=dim) for cell in self.cells)
 
-    def pool_level(self, maps: torch.Tensor, level: int) -> torch.Tensor:
-        """(batch, height, width, channels) maps to (batch, pooled tokens, channels)."""
+    def cells_of(self, windows: torch.Tensor, level: int) -> torch.Tensor:
+        """(batch, rows, cols, side, side, channels) windows to the cells of a level, in the same layout."""
+        if level == 0:
+            return windows
         cell = self.cells[level]
+        maps = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         rows, cols = (side // self.window_size * 2**level for side in maps.shape[1:3])
         top, left = (maps.shape[1] - rows * cell) // 2, (maps.shape[2] - cols * cell) // 2
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
-        if self.pool == "conv":
-            return self.layers[level](maps.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        cells = maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell))  # (batch, rows, cell, cols, cell, channels)
-        if self.pool == "mean":
-            pooled = cells.mean(dim=(2, 4))
-        elif self.pool == "max":
-            pooled = cells.amax(dim=(2, 4))
-        else:
-            pooled = self.layers[level](cells.permute(0, 1, 3, 5, 2, 4).flatten(-2)).squeeze(-1)
-        return pooled.flatten(1, 2)
+        return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """(batch, height, width, channels) maps to (batch, pooled tokens of all levels, channels)."""
-        return torch.cat([self.pool_level(maps, level) for level in range(len(self.cells))], dim=1)
+    def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
+        """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
+        cells = (
+            self.cells_of(windows, level).flatten(3, 4).flatten(1, 2)
+        )  # (batch, pooled tokens, cell tokens, channels)
+        if self.pool == "mean":
+            return cells.mean(dim=2)
+        if self.pool == "max":
+            return cells.amax(dim=2)
+        layer = self.layers[level]
+        if self.pool == "fc":
+            return layer(cells.transpose(2, 3)).squeeze(-1)
+        cells = cells.transpose(2, 3).unflatten(3, layer.kernel_size)
+        return layer(cells.flatten(0, 1)).view(cells.shape[:3])
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
+        return torch.cat([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
 
 
 def eager_attention_forward(
@@ -333,52 +359,108 @@ class FocalAttention(nn.Module):
             )
         )
 
-    def forward(self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, height, width, channels) maps, of any size, to maps of that size and the attention weights."""
         input_height, input_width = maps.shape[1:3]
         maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         if self.shift_size:
             maps = torch.roll(maps, (-self.shift_size, -self.shift_size), dims=(1, 2))
-        batch, height, width, channels = maps.shape
-        rows, cols, side = height // self.window_size, width // self.window_size, self.window_size
+        neighborhood = self.neighborhood(*maps.shape[1:3])
 
-        tokens = maps.flatten(1, 2)
-        query = self.q_proj(tokens)
-        if self.pooling is not None:
-            tokens = torch.cat([tokens, self.pooling(maps)], dim=1)
-        index, bias = self.neighborhood(height, width)
+        if self.works_in_pieces(maps):
+            output, weights = torch.empty(maps.shape, dtype=maps.dtype), None
+            images = max(1, VALUES_PER_PIECE // maps[0].numel())
+            for source, target in zip(maps.split(images), output.split(images), strict=True):
+                cut_windows(target, self.window_size).copy_(
+                    self.mix(cut_windows(source, self.window_size), neighborhood, **kwargs)[0]
+                )
+        else:
+            output, weights = self.mix(cut_windows(maps, self.window_size), neighborhood, **kwargs)
+            output = output.transpose(2, 3).reshape(maps.shape)
 
-        # Here queries, the tokens' keys and values, the index and the bias meet.
-        def gathered(projection: nn.Linear) -> torch.Tensor:
-            picked = projection(tokens).index_select(1, index.flatten())
-            return picked.view(batch * rows * cols, index.shape[1], -1, self.head_dim).transpose(1, 2)
-
-        query = query.view(batch, rows, side, cols, side, -1, self.head_dim).permute(0, 1, 3, 5, 2, 4, 6)
-        query = query.reshape(batch * rows * cols, -1, side**2, self.head_dim)
-        key, value = gathered(self.k_proj), gathered(self.v_proj)
-        bias = bias.to(query.dtype)
-        if bias.shape[0] > 1:
-            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            bias,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-
-        output = output.reshape(batch, rows, cols, side, side, channels).transpose(2, 3)
-        output = self.o_proj(output.reshape(batch, height, width, channels))
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
         return output[:, :input_height, :input_width], weights
+
+    def works_in_pieces(self, hidden_states: torch.Tensor) -> bool:
+        return in_pieces(hidden_states) and self.config._attn_implementation == "sdpa"  # others may return weights
+
+    def mix(
+        self, windows: torch.Tensor, neighborhood: Neighborhood, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, rows, cols, side, side, channels) windows to the same, and the attention weights."""
+        batch, rows, cols, side, _, channels = windows.shape
+        windows = windows.contiguous()
+        tokens = windows.view(batch, -1, channels)
+        if self.pooling is not None:
+            tokens = torch.cat([tokens, self.pooling(windows)], dim=1)
+        query = self.q_proj(tokens)[:, : rows * cols * side**2].unflatten(1, (rows * cols, side**2))
+        output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
+        return self.o_proj(output).view(windows.shape), weights
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        neighborhood: Neighborhood,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where queries, the tokens' keys and values, the index and the bias meet.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, windows, queries, channels)`)
+            key, value (`torch.Tensor` of shape `(batch, tokens, channels)`):
+                Of the map's and the pooled tokens, among which the neighbourhood picks.
+
+        Returns:
+            The output (batch, windows, queries, channels) and, where the implementation gives them, the weights
+            (batch · windows, heads, queries, keys).
+        """
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        batch, windows, queries, channels = query.shape
+        heads = (channels // self.head_dim, self.head_dim)
+
+        def attend_to(images: slice, places: slice, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            index = neighborhood.index[places]
+
+            def picked(source: torch.Tensor) -> torch.Tensor:
+                rows = source[images].index_select(1, index.flatten())
+                return rows.view(-1, index.shape[1], *heads).transpose(1, 2)
+
+            of_queries = query[images, places]
+            count = of_queries.shape[0]
+            if bias.shape[0] > 1 and count > 1:
+                bias = bias.expand(count, -1, -1, -1, -1).flatten(0, 1)
+            output, weights = attention_interface(
+                self,
+                of_queries.reshape(-1, queries, *heads).transpose(1, 2),
+                picked(key),
+                picked(value),
+                bias,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            return output.view(count, -1, queries, channels), weights
+
+        everything = slice(None)
+        if not self.works_in_pieces(query):
+            return attend_to(everything, everything, neighborhood.bias(everything).to(query.dtype))
+
+        output = torch.empty(query.shape, dtype=query.dtype)
+        size = max(1, VALUES_PER_PIECE // (neighborhood.index.shape[1] * channels))
+        for first in range(0, windows, size):
+            places = slice(first, first + size)
+            bias = neighborhood.bias(places).to(query.dtype)
+            # A bias that windows share serves all images at once; another is made once and serves each in turn.
+            for images in [everything] if bias.shape[0] == 1 else [slice(image, image + 1) for image in range(batch)]:
+                output[images, places] = attend_to(images, places, bias)[0]
+        return output, None
 
 
 class FocalMLP(nn.Module):
@@ -392,6 +474,12 @@ class FocalMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not in_pieces(hidden_states):
+            return self.mix(hidden_states)
+        pieces = hidden_states.flatten(0, -2).split(TOKENS_PER_PIECE)
+        return torch.cat([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
+
+    def mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
         return self.dropout(self.fc2(hidden_states))
 

@@ -1,13 +1,14 @@
 """Where a window looks: which tokens its queries attend to, and with which bias.
 
-Both attention types are the same act. The keys and values of a block are the tokens of its map, row by row, followed by
-its pooled tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index, and has a
-bias for each query and each picked token:
+Both attention types are the same act. The keys and values of a block are the tokens of its map, window by window,
+followed by its pooled tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index,
+and has a bias for each query and each picked token:
 
     index  (windows, keys)                     rows of [map tokens | pooled tokens of level 1 | of level 2 | ...]
     bias   (windows or 1, heads, queries, keys)
 
-Windows and the queries in them are in row-major order. There is no attention here: only geometry and tables.
+Windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only geometry and
+tables.
 
 Index tables depend on integers alone (map size, window size ...). They are made by functions rather than stored in
 buffers, so that a model loaded through the meta device has nothing to refill.
@@ -15,6 +16,7 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,10 +24,13 @@ from torch import nn
 
 
 class Neighborhood(NamedTuple):
-    """What the windows of a map attend to; see the module's docstring for the shapes."""
+    """What the windows of a map attend to; see the module's docstring for the shapes.
+
+    `bias` gives that of a slice of the windows: all at once would be most of a block's memory.
+    """
 
     index: torch.Tensor
-    bias: torch.Tensor
+    bias: Callable[[slice], torch.Tensor]
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,6 +101,12 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> to
     return torch.where(own[:, None] & own[None, :], own_column, found).reshape(2, side**2)
 
 
+def token_places(rows: torch.Tensor, cols: torch.Tensor, width: int, window_size: int) -> tuple[torch.Tensor, ...]:
+    """Where tokens stand among a map's, window by window: the sum of a term of the row and one of the column."""
+    row_term = (rows // window_size * width + rows % window_size) * window_size
+    return row_term, cols // window_size * window_size**2 + cols % window_size
+
+
 @cached_table
 def focal_index(
     height: int,
@@ -113,15 +124,15 @@ def focal_index(
         height, width: sides of the map, multiples of `window_size`.
 
     Returns:
-        The index (windows, keys), and which of those each query may see, (windows, queries or 1, keys), or None where
-        all may. Fine tokens wrap around the map's edges; pooled tokens beyond them are not seen, nor are tokens that a
-        shift has brought to the window from the opposite edge.
+        The index (windows, keys), and a mask to add to the scores, (windows, queries or 1, keys), or None where nothing
+        is hidden. Fine tokens wrap around the map's edges; pooled tokens beyond them are hidden, and so are tokens that
+        a shift has brought to the window from the opposite edge.
     """
     rows, cols = height // window_size, width // window_size
 
-    def grid_index(row: torch.Tensor, col: torch.Tensor, stride: int) -> torch.Tensor:
-        """(rows, a) and (cols, b) coordinates to (rows · cols, a · b) indices."""
-        return (row[:, None, :, None] * stride + col[None, :, None, :]).reshape(rows * cols, -1)
+    def grid_index(row_term: torch.Tensor, col_term: torch.Tensor) -> torch.Tensor:
+        """Terms (rows, a) and (cols, b) of places to (rows · cols, a · b) places."""
+        return (row_term[:, None, :, None] + col_term[None, :, None, :]).reshape(rows * cols, -1)
 
     def spans(count: int, step: int, first: int, length: int) -> torch.Tensor:
         """(count, length): the coordinates from `first` before each of `count` places that are `step` apart."""
@@ -130,21 +141,21 @@ def focal_index(
     side = window_size + 2 * expand_size
     fine_rows = spans(rows, window_size, expand_size, side) % height
     fine_cols = spans(cols, window_size, expand_size, side) % width
-    index = [grid_index(fine_rows, fine_cols, width)]
-    visible = [torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(rows * cols, 1, side**2)]
+    index = [grid_index(*token_places(fine_rows, fine_cols, width, window_size))]
+    hidden = [torch.zeros(1, 1, 1, dtype=torch.bool, device=device).expand(rows * cols, 1, side**2)]
 
     if shift_size:
-        own = fine_columns(window_size, expand_size, device)[0]
-        own = (own >= 0) & (own < window_size**2)
 
         def regions(length: int) -> torch.Tensor:
             position = torch.arange(length, device=device)
             return (position >= length - window_size).long() + (position >= length - shift_size).long()
 
-        region = (regions(height)[:, None] * 3 + regions(width)[None, :]).flatten()
-        own_rows, own_cols = spans(rows, window_size, 0, window_size), spans(cols, window_size, 0, window_size)
-        of_query = region[grid_index(own_rows, own_cols, width)]
-        visible = [~own | (of_query[:, :, None] == region[index[0]][:, None, :])]
+        row_region, col_region = regions(height)[fine_rows] * 3, regions(width)[fine_cols]
+        own = slice(expand_size, expand_size + window_size)
+        of_query, of_key = grid_index(row_region[:, own], col_region[:, own]), grid_index(row_region, col_region)
+        in_window = torch.zeros(side, side, dtype=torch.bool, device=device)
+        in_window[own, own] = True
+        hidden = [in_window.flatten() & (of_query[:, :, None] != of_key[:, None, :])]
 
     first_pooled = height * width
     for level in range(pooled_levels):
@@ -153,19 +164,19 @@ def focal_index(
         length = focal_window + stride - 1
         row = spans(rows, stride, (focal_window - 1) // 2, length)
         col = spans(cols, stride, (focal_window - 1) // 2, length)
-        index.append(
-            first_pooled + grid_index(row.clamp(0, pooled_rows - 1), col.clamp(0, pooled_cols - 1), pooled_cols)
-        )
-        row_inside, col_inside = (row >= 0) & (row < pooled_rows), (col >= 0) & (col < pooled_cols)
-        inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]
-        visible.append(inside.reshape(rows * cols, 1, -1))
+        row_term = row.clamp(0, pooled_rows - 1) * pooled_cols + first_pooled
+        index.append(grid_index(row_term, col.clamp(0, pooled_cols - 1)))
+        row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
+        outside = row_outside[:, None, :, None] | col_outside[None, :, None, :]
+        hidden.append(outside.reshape(rows * cols, 1, -1))
         first_pooled += pooled_rows * pooled_cols
 
     index = torch.cat(index, dim=1)
     if shift_size == 0 and (pooled_levels == 0 or focal_window == 1):
         return index, None
-    queries = max(part.shape[1] for part in visible)
-    return index, torch.cat([part.expand(-1, queries, -1) for part in visible], dim=2)
+    queries = max(part.shape[1] for part in hidden)
+    hidden = torch.cat([part.expand(-1, queries, -1) for part in hidden], dim=2)
+    return index, torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
 
 
 def nearest_radius(height: int, width: int, count: int) -> int:
@@ -266,7 +277,7 @@ class FocalNeighborhood(nn.Module):
     def forward(self, height: int, width: int) -> Neighborhood:
         """Of a map of `height` by `width` tokens, multiples of the window's side."""
         bias = torch.cat([self.fine_bias(), *(self.pooled_bias(level) for level in range(self.pooled_levels))], dim=-1)
-        index, visible = focal_index(
+        index, mask = focal_index(
             height,
             width,
             self.window_size,
@@ -276,10 +287,10 @@ class FocalNeighborhood(nn.Module):
             self.pooled_levels,
             bias.device,
         )
-        bias = bias[None]
-        if visible is not None:
-            bias = bias.masked_fill(~visible[:, None], -torch.inf)
-        return Neighborhood(index, bias)
+
+        if mask is None:
+            return Neighborhood(index, lambda windows: bias[None])
+        return Neighborhood(index, lambda windows: bias + mask[windows, None])
 
 
 class TopkNeighborhood(nn.Module):
@@ -300,15 +311,16 @@ class TopkNeighborhood(nn.Module):
             nn.Sequential(nn.Linear(2, head_dim), nn.ReLU(), nn.Linear(head_dim, num_heads)) for _ in range(levels)
         )
         for level in range(levels):
-            self.register_buffer(f"nearest_index_{level}", self.computed_index(*self.grid, level))
+            # A copy: what is computed is remembered, and serves other blocks.
+            self.register_buffer(f"nearest_index_{level}", self.computed_index(*self.grid, level).clone())
 
     def computed_index(self, height: int, width: int, level: int, device: torch.device | None = None) -> torch.Tensor:
         """Indices for a map of any size, (windows, min(topk, tokens of the level))."""
         device = device or torch.empty(0).device
-        return nearest_index(height, width, self.window_size, level, self.topk, device).clone()
+        return nearest_index(height, width, self.window_size, level, self.topk, device)
 
-    def level_bias(self, height: int, width: int, level: int, index: torch.Tensor) -> torch.Tensor:
-        """Bias of every query to the tokens of a level in `index`, shape (windows, heads, queries, tokens)."""
+    def level_bias(self, height: int, width: int, level: int, index: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        """Bias of every query to the tokens of a level in `index`: of windows, (windows, heads, queries, tokens)."""
         window, device = self.window_size, index.device
         rows, cols = height // window, width // window
         step = window if level else 1  # of the level's tokens, in tokens of the map
@@ -322,27 +334,32 @@ class TopkNeighborhood(nn.Module):
         offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
         table = mlp(offsets.to(mlp[0].weight.dtype)).flatten(0, 1)  # (offsets, heads)
 
-        def lookup(windows: int, key: torch.Tensor, dim: int) -> torch.Tensor:
-            """Places on the axis, (windows, queries along the axis, keys)."""
-            center = window_centers(windows, window, level, device)
-            center = center.repeat_interleave(cols) if dim == 0 else center.repeat(rows)
-            query = torch.arange(window, device=device)
-            return (center[:, None] - key)[:, None, :] * step + query[None, :, None] + reach
+        center_row = window_centers(rows, window, level, device).repeat_interleave(cols)[:, None]
+        center_col = window_centers(cols, window, level, device).repeat(rows)[:, None]
+        first_row = (center_row - index // level_width) * step + reach  # on the axis, of a window's first query
+        first_col = (center_col - index % level_width) * step + reach
+        query = torch.arange(window, device=device)[:, None]
 
-        row = lookup(rows, index // level_width, 0)
-        col = lookup(cols, index % level_width, 1)
-        place = row[:, :, None, :] * len(axis) + col[:, None, :, :]  # (windows, query rows, query columns, keys)
-        return table[place.flatten(1, 2)].permute(0, 3, 1, 2)
+        def bias_of(windows: slice) -> torch.Tensor:
+            row, col = first_row[windows, None] + query, first_col[windows, None] + query
+            place = row[:, :, None] * len(axis) + col[:, None]  # (windows, query rows, query columns, keys)
+            return table[place.flatten(1, 2)].permute(0, 3, 1, 2)
+
+        return bias_of
 
     def forward(self, height: int, width: int) -> Neighborhood:
         """Of a map of `height` by `width` tokens, multiples of the window's side."""
-        index, bias, first = [], [], 0
+        index, biases = [], []
         for level in range(self.levels):
             saved = getattr(self, f"nearest_index_{level}")
-            of_level = (
-                saved if (height, width) == self.grid else self.computed_index(height, width, level, saved.device)
-            )
-            index.append(of_level + first)
-            bias.append(self.level_bias(height, width, level, of_level))
-            first += height * width
-        return Neighborhood(torch.cat(index, dim=1), torch.cat(bias, dim=-1))
+            at_home = (height, width) == self.grid
+            of_level = saved if at_home else self.computed_index(height, width, level, saved.device)
+            biases.append(self.level_bias(height, width, level, of_level))
+            if level == 0:
+                row_term, col_term = token_places(of_level // width, of_level % width, width, self.window_size)
+                index.append(row_term + col_term)
+            else:
+                index.append(of_level + height * width)
+        return Neighborhood(
+            torch.cat(index, dim=1), lambda windows: torch.cat([bias_of(windows) for bias_of in biases], dim=-1)
+        )
