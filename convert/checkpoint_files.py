@@ -46,6 +46,10 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} holds {_described(value)} under {name!r}; expected a state dict, alone or under 'model', and "
                 "nothing but tensors in it."
             )
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise ConversionError(
+                f"{path} holds no values under {name!r} that can be read: {value.layout}, {value.device}."
+            )
     if any(name.startswith("focal.") for name in content):
         raise ConversionError(
             f"{path} has the tensor names of focal_hf, so it is converted already; convert_hf_to_focal.py goes the "

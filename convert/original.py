@@ -107,7 +107,10 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
         raise ConversionError(f"{path} must hold settings such as MODEL.FOCAL.EMBED_DIM; it holds {own!r}.")
     settings = {}
     bases = own.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConversionError(f"BASE in {path} must list YAML files; it holds {bases!r}.")
+    for base in bases:
         if base:
             settings = _merged(settings, _read_yaml((path.parent / base).resolve(), (*above, path)))
     return _merged(settings, own)
@@ -131,9 +134,17 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
     kind = model.get("TYPE", "focal")
     if kind not in _ATTENTION_TYPES:
         raise ConversionError(f"MODEL.TYPE must be focal or focalv2; the settings say {kind!r}.")
+    for key, default in _FOCAL_DEFAULTS.items():
+        listed = isinstance(focal[key], list) and all(type(value) is int for value in focal[key])
+        if isinstance(default, list) and not (listed and (focal[key] or key != "DEPTHS")):
+            raise ConversionError(
+                f"MODEL.FOCAL.{key} must list whole numbers, such as {default}; it is {focal[key]!r}."
+            )
     labels = model.get("NUM_CLASSES", 1000)
+    if type(labels) is not int or labels < 1:
+        raise ConversionError(f"MODEL.NUM_CLASSES must be a number of classes, 1 or more; it is {labels!r}.")
+    stages = len(focal["DEPTHS"])
     try:
-        stages = len(focal["DEPTHS"])
         return FocalConfig(
             image_size=image_size or data.get("IMG_SIZE", 224),
             patch_size=focal["PATCH_SIZE"],
@@ -221,7 +232,7 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
                 "PATCH_NORM": config.patch_norm,
                 "USE_SHIFT": config.use_shift,
                 "FOCAL_POOL": config.focal_pool,
-                "FOCAL_STAGES": list(config.focal_stages),
+                "FOCAL_STAGES": list(range(config.num_layers) if config.focal_stages is None else config.focal_stages),
                 "FOCAL_LEVELS": list(config.focal_levels),
                 "FOCAL_WINDOWS": list(config.focal_windows),
                 "FOCAL_TOPK": config.topk,
@@ -254,6 +265,7 @@ _NAMES = (  # focal_hf's, then the original's, applied in this order
     (r"\.attention\.[qkv]_proj\.", ".attn.qkv."),
     (r"\.attention\.neighborhood\.coordinate_mlps\.", ".attn.coord2rpb_all."),
     (r"\.attention\.neighborhood\.nearest_index_", ".attn.topk_cloest_indice_"),
+    (r"\.attention\.neighborhood\.(relative_position_bias_table_to_windows)_(\d+)$", r".attn.\1.\2"),
     (r"\.attention\.neighborhood\.", ".attn."),
 )
 

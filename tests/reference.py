@@ -68,7 +68,7 @@ def focal_keys(attention, maps, i, j):
     for level in range(near.pooled_levels):
         pooled = pooled_map(attention, maps, level)
         side = near.focal_window + 2**level - 1
-        table = near.relative_position_bias_table_to_windows[level]
+        table = near.pooled_tables()[level]
         for row, col in itertools.product(range(side), range(side)):
             r = i * 2**level - near.focal_window // 2 + row
             c = j * 2**level - near.focal_window // 2 + col

@@ -12,7 +12,7 @@ def test_defaults_are_focal_tiny():
     config = FocalConfig()
     assert (config.embed_dim, config.depths, config.num_heads) == (96, (2, 2, 6, 2), (3, 6, 12, 24))
     assert (config.focal_levels, config.focal_windows, config.expand_sizes) == ((2,) * 4, (7, 5, 3, 1), (3,) * 4)
-    assert (config.focal_stages, config.focal_pool, config.topk) == ((0, 1, 2, 3), "fc", 128)
+    assert (config.focal_stages, config.focal_pool, config.topk) == (None, "fc", 128)
     assert config.hidden_size == 768
     assert config.num_hidden_layers == config.num_layers == 4
     assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
@@ -87,3 +87,6 @@ def test_what_follows_from_a_field_follows_it(tmp_path):
     config = FocalConfig.from_pretrained(tmp_path, embed_dim=16, image_size=(40, 64))
     assert config.hidden_size == 32
     assert config.stage_grids == [(10, 16), (5, 8)]
+    three = {"depths": (1, 1, 1), "num_heads": (1, 2, 2), "focal_levels": (2, 2, 2), "focal_windows": (3, 1, 1)}
+    config = FocalConfig.from_pretrained(tmp_path, **three, expand_sizes=(2, 2, 2))
+    assert [config.block_geometry(stage, 0).pooled_levels for stage in range(3)] == [1, 1, 1]

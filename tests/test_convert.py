@@ -408,6 +408,8 @@ def damaged(state: dict, kind: str) -> dict:
         state["layers.0.blocks.0.attn.relative_position_index"] += 1
     elif kind == "number":
         state["norm.weight"] = 3
+    elif kind == "sparse":
+        state["head.weight"] = state["head.weight"].to_sparse()
     return state
 
 
@@ -420,6 +422,7 @@ def damaged(state: dict, kind: str) -> dict:
         ("nan", r"norm\.weight holds values that are not finite"),
         ("index", r"layers\.0\.blocks\.0\.attn\.relative_position_index in the checkpoint is not what"),
         ("number", r"type int under 'norm\.weight'"),
+        ("sparse", r"layout torch\.sparse_coo .* under 'head\.weight'"),
     ],
 )
 def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
@@ -436,7 +439,10 @@ def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
         ({"USE_CONV_EMBED": True}, "patch_embed.proj.weight has shape"),
         ({"NUM_HEADS": [4, 4]}, "in a model of these settings. Is --config"),
         ({"EMBED_DIM": 10, "NUM_HEADS": [3, 4]}, "must divide among its heads"),
-        ({"DEPTHS": 2}, "do not describe a model"),
+        ({"DEPTHS": 2}, "MODEL.FOCAL.DEPTHS must list whole numbers"),
+        ({"DEPTHS": []}, "MODEL.FOCAL.DEPTHS must list whole numbers"),
+        ({"FOCAL_STAGES": None}, "MODEL.FOCAL.FOCAL_STAGES must list whole numbers"),
+        ({"FOCAL_POOL": "sum"}, "focal_pool must be one of"),
         ({"WINDOWS": 7}, "MODEL.FOCAL has no WINDOWS"),
     ],
 )
@@ -454,6 +460,8 @@ def test_settings_of_another_model(convert, case, tmp_path, changes, message):
         ("MODEL: [1", "is not a YAML file that can be read"),
         ("just words", "must hold settings such as"),
         ("MODEL: 3", "MODEL in the settings must hold further settings; it holds 3"),
+        ("BASE: 3", "must list YAML files; it holds 3"),
+        ("MODEL: {NUM_CLASSES: ten}", "NUM_CLASSES must be a number of classes"),
         ("BASE: nowhere.yaml", "nowhere.yaml under BASE, and there is no such file"),
         ("BASE: ['settings.yaml']", "lead in a circle"),
         (None, "is neither a file nor the name of a released model"),

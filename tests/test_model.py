@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,6 +34,7 @@ from focal_hf import (
     FocalForMaskedImageModeling,
     FocalModel,
     FocalPreTrainedModel,
+    modeling_focal,
 )
 from focal_hf.modeling_focal import FocalAttention
 from hub_server import serve
@@ -122,6 +124,11 @@ def test_outputs_are_named_and_shaped_as_swins(attention_type):
         swin_config = SwinConfig(**SWIN | {"image_size": 64}, out_features=names)
         config._attn_implementation = swin_config._attn_implementation = "eager"
         with torch.no_grad():
+            for selection in (None, False, 0, 1, [0, 2]):
+                chosen = ours(config).eval()(pixels(1, 3, 64, 64), output_hidden_states=selection)
+                assert list(chosen) == list(
+                    swins(swin_config).eval()(pixels(1, 3, 64, 64), output_hidden_states=selection)
+                ), selection
             options = {"output_hidden_states": True, "output_attentions": True}
             outputs = ours(config).eval()(pixels(2, 3, 64, 64), **options)
             expected = swins(swin_config).eval()(pixels(2, 3, 64, 64), **options)
@@ -206,6 +213,13 @@ def test_masked_image_modelling(attention_type, size):
         model(image, bool_masked_pos=mask[:, 1:])
 
 
+def test_masked_image_modelling_in_float16():
+    """Sums over so many pixels exceed its range."""
+    model = FocalForMaskedImageModeling(tiny()).half()
+    image = pixels(2, 3, 160, 160).half()
+    assert 0.5 < model(image, bool_masked_pos=torch.ones(2, 1600).bool()).loss < 2
+
+
 def test_masked_image_modelling_needs_its_stride():
     with pytest.raises(ValueError, match=r"encoder_stride must be patch_size .* = 16.*got 32"):
         FocalForMaskedImageModeling(tiny(encoder_stride=32))
@@ -286,25 +300,92 @@ def test_low_precision(attention_type, dtype, tmp_path):
 @BOTH
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(attention_type, reentrant):
-    model = randomized(FocalForImageClassification(tiny(attention_type, drop_path_rate=0.0))).train()
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.3}
+    model = randomized(FocalForImageClassification(tiny(attention_type, **rates))).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
+        torch.manual_seed(0)
         model(pixels(2, 3, 32, 32), labels=torch.tensor([1, 4])).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients)
 
 
 @BOTH
-def test_dropout_and_stochastic_depth(attention_type):
-    rates = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "drop_path_rate": 0.5}
-    model = randomized(FocalModel(tiny(attention_type, use_layerscale=True, **rates)))
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"])
+def test_dropout_and_stochastic_depth(attention_type, rate):
+    others = {"drop_path_rate": 0.0} if rate != "drop_path_rate" else {}
+    model = randomized(FocalModel(tiny(attention_type, **others | {rate: 0.5})))
     image = pixels(4, 3, 32, 32)
     assert torch.equal(model(image)[0], model(image)[0])
     model.train()
     assert not torch.equal(model(image)[0], model(image)[0])
+
+
+@BOTH
+@pytest.mark.parametrize("shift", [False, True])
+def test_inference_in_pieces_is_the_same(attention_type, shift, monkeypatch):
+    """Without gradients a CPU works in pieces; many small ones here."""
+    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
+    monkeypatch.setattr(modeling_focal, "VALUES_PER_PIECE", 1500)
+    model = randomized(FocalForImageClassification(tiny(attention_type, use_shift=shift)))
+    image = pixels(5, 3, 52, 71)
+    whole = model(image, output_hidden_states=True)
+    with torch.no_grad():
+        pieces = model(image, output_hidden_states=True)
+    torch.testing.assert_close(pieces.logits, whole.logits)
+    torch.testing.assert_close(pieces.hidden_states, whole.hidden_states)
+
+
+@BOTH
+def test_tracing_and_exporting_without_gradients(attention_type):
+    """Pieces are not for graphs: what is traced or exported for one batch serves another."""
+    model = randomized(FocalModel(tiny(attention_type)))
+    two, five = pixels(2, 3, 32, 32), pixels(5, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, two, strict=False)
+        program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        expected = model(five).pooler_output
+        torch.testing.assert_close(traced(five)["pooler_output"], expected)
+    torch.testing.assert_close(program.module()(five)["pooler_output"], expected)
+
+
+@BOTH
+def test_offloading(attention_type, tmp_path):
+    """Weights that are brought in only while a module runs: every parameter must belong to a module that is called."""
+    expected = randomized(FocalModel(tiny(attention_type)))(pixels(1, 3, 32, 32)).last_hidden_state
+    offloaded = cpu_offload(randomized(FocalModel(tiny(attention_type))), execution_device="cpu")
+    torch.testing.assert_close(offloaded(pixels(1, 3, 32, 32)).last_hidden_state, expected)
+    on_disk = disk_offload(randomized(FocalModel(tiny(attention_type))), tmp_path, execution_device="cpu")
+    torch.testing.assert_close(on_disk(pixels(1, 3, 32, 32)).last_hidden_state, expected)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer as quantizers leave it: whole numbers for weights, and a scale."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().max() / 127
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, hidden_states):
+        return torch.nn.functional.linear(hidden_states, self.weight * self.scale, self.bias)
+
+
+@BOTH
+def test_quantized_linear_layers(attention_type):
+    model = randomized(FocalModel(tiny(attention_type)))
+    with torch.no_grad():
+        expected = model(pixels(1, 3, 32, 32))[0]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, Int8Linear(module))
+        output = model(pixels(1, 3, 32, 32))[0]
+    assert 0 < (output - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             At most 2 with `"topk"`.
         focal_windows (`tuple[int]`, *optional*, defaults to `(7, 5, 3, 1)`):
             `"focal"` only: side in pooled tokens, odd, of the square that a window sees.
-        focal_stages (`tuple[int]`, *optional*, defaults to all of them):
-            Indices, from 0, of the stages that pool.
+        focal_stages (`tuple[int]`, *optional*):
+            Indices, from 0, of the stages that pool; all of them if `None`.
         focal_pool (`str`, *optional*, defaults to `"fc"`):
             How a cell of tokens becomes one: `"fc"`, `"conv"`, `"mean"`, `"max"`; `"none"` for no pooled tokens.
         expand_sizes (`tuple[int]`, *optional*, defaults to `(3, 3, 3, 3)`):
@@ -153,8 +153,6 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.focal_stages is None:
-            self.focal_stages = tuple(range(len(self.depths)))
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
@@ -192,7 +190,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         divided = shortest > self.window_size
         still = {"all": None, "even": 0, "odd": 1}[self.expand_layer]
         expands = divided and self.focal_levels[stage] > 0 and block % 2 != still and self.attention_type == "focal"
-        pools = self.focal_pool != "none" and stage in self.focal_stages
+        pools = self.focal_pool != "none" and (self.focal_stages is None or stage in self.focal_stages)
         return BlockGeometry(
             window_size=min(self.window_size, shortest),
             expand_size=self.expand_sizes[stage] if expands else 0,
@@ -227,6 +225,9 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value}.")
 
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be at least 0; got {self.initializer_range}.")
+
         if len(self.depths) == 0:
             raise ValueError("depths must name at least one stage; got none.")
         for name, least in (
@@ -244,12 +245,10 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
             if min(values) < least:
                 raise ValueError(f"every value of {name} must be at least {least}; got {tuple(values)}.")
-        if not set(self.focal_stages) <= set(range(len(self.depths))) or len(set(self.focal_stages)) != len(
-            self.focal_stages
-        ):
+        stages = [] if self.focal_stages is None else list(self.focal_stages)
+        if not set(stages) <= set(range(len(self.depths))) or len(set(stages)) != len(stages):
             raise ValueError(
-                f"focal_stages must be distinct indices of the {len(self.depths)} stages, counted from 0; got "
-                f"{tuple(self.focal_stages)}."
+                f"focal_stages must be distinct indices of the {len(self.depths)} stages, counted from 0; got {stages}."
             )
 
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
@@ -281,7 +280,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     raise ValueError(
                         f"focal_levels[{stage}] = {level} asks attention_type='topk' for pooled tokens, but stage "
                         f"{stage} does not pool: focal_pool={self.focal_pool!r}, focal_stages="
-                        f"{tuple(self.focal_stages)}. Let it pool, or set that level to 1."
+                        f"{self.focal_stages}. Let it pool, or set that level to 1."
                     )
             elif geometry.pooled_levels and geometry.focal_window % 2 == 0:
                 raise ValueError(

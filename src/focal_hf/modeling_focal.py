@@ -140,12 +140,18 @@ class FocalLayerScale(nn.Module):
         return hidden_states * self.lambda1
 
 
-def in_pieces(hidden_states: torch.Tensor) -> bool:
+def in_pieces(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether to work in pieces that stay in the processor's cache: in inference on a CPU, and not in a graph.
 
     The layers inside are then called once a piece.
     """
-    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (
+        hidden_states.device.type == "cpu"
+        and not module.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
@@ -367,11 +373,11 @@ class FocalAttention(nn.Module):
         maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         if self.shift_size:
             maps = torch.roll(maps, (-self.shift_size, -self.shift_size), dims=(1, 2))
-        neighborhood = self.neighborhood(*maps.shape[1:3])
+        neighborhood = self.neighborhood(maps)
 
         if self.works_in_pieces(maps):
-            output, weights = torch.empty(maps.shape, dtype=maps.dtype), None
-            images = max(1, VALUES_PER_PIECE // maps[0].numel())
+            output, weights = torch.empty_like(maps, memory_format=torch.contiguous_format), None
+            images = max(1, VALUES_PER_PIECE // maps.shape[1:].numel())
             for source, target in zip(maps.split(images), output.split(images), strict=True):
                 cut_windows(target, self.window_size).copy_(
                     self.mix(cut_windows(source, self.window_size), neighborhood, **kwargs)[0]
@@ -385,7 +391,9 @@ class FocalAttention(nn.Module):
         return output[:, :input_height, :input_width], weights
 
     def works_in_pieces(self, hidden_states: torch.Tensor) -> bool:
-        return in_pieces(hidden_states) and self.config._attn_implementation == "sdpa"  # others may return weights
+        return (
+            in_pieces(self, hidden_states) and self.config._attn_implementation == "sdpa"
+        )  # others may return weights
 
     def mix(
         self, windows: torch.Tensor, neighborhood: Neighborhood, **kwargs: Unpack[TransformersKwargs]
@@ -396,6 +404,7 @@ class FocalAttention(nn.Module):
         tokens = windows.view(batch, -1, channels)
         if self.pooling is not None:
             tokens = torch.cat([tokens, self.pooling(windows)], dim=1)
+        # Pooled tokens need no query, but few as they are, cutting them off first would cost a copy of all others.
         query = self.q_proj(tokens)[:, : rows * cols * side**2].unflatten(1, (rows * cols, side**2))
         output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
         return self.o_proj(output).view(windows.shape), weights
@@ -446,13 +455,13 @@ class FocalAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-            return output.view(count, -1, queries, channels), weights
+            return output.reshape(count, -1, queries, channels), weights
 
         everything = slice(None)
         if not self.works_in_pieces(query):
             return attend_to(everything, everything, neighborhood.bias(everything).to(query.dtype))
 
-        output = torch.empty(query.shape, dtype=query.dtype)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         size = max(1, VALUES_PER_PIECE // (neighborhood.index.shape[1] * channels))
         for first in range(0, windows, size):
             places = slice(first, first + size)
@@ -474,7 +483,7 @@ class FocalMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not in_pieces(hidden_states):
+        if not in_pieces(self, hidden_states):
             return self.mix(hidden_states)
         pieces = hidden_states.flatten(0, -2).split(TOKENS_PER_PIECE)
         return torch.cat([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
@@ -595,7 +604,7 @@ class FocalPreTrainedModel(PreTrainedModel):
             init.zeros_(module.relative_position_bias_table)
             if module.relative_position_bias_table_to_neighbors is not None:
                 init.trunc_normal_(module.relative_position_bias_table_to_neighbors, std=std)
-            for table in module.relative_position_bias_table_to_windows:
+            for table in module.pooled_tables():
                 init.trunc_normal_(table, std=std)
         elif isinstance(module, TopkNeighborhood):
             for level in range(module.levels):
@@ -647,7 +656,7 @@ class FocalEncoder(FocalPreTrainedModel):
                 input_dimensions = half(input_dimensions)
         return FocalEncoderOutput(
             last_hidden_state=hidden_states,
-            reshaped_hidden_states=maps if output_hidden_states is not False else None,
+            reshaped_hidden_states=maps if output_hidden_states else None,
         )
 
 
@@ -802,9 +811,10 @@ class FocalForMaskedImageModeling(FocalPreTrainedModel):
 
         loss = None
         if bool_masked_pos is not None:
-            mask = bool_masked_pos.view(batch, 1, -(-height // patch), -(-width // patch)).to(reconstruction.dtype)
+            mask = bool_masked_pos.view(batch, 1, -(-height // patch), -(-width // patch)).float()
             mask = mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :height, :width]
-            error = nn.functional.l1_loss(reconstruction, pixel_values, reduction="none")
+            # In float32, whose range the sums over all pixels need.
+            error = nn.functional.l1_loss(reconstruction.float(), pixel_values.float(), reduction="none")
             loss = (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
         return FocalMaskedImageModelingOutput(
             loss=loss,

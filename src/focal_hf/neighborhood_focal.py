@@ -41,14 +41,14 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def cached_table(function):
     """Remembers the tables that a function of integers and a device has made.
 
-    Not while compiling or exporting, where the arithmetic belongs in the graph. Never as inference tensors, which
+    Not while compiling, exporting or tracing, where the arithmetic belongs in the graph. Never as inference tensors, which
     autograd could not use later.
     """
     cached = functools.lru_cache(maxsize=64)(function)
 
     @functools.wraps(function)
     def wrapper(*args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return function(*args)
         with torch.inference_mode(False), torch.no_grad():
             return cached(*args)
@@ -250,10 +250,14 @@ class FocalNeighborhood(nn.Module):
         self.relative_position_bias_table_to_neighbors = (
             nn.Parameter(torch.zeros(1, num_heads, window, slots)) if expand_size else None
         )
-        self.relative_position_bias_table_to_windows = nn.ParameterList(
-            nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
-            for level in range(pooled_levels)
-        )
+        # Not a ParameterList, which is never called: offloading brings weights in when their module is called.
+        for level in range(pooled_levels):
+            table = nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
+            self.register_parameter(f"relative_position_bias_table_to_windows_{level}", table)
+
+    def pooled_tables(self) -> list[nn.Parameter]:
+        """The table of each pooled level, each (heads, relative positions)."""
+        return [getattr(self, f"relative_position_bias_table_to_windows_{k}") for k in range(self.pooled_levels)]
 
     def fine_bias(self) -> torch.Tensor:
         """Bias of every query of a window to its fine tokens, shape (heads, queries, fine tokens)."""
@@ -270,24 +274,22 @@ class FocalNeighborhood(nn.Module):
 
     def pooled_bias(self, level: int) -> torch.Tensor:
         """Bias of every query of a window to its pooled tokens of a level, shape (heads, queries, pooled tokens)."""
-        table = self.relative_position_bias_table_to_windows[level]
+        table = self.pooled_tables()[level]
         index = relative_position_index(self.window_size, self.focal_window + 2**level - 1, table.device)
         return at_least_float32(table)[:, index]
 
-    def forward(self, height: int, width: int) -> Neighborhood:
-        """Of a map of `height` by `width` tokens, multiples of the window's side."""
+    def forward(self, maps: torch.Tensor) -> Neighborhood:
+        """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
         bias = torch.cat([self.fine_bias(), *(self.pooled_bias(level) for level in range(self.pooled_levels))], dim=-1)
         index, mask = focal_index(
-            height,
-            width,
+            *maps.shape[1:3],
             self.window_size,
             self.expand_size,
             self.shift_size,
             self.focal_window,
             self.pooled_levels,
-            bias.device,
+            maps.device,
         )
-
         if mask is None:
             return Neighborhood(index, lambda windows: bias[None])
         return Neighborhood(index, lambda windows: bias + mask[windows, None])
@@ -298,7 +300,8 @@ class TopkNeighborhood(nn.Module):
 
     The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
     `grid` are a buffer that is saved, since the original's break ties in distance as its `torch.topk` once did; for
-    maps of other sizes they are computed.
+    maps of other sizes they are computed. So weights belong to their `image_size`: another one whose indices happen to
+    have the same shape (height and width swapped, say) cannot be told from it.
     """
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int, levels: int, topk: int, grid: tuple[int, int]):
@@ -319,8 +322,9 @@ class TopkNeighborhood(nn.Module):
         device = device or torch.empty(0).device
         return nearest_index(height, width, self.window_size, level, self.topk, device)
 
-    def level_bias(self, height: int, width: int, level: int, index: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+    def level_bias(self, maps: torch.Tensor, level: int, index: torch.Tensor) -> Callable[[slice], torch.Tensor]:
         """Bias of every query to the tokens of a level in `index`: of windows, (windows, heads, queries, tokens)."""
+        height, width = maps.shape[1:3]
         window, device = self.window_size, index.device
         rows, cols = height // window, width // window
         step = window if level else 1  # of the level's tokens, in tokens of the map
@@ -330,9 +334,8 @@ class TopkNeighborhood(nn.Module):
         # Offsets repeat across windows and queries: the MLP sees each once, on a square grid of all that occur.
         reach = step * radius
         axis = torch.arange(-reach - window // 2, reach + window - window // 2, device=device)
-        mlp = self.coordinate_mlps[level]
         offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-        table = mlp(offsets.to(mlp[0].weight.dtype)).flatten(0, 1)  # (offsets, heads)
+        table = self.coordinate_mlps[level](offsets.to(maps.dtype)).flatten(0, 1)  # (offsets, heads)
 
         center_row = window_centers(rows, window, level, device).repeat_interleave(cols)[:, None]
         center_col = window_centers(cols, window, level, device).repeat(rows)[:, None]
@@ -347,14 +350,15 @@ class TopkNeighborhood(nn.Module):
 
         return bias_of
 
-    def forward(self, height: int, width: int) -> Neighborhood:
-        """Of a map of `height` by `width` tokens, multiples of the window's side."""
+    def forward(self, maps: torch.Tensor) -> Neighborhood:
+        """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
+        height, width = maps.shape[1:3]
         index, biases = [], []
         for level in range(self.levels):
             saved = getattr(self, f"nearest_index_{level}")
             at_home = (height, width) == self.grid
             of_level = saved if at_home else self.computed_index(height, width, level, saved.device)
-            biases.append(self.level_bias(height, width, level, of_level))
+            biases.append(self.level_bias(maps, level, of_level))
             if level == 0:
                 row_term, col_term = token_places(of_level // width, of_level % width, width, self.window_size)
                 index.append(row_term + col_term)
