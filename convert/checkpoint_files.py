@@ -48,7 +48,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             )
         if value.layout is not torch.strided or value.device.type != "cpu":
             raise ConversionError(
-                f"{path} holds no values under {name!r} that can be read: {value.layout}, {value.device}."
+                f"{path} holds a tensor of layout {value.layout} on device {value.device} under {name!r}; expected a "
+                "dense one with its values."
             )
     if any(name.startswith("focal.") for name in content):
         raise ConversionError(

@@ -41,8 +41,8 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def cached_table(function):
     """Remembers the tables that a function of integers and a device has made.
 
-    Not while compiling, exporting or tracing, where the arithmetic belongs in the graph. Never as inference tensors, which
-    autograd could not use later.
+    Not while compiling, exporting or tracing, where the arithmetic belongs in the graph. Never as inference tensors,
+    which autograd could not use later.
     """
     cached = functools.lru_cache(maxsize=64)(function)
 
