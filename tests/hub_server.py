@@ -1,4 +1,4 @@
-"""A small server in the Hub's place: answers what transformers asks when it loads a model by name."""
+"""A small server in the Hub's place: answers what transformers and datasets ask when they load something by name."""
 
 import contextlib
 import hashlib
@@ -11,8 +11,13 @@ REVISION = "0" * 40
 
 
 @contextlib.contextmanager
-def serve(folder: Path, repository: str):
-    """Serves `folder` as `repository`; gives the address for the environment variable HF_ENDPOINT."""
+def serve(folder: Path, repository: str, kind: str = "models"):
+    """Serves `folder` as `repository`; gives the address for the environment variable HF_ENDPOINT.
+
+    `kind` is "models" or "datasets".
+    """
+    api = f"api/{kind}/{repository}"
+    files_at = f"{repository}/resolve" if kind == "models" else f"{kind}/{repository}/resolve"
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -26,19 +31,34 @@ def serve(folder: Path, repository: str):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
+        def answer_json(self, content):
+            self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
         def do_GET(self):
             path = self.path.split("?")[0].strip("/")
-            if path in (f"api/models/{repository}", f"api/models/{repository}/revision/main"):
-                files = [{"rfilename": file.name} for file in folder.iterdir()]
-                info = {"id": repository, "modelId": repository, "sha": REVISION, "siblings": files, "tags": []}
-                return self.answer(200, json.dumps(info | {"private": False}).encode(), Content_Type="application/json")
+            if path in (api, f"{api}/revision/main", f"{api}/revision/{REVISION}"):
+                files = [{"rfilename": str(file.relative_to(folder))} for file in folder.rglob("*") if file.is_file()]
+                return self.answer_json({"id": repository, "sha": REVISION, "siblings": files, "tags": []})
             for revision in ("main", REVISION):
-                file = folder / path.removeprefix(f"{repository}/resolve/{revision}/")
-                if path.startswith(f"{repository}/resolve/{revision}/") and file.is_file():
+                tree, files = f"{api}/tree/{revision}", f"{files_at}/{revision}/"
+                listed = folder / path.removeprefix(tree).strip("/")
+                if path.startswith(tree) and listed.is_dir():
+                    return self.answer_json([self.entry(item) for item in listed.iterdir()])
+                file = folder / path.removeprefix(files)
+                if path.startswith(files) and file.is_file():
                     body = file.read_bytes()
                     etag = f'"{hashlib.sha1(body).hexdigest()}"'
                     return self.answer(200, body, ETag=etag, X_Repo_Commit=REVISION)
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=REVISION)
+
+        def entry(self, item):
+            size, digest = (0, "") if item.is_dir() else (item.stat().st_size, item.read_bytes())
+            return {
+                "type": "directory" if item.is_dir() else "file",
+                "path": str(item.relative_to(folder)),
+                "oid": hashlib.sha1(digest or item.name.encode()).hexdigest(),
+                "size": size,
+            }
 
         do_HEAD = do_GET
 

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from focal_hf import FocalConfig, FocalForImageClassification
+from hub_server import serve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FINETUNE = str(EXAMPLES / "finetune.py")
@@ -69,9 +71,12 @@ def config(tmp_path: Path) -> Path:
 def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs examples/finetune.py in a process of its own, offline, with tmp_path as working folder."""
 
-    def run(*arguments: object, launcher: tuple | list = (sys.executable,)) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: object, launcher: tuple | list = (sys.executable,), hub: str | None = None
+    ) -> subprocess.CompletedProcess:
+        network = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub")} if hub else {"HF_HUB_OFFLINE": "1"}
         environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
+            **network,
             "HF_DATASETS_CACHE": str(tmp_path / "cache"),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
@@ -256,6 +261,29 @@ def test_reads_labels_that_are_text_from_a_column_of_its_own(finetune, config, t
     assert run.returncode == 0, run.stderr
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+
+
+def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_path):
+    """By name, from a server in the Hub's place, with columns and splits of its own."""
+    folders = datasets.load_dataset("imagefolder", data_dir=str(data), cache_dir=str(tmp_path / "arrow"))
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    for split, name in (("train", "train"), ("validation", "test")):
+        renamed = folders[split].rename_columns({"image": "img", "label": "colour"})
+        renamed.to_parquet(tmp_path / "repository" / "data" / f"{name}-00000-of-00001.parquet")
+    columns = ("--image-column", "img", "--label-column", "colour", "--validation-split", "test")
+    with serve(tmp_path / "repository", "org/colours", "datasets") as address:
+        arguments = ("--config", config, "--data", "org/colours", *columns, "--output", tmp_path / "one")
+        run = finetune(*arguments, "--epochs", "1", hub=address)
+    assert run.returncode == 0, run.stderr
+    assert results(tmp_path / "one")["best"]["images"] == 7
+    assert AutoConfig.from_pretrained(tmp_path / "one").id2label == {0: "blue", 1: "green", 2: "red"}
+
+    with serve(tmp_path / "one", "org/focal") as address:
+        run = finetune(
+            "--model", "org/focal", "--data", data, "--output", tmp_path / "two", "--epochs", "1", hub=address
+        )
+    assert run.returncode == 0, run.stderr
+    assert "starts anew" not in run.stdout
 
 
 def test_stopped_while_saving_leaves_the_earlier_model_whole(script, tmp_path):

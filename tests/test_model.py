@@ -162,6 +162,20 @@ def test_maps_have_the_sizes_of_swins(attention_type, height, width, conv, shift
 
 
 @BOTH
+@pytest.mark.parametrize("stages", [1, 5])
+def test_any_number_of_stages(attention_type, stages, tmp_path):
+    settings = {"depths": (1,) * stages, "num_heads": (2,) * stages, "focal_levels": (2,) * stages}
+    settings |= {"focal_windows": (3,) * stages, "expand_sizes": (1,) * stages, "encoder_stride": 4 * 2 ** (stages - 1)}
+    model = randomized(FocalForMaskedImageModeling(tiny(attention_type, **settings)))
+    model.save_pretrained(tmp_path)
+    backbone = FocalBackbone.from_pretrained(tmp_path, out_indices=range(stages + 1)).eval()
+    maps = backbone(pixels(1, 3, 50, 70)).feature_maps
+    sides = [(13, 18), (13, 18), (7, 9), (4, 5), (2, 3), (1, 2)]
+    assert [tuple(value.shape[2:]) for value in maps] == sides[: stages + 1]
+    assert model(pixels(1, 3, 50, 70)).reconstruction.shape == (1, 3, 50, 70)
+
+
+@BOTH
 def test_input_is_padded_with_zeros_to_whole_patches(attention_type):
     model = randomized(FocalModel(tiny(attention_type)))
     image = pixels(1, 3, 35, 46)
