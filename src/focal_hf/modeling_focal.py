@@ -288,9 +288,7 @@ class FocalPooling(nn.Module):
 
     def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
-        cells = (
-            self.cells_of(windows, level).flatten(3, 4).flatten(1, 2)
-        )  # (batch, pooled tokens, cell tokens, channels)
+        cells = self.cells_of(windows, level).flatten(3, 4).flatten(1, 2)  # (batch, cells, tokens, channels)
         if self.pool == "mean":
             return cells.mean(dim=2)
         if self.pool == "max":
@@ -391,9 +389,8 @@ class FocalAttention(nn.Module):
         return output[:, :input_height, :input_width], weights
 
     def works_in_pieces(self, hidden_states: torch.Tensor) -> bool:
-        return (
-            in_pieces(self, hidden_states) and self.config._attn_implementation == "sdpa"
-        )  # others may return weights
+        # Other implementations may return weights, which would have to be put together.
+        return in_pieces(self, hidden_states) and self.config._attn_implementation == "sdpa"
 
     def mix(
         self, windows: torch.Tensor, neighborhood: Neighborhood, **kwargs: Unpack[TransformersKwargs]
