@@ -72,6 +72,15 @@ def test_unused_settings_do_not_contradict():
     FocalConfig(**TINY | {"focal_levels": (0, 1), "focal_windows": (4, 2)})
 
 
+def test_derived_settings_may_be_given_where_they_agree():
+    config = FocalConfig(**TINY, hidden_size=16, num_layers=2, stage_names=["stem", "stage1", "stage2"])
+    assert config.to_dict() == FocalConfig(**TINY).to_dict()
+    with pytest.raises(ValueError, match="hidden_size follows from embed_dim and depths, and is 16; got 4"):
+        FocalConfig(**TINY, hidden_size=4)
+    with pytest.raises(ValueError, match="num_hidden_layers follows from"):
+        FocalConfig(**TINY, num_hidden_layers=3)
+
+
 def test_survives_a_file(tmp_path):
     config = FocalConfig(**TINY, out_features=["stem", "stage2"], id2label={0: "cat", 1: "dog", 2: "cow"})
     config.save_pretrained(tmp_path)

@@ -156,6 +156,13 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        # Swin's config files hold these; here they are derived, and may be given where they agree.
+        for name in ("hidden_size", "num_layers", "num_hidden_layers", "stage_names"):
+            if name in kwargs and (value := kwargs.pop(name)) != getattr(self, name):
+                raise ValueError(
+                    f"{name} follows from embed_dim and depths, and is {getattr(self, name)}; got {value}. Leave it "
+                    "out."
+                )
         super().__post_init__(**kwargs)
 
     # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
