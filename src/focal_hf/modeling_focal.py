@@ -170,6 +170,11 @@ def half(dimensions: tuple[int, int]) -> tuple[int, int]:
     return (dimensions[0] + 1) // 2, (dimensions[1] + 1) // 2
 
 
+def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:
+    """(batch, tokens, channels) to (batch, channels, height, width)."""
+    return hidden_states.unflatten(1, dimensions).permute(0, 3, 1, 2).contiguous()
+
+
 class FocalPatchEmbeddings(nn.Module):
     """Pixels (batch, channels, height, width) to tokens (batch, height / patch · width / patch, embed_dim)."""
 
@@ -535,20 +540,15 @@ class FocalStage(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         input_dimensions: tuple[int, int],
-        output_hidden_states_before_downsampling: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns tokens (batch, tokens, channels), a map (batch, channels, height, width) and attention weights."""
+        """Returns tokens (batch, tokens, channels), those before downsampling, and the last attention weights."""
         for block in self.blocks:
             hidden_states, weights = block(hidden_states, input_dimensions, **kwargs)
         before = hidden_states
         if self.downsample is not None:
             hidden_states = self.downsample(hidden_states, input_dimensions)
-        if output_hidden_states_before_downsampling or self.downsample is None:
-            maps = before.unflatten(1, input_dimensions)
-        else:
-            maps = hidden_states.unflatten(1, half(input_dimensions))
-        return hidden_states, maps.permute(0, 3, 1, 2).contiguous(), weights
+        return hidden_states, before, weights
 
 
 class FocalPreTrainedModel(PreTrainedModel):
@@ -640,21 +640,16 @@ class FocalEncoder(FocalPreTrainedModel):
             output_hidden_states_before_downsampling (`bool`, *optional*, defaults to `False`):
                 Whether `reshaped_hidden_states` are the stages' maps before their downsampling.
         """
-        maps = (hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2).contiguous(),)
+        maps = (to_map(hidden_states, input_dimensions),) if output_hidden_states else None
         for stage in self.layers:
-            hidden_states, stage_map, _ = stage(
-                hidden_states,
-                input_dimensions,
-                output_hidden_states_before_downsampling=output_hidden_states_before_downsampling,
-                **kwargs,
-            )
-            maps += (stage_map,)
+            hidden_states, before, _ = stage(hidden_states, input_dimensions, **kwargs)
+            if output_hidden_states and output_hidden_states_before_downsampling:
+                maps += (to_map(before, input_dimensions),)
             if stage.downsample is not None:
                 input_dimensions = half(input_dimensions)
-        return FocalEncoderOutput(
-            last_hidden_state=hidden_states,
-            reshaped_hidden_states=maps if output_hidden_states else None,
-        )
+            if output_hidden_states and not output_hidden_states_before_downsampling:
+                maps += (to_map(hidden_states, input_dimensions),)
+        return FocalEncoderOutput(last_hidden_state=hidden_states, reshaped_hidden_states=maps)
 
 
 class FocalModel(FocalPreTrainedModel):
