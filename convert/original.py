@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from focal_hf import FocalConfig, FocalForImageClassification
-from focal_hf.neighborhood_focal import focal_index, relative_position_index
+from focal_hf.neighborhood_focal import focal_index, relative_position_index, slot_tokens
 
 
 class ConversionError(Exception):
@@ -320,7 +320,8 @@ def original_buffers(
                 continue
             buffers[f"{prefix}.attn.relative_position_index"] = relative_position_index(window, window, cpu)
             if expand:
-                buffers[f"{prefix}.attn.valid_ind_rolled"] = _kept_of_rolled(window, expand)
+                kept = slot_tokens(window, expand, cpu)
+                buffers[f"{prefix}.attn.valid_ind_rolled"] = kept.flatten().nonzero().flatten()
             for level in range(geometry.pooled_levels):
                 key_side = geometry.focal_window + 2**level - 1
                 buffers[f"{prefix}.attn.relative_position_index_{level}"] = relative_position_index(
@@ -333,18 +334,6 @@ def original_buffers(
                         kept[:, None] * (key_side + dropped) + kept
                     ).flatten()
     return buffers
-
-
-def _kept_of_rolled(window: int, expand: int) -> torch.Tensor:
-    """Which of the tokens of four windows, displaced along the diagonals, lie outside of the window."""
-    place = torch.arange(window)
-    outside = []
-    for down in (expand, -expand):
-        for right in (expand, -expand):
-            rows, cols = place + down, place + right
-            inside = ((rows >= 0) & (rows < window))[:, None] & ((cols >= 0) & (cols < window))[None, :]
-            outside.append(~inside.flatten())
-    return torch.cat(outside).nonzero().flatten()
 
 
 def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, level: int) -> torch.Tensor:
@@ -389,9 +378,10 @@ def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dic
 
     for name, tensor in converted.items():
         if "nearest_index" in name:
-            geometry = config.block_geometry(*(int(number) for number in re.findall(r"\.(\d+)\.", name)[:2]))
-            height, width = config.stage_grids[int(re.search(r"layers\.(\d+)\.", name)[1])]
-            tokens = height * width // (geometry.window_size**2 if name.endswith("_1") else 1)
+            stage, block = (int(number) for number in re.findall(r"\.(\d+)\.", name)[:2])
+            height, width = config.stage_grids[stage]
+            window = config.block_geometry(stage, block).window_size
+            tokens = height * width // (window**2 if name.endswith("_1") else 1)
             if tensor.min() < 0 or tensor.max() >= tokens:
                 raise ConversionError(
                     f"{original_name(name)} points at tokens {tensor.min()} to {tensor.max()}; its level has {tokens}."

@@ -66,6 +66,24 @@ def relative_position_index(query_side: int, key_side: int, device: torch.device
     return index.reshape(query_side**2, key_side**2)
 
 
+def displacements(expand_size: int) -> list[tuple[int, int]]:
+    """Rows and columns by which the four windows around a window are displaced, in the original's order."""
+    return [(down, right) for down in (expand_size, -expand_size) for right in (expand_size, -expand_size)]
+
+
+def in_window(rows: torch.Tensor, cols: torch.Tensor, window_size: int) -> torch.Tensor:
+    """Which places of a grid of `rows` by `cols`, counted from a window's first token, lie in it."""
+    return ((rows >= 0) & (rows < window_size))[:, None] & ((cols >= 0) & (cols < window_size))[None, :]
+
+
+def slot_tokens(window_size: int, expand_size: int, device: torch.device) -> torch.Tensor:
+    """Which tokens of the four displaced windows have a slot: those outside of the window, (4, window_size²)."""
+    place = torch.arange(window_size, device=device)
+    return torch.stack(
+        [~in_window(place + down, place + right, window_size).flatten() for down, right in displacements(expand_size)]
+    )
+
+
 @cached_table
 def fine_columns(window_size: int, expand_size: int, device: torch.device) -> torch.Tensor:
     """Where the bias of each fine token stands, shape (2, (window_size + 2 · expand_size)²).
@@ -75,30 +93,18 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> to
     `expand_size` along both diagonals, without the tokens in the window itself. So a token has one column (then both
     rows here agree), two where displaced windows overlap, or none (-1) where they leave a gap.
     """
-    window, side = window_size**2, window_size + 2 * expand_size
-    inside = torch.arange(window_size, device=device)
     square = torch.arange(-expand_size, window_size + expand_size, device=device)
-    own = (square >= 0) & (square < window_size)
+    slots = slot_tokens(window_size, expand_size, device).flatten().cumsum(0) + window_size**2 - 1
 
-    next_slot = window
-    candidates = []
-    for down in (expand_size, -expand_size):
-        for right in (expand_size, -expand_size):
-            # Slots are numbered over the displaced window's tokens that fall outside of the window.
-            rows, cols = inside + down, inside + right
-            outside = ~(((rows >= 0) & (rows < window_size))[:, None] & ((cols >= 0) & (cols < window_size))[None, :])
-            slots = next_slot + outside.flatten().cumsum(0) - 1
-            next_slot = next_slot + window - max(window_size - expand_size, 0) ** 2
-            # Which of them lie in the square, and where.
-            row, col = square - down, square - right
-            listed = ((row >= 0) & (row < window_size))[:, None] & ((col >= 0) & (col < window_size))[None, :]
-            place = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
-            candidates.append(torch.where(listed, slots[place], -1))
-
-    found = torch.stack(candidates).sort(dim=0, descending=True).values[:2]
+    found = []
+    for (down, right), slot in zip(displacements(expand_size), slots.view(4, -1), strict=True):
+        row, col = square - down, square - right  # in the displaced window
+        inside = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
+        found.append(torch.where(in_window(row, col, window_size), slot[inside], -1))
+    found = torch.stack(found).sort(dim=0, descending=True).values[:2]
     found[1] = torch.where(found[1] < 0, found[0], found[1])
     own_column = square[:, None] * window_size + square[None, :]
-    return torch.where(own[:, None] & own[None, :], own_column, found).reshape(2, side**2)
+    return torch.where(in_window(square, square, window_size), own_column, found).flatten(1)
 
 
 def token_places(rows: torch.Tensor, cols: torch.Tensor, width: int, window_size: int) -> tuple[torch.Tensor, ...]:
@@ -153,9 +159,9 @@ def focal_index(
         row_region, col_region = regions(height)[fine_rows] * 3, regions(width)[fine_cols]
         own = slice(expand_size, expand_size + window_size)
         of_query, of_key = grid_index(row_region[:, own], col_region[:, own]), grid_index(row_region, col_region)
-        in_window = torch.zeros(side, side, dtype=torch.bool, device=device)
-        in_window[own, own] = True
-        hidden = [in_window.flatten() & (of_query[:, :, None] != of_key[:, None, :])]
+        square = torch.arange(-expand_size, window_size + expand_size, device=device)
+        own_key = in_window(square, square, window_size).flatten()
+        hidden = [own_key & (of_query[:, :, None] != of_key[:, None, :])]
 
     first_pooled = height * width
     for level in range(pooled_levels):
