@@ -119,8 +119,7 @@ def image_processor(config: FocalConfig) -> BitImageProcessorPil:
     The shorter side is resized, but for a rectangular model both: its images have its shape, and a centre crop of
     others could reach beyond their edge. ImageNet's statistics are averaged where there are not three channels.
     """
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = config.image_sides
     rgb = config.num_channels == 3
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return BitImageProcessorPil(
@@ -145,8 +144,7 @@ def name_classes(config: FocalConfig) -> None:
 @torch.no_grad()
 def logits_of(model: FocalForImageClassification) -> torch.Tensor:
     """Of one random image, the same one every time, as float32."""
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = model.config.image_sides
     image = torch.randn(1, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
     return model(image.to(model.dtype)).logits.float()
 

@@ -21,32 +21,34 @@ class ConversionError(Exception):
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
-# MODEL.FOCAL.* and its defaults.
-_FOCAL_DEFAULTS = {
-    "PATCH_SIZE": 4,
-    "IN_CHANS": 3,
-    "EMBED_DIM": 96,
-    "DEPTHS": [2, 2, 6, 2],
-    "NUM_HEADS": [3, 6, 12, 24],
-    "WINDOW_SIZE": 7,
-    "MLP_RATIO": 4.0,
-    "QKV_BIAS": True,
-    "QK_SCALE": False,
-    "APE": False,
-    "PATCH_NORM": True,
-    "USE_SHIFT": False,
-    "FOCAL_POOL": "none",
-    "FOCAL_STAGES": [0, 1, 2, 3],
-    "FOCAL_LEVELS": [1, 1, 1, 1],
-    "FOCAL_WINDOWS": [7, 5, 3, 1],
-    "FOCAL_TOPK": 128,
-    "EXPAND_STAGES": [0, 1, 2, 3],  # read and ignored by the original, too
-    "EXPAND_SIZES": [3, 3, 3, 3],
-    "EXPAND_LAYER": "all",
-    "USE_CONV_EMBED": False,
-    "USE_LAYERSCALE": False,
-    "USE_PRE_NORM": False,
-}
+# MODEL.FOCAL.*, what focal_hf calls it, and the original's default.
+_FOCAL_SETTINGS = (
+    ("PATCH_SIZE", "patch_size", 4),
+    ("IN_CHANS", "num_channels", 3),
+    ("EMBED_DIM", "embed_dim", 96),
+    ("DEPTHS", "depths", [2, 2, 6, 2]),
+    ("NUM_HEADS", "num_heads", [3, 6, 12, 24]),
+    ("WINDOW_SIZE", "window_size", 7),
+    ("MLP_RATIO", "mlp_ratio", 4.0),
+    ("QKV_BIAS", "qkv_bias", True),
+    ("QK_SCALE", "qk_scale", False),
+    ("APE", "use_absolute_embeddings", False),
+    ("PATCH_NORM", "patch_norm", True),
+    ("USE_SHIFT", "use_shift", False),
+    ("FOCAL_POOL", "focal_pool", "none"),
+    ("FOCAL_STAGES", "focal_stages", [0, 1, 2, 3]),
+    ("FOCAL_LEVELS", "focal_levels", [1, 1, 1, 1]),
+    ("FOCAL_WINDOWS", "focal_windows", [7, 5, 3, 1]),
+    ("FOCAL_TOPK", "topk", 128),
+    ("EXPAND_SIZES", "expand_sizes", [3, 3, 3, 3]),
+    ("EXPAND_LAYER", "expand_layer", "all"),
+    ("USE_CONV_EMBED", "use_conv_embed", False),
+    ("USE_LAYERSCALE", "use_layerscale", False),
+    ("USE_PRE_NORM", "use_pre_norm", False),
+)
+# EXPAND_STAGES is read and ignored by the original, too.
+_FOCAL_DEFAULTS = {theirs: default for theirs, _, default in _FOCAL_SETTINGS} | {"EXPAND_STAGES": [0, 1, 2, 3]}
+_READ_BY_STAGE = ("FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")  # and may be longer than there are stages
 _ATTENTION_TYPES = {"focal": "focal", "focalv2": "topk"}
 
 
@@ -144,33 +146,15 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
     if type(labels) is not int or labels < 1:
         raise ConversionError(f"MODEL.NUM_CLASSES must be a number of classes, 1 or more; it is {labels!r}.")
     stages = len(focal["DEPTHS"])
+    for key in _READ_BY_STAGE:
+        focal[key] = focal[key][:stages]
+    focal["FOCAL_STAGES"] = [stage for stage in focal["FOCAL_STAGES"] if stage < stages]
+    focal["QK_SCALE"] = focal["QK_SCALE"] or None
     try:
         return FocalConfig(
-            image_size=image_size or data.get("IMG_SIZE", 224),
-            patch_size=focal["PATCH_SIZE"],
-            num_channels=focal["IN_CHANS"],
-            embed_dim=focal["EMBED_DIM"],
-            depths=focal["DEPTHS"],
-            num_heads=focal["NUM_HEADS"],
-            window_size=focal["WINDOW_SIZE"],
+            **{ours: focal[theirs] for theirs, ours, _ in _FOCAL_SETTINGS},
             attention_type=_ATTENTION_TYPES[kind],
-            # The original reads these by stage and lets them be longer.
-            focal_levels=focal["FOCAL_LEVELS"][:stages],
-            focal_windows=focal["FOCAL_WINDOWS"][:stages],
-            focal_stages=[stage for stage in focal["FOCAL_STAGES"] if stage < stages],
-            focal_pool=focal["FOCAL_POOL"],
-            expand_sizes=focal["EXPAND_SIZES"][:stages],
-            expand_layer=focal["EXPAND_LAYER"],
-            topk=focal["FOCAL_TOPK"],
-            use_shift=focal["USE_SHIFT"],
-            use_conv_embed=focal["USE_CONV_EMBED"],
-            use_pre_norm=focal["USE_PRE_NORM"],
-            use_layerscale=focal["USE_LAYERSCALE"],
-            use_absolute_embeddings=focal["APE"],
-            patch_norm=focal["PATCH_NORM"],
-            qkv_bias=focal["QKV_BIAS"],
-            qk_scale=focal["QK_SCALE"] or None,
-            mlp_ratio=focal["MLP_RATIO"],
+            image_size=image_size or data.get("IMG_SIZE", 224),
             hidden_dropout_prob=model.get("DROP_RATE", 0.0),
             drop_path_rate=model.get("DROP_PATH_RATE", 0.1),
             encoder_stride=focal["PATCH_SIZE"] * 2 ** (stages - 1),
@@ -189,13 +173,12 @@ def _section(settings: Mapping, name: str) -> Mapping:
 
 def size_note(config: FocalConfig) -> str | None:
     """What to know about a model whose maps do not divide evenly."""
-    size = config.image_size
     unit = config.patch_size * 2 ** (len(config.depths) - 1)
-    if not any(side % unit for side in ([size] if isinstance(size, int) else size)):
+    if not any(side % unit for side in config.image_sides):
         return None
     return (
-        f"Note: {size} pixels do not divide by {unit}. Where the original then leaves out the last rows and columns of "
-        "a map, focal_hf keeps them, so the two give different logits at this size."
+        f"Note: {config.image_size} pixels do not divide by {unit}. Where the original then leaves out the last rows "
+        "and columns of a map, focal_hf keeps them, so the two give different logits at this size."
     )
 
 
@@ -209,6 +192,11 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
         if (value := getattr(config, setting)) != fixed:
             raise ConversionError(f"The original always has {setting} = {fixed}; this model has {value}.")
     kinds = {ours: theirs for theirs, ours in _ATTENTION_TYPES.items()}
+    focal = {theirs: getattr(config, ours) for theirs, ours, _ in _FOCAL_SETTINGS}
+    focal["QK_SCALE"] = focal["QK_SCALE"] or False
+    if focal["FOCAL_STAGES"] is None:
+        focal["FOCAL_STAGES"] = range(config.num_layers)
+    focal = {key: list(value) if isinstance(value, list | tuple | range) else value for key, value in focal.items()}
     size = config.image_size
     return {
         "DATA": {"IMG_SIZE": size if isinstance(size, int) else list(size)},
@@ -218,30 +206,7 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
             "NUM_CLASSES": config.num_labels,
             "DROP_RATE": config.hidden_dropout_prob,
             "DROP_PATH_RATE": config.drop_path_rate,
-            "FOCAL": {
-                "PATCH_SIZE": config.patch_size,
-                "IN_CHANS": config.num_channels,
-                "EMBED_DIM": config.embed_dim,
-                "DEPTHS": list(config.depths),
-                "NUM_HEADS": list(config.num_heads),
-                "WINDOW_SIZE": config.window_size,
-                "MLP_RATIO": config.mlp_ratio,
-                "QKV_BIAS": config.qkv_bias,
-                "QK_SCALE": config.qk_scale or False,
-                "APE": config.use_absolute_embeddings,
-                "PATCH_NORM": config.patch_norm,
-                "USE_SHIFT": config.use_shift,
-                "FOCAL_POOL": config.focal_pool,
-                "FOCAL_STAGES": list(range(config.num_layers) if config.focal_stages is None else config.focal_stages),
-                "FOCAL_LEVELS": list(config.focal_levels),
-                "FOCAL_WINDOWS": list(config.focal_windows),
-                "FOCAL_TOPK": config.topk,
-                "EXPAND_SIZES": list(config.expand_sizes),
-                "EXPAND_LAYER": config.expand_layer,
-                "USE_CONV_EMBED": config.use_conv_embed,
-                "USE_LAYERSCALE": config.use_layerscale,
-                "USE_PRE_NORM": config.use_pre_norm,
-            },
+            "FOCAL": focal,
         },
     }
 

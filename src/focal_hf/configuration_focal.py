@@ -183,11 +183,17 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         return ["stem"] + [f"stage{stage}" for stage in range(1, len(self.depths) + 1)]
 
     @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width in pixels of an image of `image_size`."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
     def stage_grids(self) -> list[tuple[int, int]]:
         """Height and width in tokens of every stage's map for an image of `image_size`."""
-        size = self.image_size if isinstance(self.image_size, list | tuple) else (self.image_size, self.image_size)
         return [
-            tuple(-(-side // (self.patch_size * 2**stage)) for side in size)  # rounded up, as the input is padded
+            tuple(
+                -(-side // (self.patch_size * 2**stage)) for side in self.image_sides
+            )  # rounded up, as the input is padded
             for stage in range(len(self.depths))
         ]
 
