@@ -253,14 +253,11 @@ def build_empty(config: FocalConfig) -> FocalForImageClassification:
         return FocalForImageClassification(config)
 
 
-def original_buffers(
-    model: FocalForImageClassification, nearest: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The fixed tensors in the original's state dict that follow from the settings, and, for focalv2, from the indices.
 
     `nearest` holds the indices, by their names in the original.
     """
-    config = model.config
     cpu = torch.device("cpu")
     buffers = {}
     for stage, depth in enumerate(config.depths):
@@ -318,8 +315,7 @@ def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dic
     Raises:
         ConversionError: names the tensors that are missing, left over, of another shape or not finite.
     """
-    model = build_empty(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in build_empty(config).state_dict().items()}
     advice = " Is --config (and --image-size) what the checkpoint was trained with?"
 
     if missing := sorted({original_name(name) for name in expected} - set(state)):
@@ -352,7 +348,7 @@ def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dic
                     f"{original_name(name)} points at tokens {tensor.min()} to {tensor.max()}; its level has {tokens}."
                 )
 
-    derived = original_buffers(model, state)
+    derived = original_buffers(config, state)
     if surplus := sorted(set(state) - {original_name(name) for name in expected} - set(derived)):
         raise ConversionError(
             f"The checkpoint holds {_listed(surplus)}, for which a model of these settings has no use.{advice}"
@@ -375,7 +371,7 @@ def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[
             parts.setdefault(original_name(name), {})[part] = tensor
     for name, qkv in parts.items():
         original[name] = torch.cat([qkv[part] for part in range(3)])
-    return original | original_buffers(build_empty(config), original)
+    return original | original_buffers(config, original)
 
 
 def _listed(names: list[str]) -> str:
