@@ -17,7 +17,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
-from .neighborhood_focal import FocalNeighborhood, Neighborhood, TopkNeighborhood, at_least_float32
+from .neighborhood_focal import (
+    BiasBuffer,
+    FocalNeighborhood,
+    Neighborhood,
+    TopkNeighborhood,
+    at_least_float32,
+    in_cpu_inference,
+)
 
 # What `in_pieces` takes at a time, measured on a processor with 2 MB of second-level cache per core.
 TOKENS_PER_PIECE = 1024  # of an MLP
@@ -140,23 +147,14 @@ class FocalLayerScale(nn.Module):
         return hidden_states * self.lambda1
 
 
-def in_pieces(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether to work in pieces that stay in the processor's cache: in inference on a CPU, and not in a graph.
-
-    The layers inside are then called once a piece.
-    """
-    return (
-        hidden_states.device.type == "cpu"
-        and not module.training
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
-
-
 def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
     """(batch, height, width, channels) maps as a view (batch, rows, cols, side, side, channels) of windows."""
     return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+
+
+def slices(length: int, step: int) -> list[slice]:
+    """Slices of `step` that cover `length`."""
+    return [slice(first, first + step) for first in range(0, length, step)]
 
 
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -378,38 +376,16 @@ class FocalAttention(nn.Module):
             maps = torch.roll(maps, (-self.shift_size, -self.shift_size), dims=(1, 2))
         neighborhood = self.neighborhood(maps)
 
-        if self.works_in_pieces(maps):
-            output, weights = torch.empty_like(maps, memory_format=torch.contiguous_format), None
-            images = max(1, VALUES_PER_PIECE // maps.shape[1:].numel())
-            for source, target in zip(maps.split(images), output.split(images), strict=True):
-                cut_windows(target, self.window_size).copy_(
-                    self.mix(cut_windows(source, self.window_size), neighborhood, **kwargs)[0]
-                )
-        else:
-            output, weights = self.mix(cut_windows(maps, self.window_size), neighborhood, **kwargs)
-            output = output.transpose(2, 3).reshape(maps.shape)
+        tokens = maps.flatten(1, 2)
+        query = cut_windows(self.q_proj(tokens).unflatten(1, maps.shape[1:3]), self.window_size)
+        if self.pooling is not None:
+            tokens = torch.cat([tokens, self.pooling(cut_windows(maps, self.window_size))], dim=1)
+        output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
+        output = self.o_proj(output)
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
         return output[:, :input_height, :input_width], weights
-
-    def works_in_pieces(self, hidden_states: torch.Tensor) -> bool:
-        # Other implementations may return weights, which would have to be put together.
-        return in_pieces(self, hidden_states) and self.config._attn_implementation == "sdpa"
-
-    def mix(
-        self, windows: torch.Tensor, neighborhood: Neighborhood, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, rows, cols, side, side, channels) windows to the same, and the attention weights."""
-        batch, rows, cols, side, _, channels = windows.shape
-        windows = windows.contiguous()
-        tokens = windows.view(batch, -1, channels)
-        if self.pooling is not None:
-            tokens = torch.cat([tokens, self.pooling(windows)], dim=1)
-        # Pooled tokens need no query, but few as they are, cutting them off first would cost a copy of all others.
-        query = self.q_proj(tokens)[:, : rows * cols * side**2].unflatten(1, (rows * cols, side**2))
-        output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
-        return self.o_proj(output).view(windows.shape), weights
 
     def attend(
         self,
@@ -422,55 +398,68 @@ class FocalAttention(nn.Module):
         """Where queries, the tokens' keys and values, the index and the bias meet.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, windows, queries, channels)`)
+            query (`torch.Tensor` of shape `(batch, rows, cols, side, side, channels)`):
+                Of the map's tokens, by window.
             key, value (`torch.Tensor` of shape `(batch, tokens, channels)`):
                 Of the map's and the pooled tokens, among which the neighbourhood picks.
 
         Returns:
-            The output (batch, windows, queries, channels) and, where the implementation gives them, the weights
+            The output, a map (batch, height, width, channels), and, where the implementation gives them, the weights
             (batch · windows, heads, queries, keys).
         """
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        batch, windows, queries, channels = query.shape
-        heads = (channels // self.head_dim, self.head_dim)
+        batch, rows, cols, side, _, channels = query.shape
+        heads, keys = channels // self.head_dim, neighborhood.index.shape[-1]
+        head = torch.arange(heads, device=query.device)[:, None]
 
-        def attend_to(images: slice, places: slice, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            index = neighborhood.index[places]
+        def attend_to(images: slice, places: tuple[slice, slice], bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            """Windows of all heads stand side by side, as heads do elsewhere: so images share a bias as it is."""
+            count = key[images].shape[0]
+            # Rows of [images | tokens | heads] to pick.
+            place = neighborhood.index[places].flatten(0, 1)[:, None] * heads + head
+            if count > 1:
+                place = place + torch.arange(count, device=place.device)[:, None, None, None] * (key.shape[1] * heads)
+            place = place.flatten()
 
             def picked(source: torch.Tensor) -> torch.Tensor:
-                rows = source[images].index_select(1, index.flatten())
-                return rows.view(-1, index.shape[1], *heads).transpose(1, 2)
+                rows = source[images].reshape(-1, self.head_dim).index_select(0, place)
+                return rows.view(count, -1, keys, self.head_dim)
 
-            of_queries = query[images, places]
-            count = of_queries.shape[0]
-            if bias.shape[0] > 1 and count > 1:
-                bias = bias.expand(count, -1, -1, -1, -1).flatten(0, 1)
+            of_windows = query[images, *places].unflatten(-1, (heads, self.head_dim)).permute(0, 1, 2, 5, 3, 4, 6)
             output, weights = attention_interface(
                 self,
-                of_queries.reshape(-1, queries, *heads).transpose(1, 2),
+                of_windows.reshape(count, -1, side**2, self.head_dim),
                 picked(key),
                 picked(value),
-                bias,
+                bias.flatten(0, 1)[None],
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
                 **kwargs,
             )
-            return output.reshape(count, -1, queries, channels), weights
+            output = output.view(count, side, side, *of_windows.shape[1:4], self.head_dim).permute(0, 3, 4, 1, 2, 5, 6).flatten(-2)
+            return output, weights
 
         everything = slice(None)
-        if not self.works_in_pieces(query):
-            return attend_to(everything, everything, neighborhood.bias(everything).to(query.dtype))
+        # Other implementations may return weights, which would have to be put together.
+        if not (in_cpu_inference(self, query) and self.config._attn_implementation == "sdpa"):
+            bias = neighborhood.bias(everything, everything).to(query.dtype)
+            output, weights = attend_to(everything, (everything, everything), bias)
+            if weights is not None:
+                weights = weights.unflatten(1, (-1, heads)).flatten(0, 1)
+            return output.transpose(2, 3).reshape(batch, rows * side, cols * side, channels), weights
 
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        size = max(1, VALUES_PER_PIECE // (neighborhood.index.shape[1] * channels))
-        for first in range(0, windows, size):
-            places = slice(first, first + size)
-            bias = neighborhood.bias(places).to(query.dtype)
-            # A bias that windows share serves all images at once; another is made once and serves each in turn.
-            for images in [everything] if bias.shape[0] == 1 else [slice(image, image + 1) for image in range(batch)]:
-                output[images, places] = attend_to(images, places, bias)[0]
+        output = query.new_empty(batch, rows * side, cols * side, channels)
+        target = cut_windows(output, side)
+        size = max(1, VALUES_PER_PIECE // (keys * channels))  # windows in a piece
+        images = slices(batch, max(1, size // (rows * cols)))
+        bias_of = BiasBuffer(neighborhood)
+        for some_cols in slices(cols, size):
+            for some_rows in slices(rows, max(1, size // cols)):
+                bias = bias_of(some_rows, some_cols).to(query.dtype)
+                for some in images:
+                    target[some, some_rows, some_cols] = attend_to(some, (some_rows, some_cols), bias)[0]
         return output, None
 
 
@@ -485,7 +474,7 @@ class FocalMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not in_pieces(self, hidden_states):
+        if not in_cpu_inference(self, hidden_states):
             return self.mix(hidden_states)
         pieces = hidden_states.flatten(0, -2).split(TOKENS_PER_PIECE)
         return torch.cat([self.mix(piece) for piece in pieces]).view(hidden_states.shape)

@@ -1,14 +1,14 @@
 """Where a window looks: which tokens its queries attend to, and with which bias.
 
-Both attention types are the same act. The keys and values of a block are the tokens of its map, window by window,
-followed by its pooled tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index,
-and has a bias for each query and each picked token:
+Both attention types are the same act. The keys and values of a block are the tokens of its map followed by its pooled
+tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index, and has a bias for each
+query and each picked token:
 
-    index  (windows, keys)                     rows of [map tokens | pooled tokens of level 1 | of level 2 | ...]
-    bias   (windows or 1, heads, queries, keys)
+    index  (rows, cols, keys)                of windows; among [map tokens | pooled tokens of level 1 | of level 2 | ...]
+    bias   (windows, heads, queries, keys)
 
-Windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only geometry and
-tables.
+Map tokens, windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only
+geometry and tables.
 
 Index tables depend on integers alone (map size, window size ...). They are made by functions rather than stored in
 buffers, so that a model loaded through the meta device has nothing to refill.
@@ -23,19 +23,80 @@ import torch
 from torch import nn
 
 
+def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether this is inference on a CPU outside of any graph, where work in pieces and memory used again pay."""
+    return (
+        tensor.device.type == "cpu"
+        and not module.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+class BiasPart(NamedTuple):
+    """The bias of some consecutive columns of the index.
+
+    `make` makes it, shape (windows, heads, queries, columns), from the windows' `pattern` (rows, cols, ...). Windows of
+    one pattern have one bias; with `pattern=None` all windows do, and `make()` gives it, (1, heads, queries, columns).
+    """
+
+    columns: int
+    make: Callable[..., torch.Tensor]
+    pattern: torch.Tensor | None = None
+
+    def bias(self, rows: slice, cols: slice) -> torch.Tensor:
+        return self.make() if self.pattern is None else self.make(self.pattern[rows, cols])
+
+
 class Neighborhood(NamedTuple):
     """What the windows of a map attend to; see the module's docstring for the shapes.
 
-    `bias` gives that of a slice of the windows: all at once would be most of a block's memory.
+    The bias is given for some windows at a time: all at once it would be most of a block's memory.
     """
 
     index: torch.Tensor
-    bias: Callable[[slice], torch.Tensor]
+    parts: list[BiasPart]
+
+    def bias(self, rows: slice, cols: slice) -> torch.Tensor:
+        """Of the windows in some rows and columns, (windows, heads, queries, keys)."""
+        windows = self.index[rows, cols].shape[:2].numel()
+        return torch.cat([part.bias(rows, cols).expand(windows, -1, -1, -1) for part in self.parts], dim=-1)
+
+
+class BiasBuffer:
+    """`Neighborhood.bias` in memory that every call uses again.
+
+    Columns whose patterns are those of the call before, as of most windows away from the map's edges, stay as they are.
+    """
+
+    def __init__(self, neighborhood: Neighborhood):
+        self.neighborhood = neighborhood
+        self.buffer = torch.empty(0)
+        self.patterns = []
+
+    def __call__(self, rows: slice, cols: slice) -> torch.Tensor:
+        index, parts = self.neighborhood
+        patterns = [None if part.pattern is None else part.pattern[rows, cols] for part in parts]
+        if len(self.buffer) != index[rows, cols].shape[:2].numel():
+            self.buffer = self.neighborhood.bias(rows, cols)
+        else:
+            columns = self.buffer.split([part.columns for part in parts], dim=-1)
+            for target, part, pattern, written in zip(columns, parts, patterns, self.patterns, strict=True):
+                if pattern is not None and not torch.equal(pattern, written):
+                    target.copy_(part.make(pattern))
+        self.patterns = patterns
+        return self.buffer
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Biases are combined in float32 even where the weights are bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same type."""
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def cached_table(function):
@@ -107,12 +168,6 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> to
     return torch.where(in_window(square, square, window_size), own_column, found).flatten(1)
 
 
-def token_places(rows: torch.Tensor, cols: torch.Tensor, width: int, window_size: int) -> tuple[torch.Tensor, ...]:
-    """Where tokens stand among a map's, window by window: the sum of a term of the row and one of the column."""
-    row_term = (rows // window_size * width + rows % window_size) * window_size
-    return row_term, cols // window_size * window_size**2 + cols % window_size
-
-
 @cached_table
 def focal_index(
     height: int,
@@ -123,22 +178,26 @@ def focal_index(
     focal_window: int,
     pooled_levels: int,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The tokens that each window of a map attends to with `attention_type="focal"` (section 3.2 of the paper).
 
     Args:
         height, width: sides of the map, multiples of `window_size`.
 
     Returns:
-        The index (windows, keys), and a mask to add to the scores, (windows, queries or 1, keys), or None where nothing
-        is hidden. Fine tokens wrap around the map's edges; pooled tokens beyond them are hidden, and so are tokens that
-        a shift has brought to the window from the opposite edge.
+        The index (rows, cols, keys); what to add to the scores of the fine tokens, (rows, cols, queries, keys), or None
+        without a shift; and to those of the pooled tokens, (rows, cols, 1, keys), or None where none is hidden. Fine
+        tokens wrap around the map's edges; pooled tokens beyond them are hidden, and so are tokens that a shift has
+        brought to the window from the opposite edge.
     """
     rows, cols = height // window_size, width // window_size
 
     def grid_index(row_term: torch.Tensor, col_term: torch.Tensor) -> torch.Tensor:
-        """Terms (rows, a) and (cols, b) of places to (rows · cols, a · b) places."""
-        return (row_term[:, None, :, None] + col_term[None, :, None, :]).reshape(rows * cols, -1)
+        """Terms (rows, a) and (cols, b) of places to (rows, cols, a · b) places."""
+        return (row_term[:, None, :, None] + col_term[None, :, None, :]).flatten(2)
+
+    def scores(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
 
     def spans(count: int, step: int, first: int, length: int) -> torch.Tensor:
         """(count, length): the coordinates from `first` before each of `count` places that are `step` apart."""
@@ -147,9 +206,9 @@ def focal_index(
     side = window_size + 2 * expand_size
     fine_rows = spans(rows, window_size, expand_size, side) % height
     fine_cols = spans(cols, window_size, expand_size, side) % width
-    index = [grid_index(*token_places(fine_rows, fine_cols, width, window_size))]
-    hidden = [torch.zeros(1, 1, 1, dtype=torch.bool, device=device).expand(rows * cols, 1, side**2)]
+    index = [grid_index(fine_rows * width, fine_cols)]
 
+    fine_mask = None
     if shift_size:
 
         def regions(length: int) -> torch.Tensor:
@@ -161,9 +220,9 @@ def focal_index(
         of_query, of_key = grid_index(row_region[:, own], col_region[:, own]), grid_index(row_region, col_region)
         square = torch.arange(-expand_size, window_size + expand_size, device=device)
         own_key = in_window(square, square, window_size).flatten()
-        hidden = [own_key & (of_query[:, :, None] != of_key[:, None, :])]
+        fine_mask = scores(own_key & (of_query[..., :, None] != of_key[..., None, :]))
 
-    first_pooled = height * width
+    first_pooled, hidden = height * width, []
     for level in range(pooled_levels):
         stride = 2**level  # pooled tokens in a window, per axis
         pooled_rows, pooled_cols = rows * stride, cols * stride
@@ -173,16 +232,12 @@ def focal_index(
         row_term = row.clamp(0, pooled_rows - 1) * pooled_cols + first_pooled
         index.append(grid_index(row_term, col.clamp(0, pooled_cols - 1)))
         row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
-        outside = row_outside[:, None, :, None] | col_outside[None, :, None, :]
-        hidden.append(outside.reshape(rows * cols, 1, -1))
+        hidden.append((row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2))
         first_pooled += pooled_rows * pooled_cols
 
-    index = torch.cat(index, dim=1)
-    if shift_size == 0 and (pooled_levels == 0 or focal_window == 1):
-        return index, None
-    queries = max(part.shape[1] for part in hidden)
-    hidden = torch.cat([part.expand(-1, queries, -1) for part in hidden], dim=2)
-    return index, torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
+    some_hidden = pooled_levels and focal_window > 1
+    pooled_mask = scores(torch.cat(hidden, dim=2))[:, :, None] if some_hidden else None
+    return torch.cat(index, dim=2), fine_mask, pooled_mask
 
 
 def nearest_radius(height: int, width: int, count: int) -> int:
@@ -232,7 +287,33 @@ def nearest_index(
     return token.reshape(rows * cols, -1).gather(1, order)
 
 
-class FocalNeighborhood(nn.Module):
+class TableNeighborhood(nn.Module):
+    """What the neighbourhoods of both types share: a memory for what they compute from their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_made": None}  # copies and pickles carry the weights alone
+
+    def remembered(self, make: Callable[..., list[torch.Tensor]], *sizes: int) -> list[torch.Tensor]:
+        """`make(*sizes)`, a function of the weights; in inference on a CPU kept for as long as both stay what they are.
+
+        The numbers themselves are compared. Nothing else tells of every change: neither versions nor addresses do of
+        fused optimizers, `.data`, loading or swapping.
+        """
+        weights = list(self.parameters())
+        if not in_cpu_inference(self, weights[0]):
+            return make(*sizes)
+        made = self._made
+        if made is None or made[0] != sizes or not all(map(same, made[1], weights)):
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._made = sizes, [weight.clone() for weight in weights], make(*sizes)
+        return made[2]
+
+
+class FocalNeighborhood(TableNeighborhood):
     """Neighbourhoods of `attention_type="focal"`: the window and its surroundings, and squares of pooled tokens.
 
     A token that the original lists twice, with biases a and b, is one column here with bias log(eᵃ + eᵇ): the same
@@ -286,8 +367,7 @@ class FocalNeighborhood(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
-        bias = torch.cat([self.fine_bias(), *(self.pooled_bias(level) for level in range(self.pooled_levels))], dim=-1)
-        index, mask = focal_index(
+        index, fine_mask, pooled_mask = focal_index(
             *maps.shape[1:3],
             self.window_size,
             self.expand_size,
@@ -296,12 +376,21 @@ class FocalNeighborhood(nn.Module):
             self.pooled_levels,
             maps.device,
         )
-        if mask is None:
-            return Neighborhood(index, lambda windows: bias[None])
-        return Neighborhood(index, lambda windows: bias + mask[windows, None])
+        parts = [
+            BiasPart(bias.shape[-1], lambda bias=bias: bias[None])
+            if mask is None
+            else BiasPart(bias.shape[-1], lambda mask, bias=bias: bias + mask.flatten(0, 1)[:, None], mask)
+            for bias, mask in zip(self.remembered(self.biases), (fine_mask, pooled_mask), strict=False)
+        ]
+        return Neighborhood(index, parts)
+
+    def biases(self) -> list[torch.Tensor]:
+        """Bias of every query of a window to its fine, and to its pooled tokens, each (heads, queries, tokens)."""
+        pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
+        return [self.fine_bias(), torch.cat(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
 
-class TopkNeighborhood(nn.Module):
+class TopkNeighborhood(TableNeighborhood):
     """Neighbourhoods of `attention_type="topk"` (the original's focalv2): the nearest tokens of each level.
 
     The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
@@ -328,48 +417,49 @@ class TopkNeighborhood(nn.Module):
         device = device or torch.empty(0).device
         return nearest_index(height, width, self.window_size, level, self.topk, device)
 
-    def level_bias(self, maps: torch.Tensor, level: int, index: torch.Tensor) -> Callable[[slice], torch.Tensor]:
-        """Bias of every query to the tokens of a level in `index`: of windows, (windows, heads, queries, tokens)."""
-        height, width = maps.shape[1:3]
-        window, device = self.window_size, index.device
-        rows, cols = height // window, width // window
-        step = window if level else 1  # of the level's tokens, in tokens of the map
-        level_height, level_width = (rows, cols) if level else (height, width)
-        radius = nearest_radius(level_height, level_width, index.shape[1])
+    def biases(self, *radii: int) -> list[torch.Tensor]:
+        """Per level, the bias of every query of a window to every token of that level within a radius of its centre.
 
-        # Offsets repeat across windows and queries: the MLP sees each once, on a square grid of all that occur.
-        reach = step * radius
-        axis = torch.arange(-reach - window // 2, reach + window - window // 2, device=device)
-        offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-        table = self.coordinate_mlps[level](offsets.to(maps.dtype)).flatten(0, 1)  # (offsets, heads)
-
-        center_row = window_centers(rows, window, level, device).repeat_interleave(cols)[:, None]
-        center_col = window_centers(cols, window, level, device).repeat(rows)[:, None]
-        first_row = (center_row - index // level_width) * step + reach  # on the axis, of a window's first query
-        first_col = (center_col - index % level_width) * step + reach
-        query = torch.arange(window, device=device)[:, None]
-
-        def bias_of(windows: slice) -> torch.Tensor:
-            row, col = first_row[windows, None] + query, first_col[windows, None] + query
-            place = row[:, :, None] * len(axis) + col[:, None]  # (windows, query rows, query columns, keys)
-            return table[place.flatten(1, 2)].permute(0, 3, 1, 2)
-
-        return bias_of
+        Each (heads, queries, (2 · radius + 1)²), by the token's place in that square.
+        """
+        biases = []
+        for level, (mlp, radius) in enumerate(zip(self.coordinate_mlps, radii, strict=True)):
+            window = self.window_size
+            step = window if level else 1  # of the level's tokens, in tokens of the map
+            # Offsets repeat across tokens and queries: the MLP sees each once.
+            weight = mlp[0].weight
+            axis = torch.arange(-step * radius - window // 2, step * radius + window - window // 2, device=weight.device)
+            offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
+            table = mlp(offsets.to(weight.dtype)).permute(2, 0, 1).unfold(1, window, step).unfold(2, window, step)
+            # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
+            biases.append(table.flip(1, 2).permute(0, 3, 4, 1, 2).flatten(3).flatten(1, 2))
+        return biases
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
         height, width = maps.shape[1:3]
-        index, biases = [], []
+        window = self.window_size
+        rows, cols = height // window, width // window
+        at_home = (height, width) == self.grid
+        index, places, radii = [], [], []
         for level in range(self.levels):
             saved = getattr(self, f"nearest_index_{level}")
-            at_home = (height, width) == self.grid
             of_level = saved if at_home else self.computed_index(height, width, level, saved.device)
-            biases.append(self.level_bias(maps, level, of_level))
-            if level == 0:
-                row_term, col_term = token_places(of_level // width, of_level % width, width, self.window_size)
-                index.append(row_term + col_term)
-            else:
-                index.append(of_level + height * width)
-        return Neighborhood(
-            torch.cat(index, dim=1), lambda windows: torch.cat([bias_of(windows) for bias_of in biases], dim=-1)
-        )
+            of_level = of_level.unflatten(0, (rows, cols))
+            level_height, level_width = (rows, cols) if level else (height, width)
+            radius = nearest_radius(level_height, level_width, of_level.shape[-1])
+            row = of_level // level_width - window_centers(rows, window, level, maps.device)[:, None, None] + radius
+            col = of_level % level_width - window_centers(cols, window, level, maps.device)[:, None] + radius
+            places.append(row * (2 * radius + 1) + col)
+            radii.append(radius)
+            index.append(of_level + height * width if level else of_level)
+
+        def part(bias: torch.Tensor, place: torch.Tensor) -> BiasPart:
+            def make(place: torch.Tensor) -> torch.Tensor:
+                place = place.flatten(0, 1)[:, None, None].expand(-1, *bias.shape[:2], -1)
+                return bias.expand(len(place), -1, -1, -1).gather(3, place)
+
+            return BiasPart(place.shape[-1], make, place)
+
+        parts = [part(*pair) for pair in zip(self.remembered(self.biases, *radii), places, strict=True)]
+        return Neighborhood(torch.cat(index, dim=2), parts)
