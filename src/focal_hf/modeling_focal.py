@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -24,11 +25,12 @@ from .neighborhood_focal import (
     TopkNeighborhood,
     at_least_float32,
     in_cpu_inference,
+    on_cpu,
 )
 
-# What `in_pieces` takes at a time, measured on a processor with 2 MB of second-level cache per core.
+# What is worked on at a time on a CPU, measured on a processor with 2 MB of second-level cache per core.
 TOKENS_PER_PIECE = 1024  # of an MLP
-VALUES_PER_PIECE = 384 * 1024  # of a map, and of the keys that windows gather
+KEY_VALUES_PER_PIECE = 384 * 1024  # numbers in the keys that windows gather
 
 
 @dataclass
@@ -324,6 +326,107 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def of_images(rows: torch.Tensor, images: int, length: int) -> torch.Tensor:
+    """Rows (windows, ...) of one image to those (images · windows, ...) of images with `length` rows each."""
+    if images == 1:
+        return rows
+    first = torch.arange(images, device=rows.device).view(-1, *[1] * rows.ndim) * length
+    return (rows + first).flatten(0, 1)
+
+
+def picked(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Heads of tokens (images, tokens · heads, head_dim) to the picked ones, (images · windows, heads, keys, head_dim).
+
+    `rows` (windows, heads, keys) are those of every image.
+    """
+    rows = of_images(rows, *source.shape[:2])
+    return source.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def add_picked(target: torch.Tensor, rows: torch.Tensor, picked: torch.Tensor):
+    """Adds to the heads of tokens what belongs to the picked ones."""
+    rows = of_images(rows, *target.shape[:2])
+    target.view(-1, target.shape[-1]).index_add_(0, rows.flatten(), picked.flatten(0, 2))
+
+
+def put(heads: torch.Tensor, windows: torch.Tensor):
+    """Writes what `by_head` gives back into the windows."""
+    windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
+
+
+def by_head(windows: torch.Tensor) -> torch.Tensor:
+    """(images, rows, cols, side, side, heads, head_dim) to (images · windows, heads, queries, head_dim)."""
+    return windows.flatten(3, 4).flatten(0, 2).transpose(1, 2)
+
+
+class AttentionInPieces(torch.autograd.Function):
+    """Attention of some windows after others, so that what they gather stays in the processor's cache.
+
+    The backward pass gathers and attends again: what all windows gather would be several times as large as all else
+    that is kept for it.
+    """
+
+    @staticmethod
+    def pieces(neighborhood: Neighborhood, windows: torch.Tensor):
+        """Yields images, rows and columns of `windows`, their rows of keys, their bias, and whether it is a new one."""
+        batch, rows, cols, _, _, heads, head_dim = windows.shape
+        size = max(1, KEY_VALUES_PER_PIECE // (neighborhood.index.shape[-1] * heads * head_dim))
+        # A bias of one window serves many images at once, others one after the other.
+        images = slices(batch, size if rows * cols == 1 else 1)
+        head_rows, bias_of = neighborhood.head_rows(heads), BiasBuffer(neighborhood)
+        # Down the columns windows change least.
+        for some_cols in slices(cols, size):
+            for some_rows in slices(rows, max(1, size // cols)):
+                places = some_rows, some_cols
+                yield places, head_rows[places].flatten(0, 1), bias_of(*places).to(windows.dtype), images
+
+    @staticmethod
+    def forward(ctx, neighborhood, scaling, side, query, key, value, *sources):
+        output = torch.empty_like(query)
+        queries, outputs = cut_windows(query, side), cut_windows(output, side)
+        for places, rows, bias, images in AttentionInPieces.pieces(neighborhood, queries):
+            for some in images:
+                attended = nn.functional.scaled_dot_product_attention(
+                    by_head(queries[some, *places]),
+                    picked(key[some], rows),
+                    picked(value[some], rows),
+                    attn_mask=bias,
+                    scale=scaling,
+                )
+                put(attended, outputs[some, *places])
+        ctx.neighborhood, ctx.scaling, ctx.side = neighborhood, scaling, side
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, output = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        parts = ctx.neighborhood.parts
+        grad_sources = [torch.zeros_like(part.source) for part in parts]
+        cut = [cut_windows(maps, ctx.side) for maps in (query, output, grad_output)]
+        grad_queries = cut_windows(grad_query, ctx.side)
+        for places, rows, bias, images in AttentionInPieces.pieces(ctx.neighborhood, cut[0]):
+            grad_bias = torch.zeros_like(bias)
+            for some in images:
+                q, out, grad_out = (by_head(windows[some, *places]) for windows in cut)
+                k, v = picked(key[some], rows), picked(value[some], rows)
+                scores = torch.matmul(q, k.transpose(2, 3)).mul_(ctx.scaling).add_(bias)
+                weights = at_least_float32(scores).softmax(dim=-1).to(q.dtype)
+                grad_scores = torch.matmul(grad_out, v.transpose(2, 3))
+                grad_scores.sub_((grad_out * out).sum(-1, keepdim=True)).mul_(weights)
+                grad_bias += grad_scores.sum_to_size(bias.shape)
+                grad_scores.mul_(ctx.scaling)
+                put(torch.matmul(grad_scores, k), grad_queries[some, *places])
+                add_picked(grad_key[some], rows, torch.matmul(grad_scores.transpose(2, 3), q))
+                add_picked(grad_value[some], rows, torch.matmul(weights.transpose(2, 3), grad_out))
+            columns = grad_bias.split([part.columns for part in parts], dim=-1)
+            for part, grad_source, grad in zip(parts, grad_sources, columns, strict=True):
+                grad_source += part.gradient(grad, *places)
+        return None, None, None, grad_query, grad_key, grad_value, *grad_sources
+
+
 class FocalAttention(nn.Module):
     """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
 
@@ -377,7 +480,7 @@ class FocalAttention(nn.Module):
         neighborhood = self.neighborhood(maps)
 
         tokens = maps.flatten(1, 2)
-        query = cut_windows(self.q_proj(tokens).unflatten(1, maps.shape[1:3]), self.window_size)
+        query = self.q_proj(tokens).unflatten(1, maps.shape[1:3])
         if self.pooling is not None:
             tokens = torch.cat([tokens, self.pooling(cut_windows(maps, self.window_size))], dim=1)
         output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
@@ -398,69 +501,51 @@ class FocalAttention(nn.Module):
         """Where queries, the tokens' keys and values, the index and the bias meet.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, rows, cols, side, side, channels)`):
-                Of the map's tokens, by window.
+            query (`torch.Tensor` of shape `(batch, height, width, channels)`):
+                Of the map's tokens.
             key, value (`torch.Tensor` of shape `(batch, tokens, channels)`):
                 Of the map's and the pooled tokens, among which the neighbourhood picks.
 
         Returns:
-            The output, a map (batch, height, width, channels), and, where the implementation gives them, the weights
+            The output (batch, height, width, channels) and, where the implementation gives them, the weights
             (batch · windows, heads, queries, keys).
         """
+        batch, height, width, channels = query.shape
+        heads = channels // self.head_dim
+        dropout = self.attention_dropout if self.training else 0.0
+        key, value = (source.reshape(batch, -1, self.head_dim) for source in (key, value))
+
+        if self.config._attn_implementation == "sdpa" and not dropout and on_cpu(query):
+            by_head = query.unflatten(-1, (heads, self.head_dim))
+            sources = [part.source for part in neighborhood.parts]
+            output = AttentionInPieces.apply(
+                neighborhood, self.scaling, self.window_size, by_head, key, value, *sources
+            )
+            return output.flatten(-2), None
+
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        batch, rows, cols, side, _, channels = query.shape
-        heads, keys = channels // self.head_dim, neighborhood.index.shape[-1]
-        head = torch.arange(heads, device=query.device)[:, None]
-
-        def attend_to(images: slice, places: tuple[slice, slice], bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            """Windows of all heads stand side by side, as heads do elsewhere: so images share a bias as it is."""
-            count = key[images].shape[0]
-            # Rows of [images | tokens | heads] to pick.
-            place = neighborhood.index[places].flatten(0, 1)[:, None] * heads + head
-            if count > 1:
-                place = place + torch.arange(count, device=place.device)[:, None, None, None] * (key.shape[1] * heads)
-            place = place.flatten()
-
-            def picked(source: torch.Tensor) -> torch.Tensor:
-                rows = source[images].reshape(-1, self.head_dim).index_select(0, place)
-                return rows.view(count, -1, keys, self.head_dim)
-
-            of_windows = query[images, *places].unflatten(-1, (heads, self.head_dim)).permute(0, 1, 2, 5, 3, 4, 6)
-            output, weights = attention_interface(
-                self,
-                of_windows.reshape(count, -1, side**2, self.head_dim),
-                picked(key),
-                picked(value),
-                bias.flatten(0, 1)[None],
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
-            )
-            output = output.view(count, side, side, *of_windows.shape[1:4], self.head_dim).permute(0, 3, 4, 1, 2, 5, 6).flatten(-2)
-            return output, weights
-
-        everything = slice(None)
-        # Other implementations may return weights, which would have to be put together.
-        if not (in_cpu_inference(self, query) and self.config._attn_implementation == "sdpa"):
-            bias = neighborhood.bias(everything, everything).to(query.dtype)
-            output, weights = attend_to(everything, (everything, everything), bias)
-            if weights is not None:
-                weights = weights.unflatten(1, (-1, heads)).flatten(0, 1)
-            return output.transpose(2, 3).reshape(batch, rows * side, cols * side, channels), weights
-
-        output = query.new_empty(batch, rows * side, cols * side, channels)
-        target = cut_windows(output, side)
-        size = max(1, VALUES_PER_PIECE // (keys * channels))  # windows in a piece
-        images = slices(batch, max(1, size // (rows * cols)))
-        bias_of = BiasBuffer(neighborhood)
-        for some_cols in slices(cols, size):
-            for some_rows in slices(rows, max(1, size // cols)):
-                bias = bias_of(some_rows, some_cols).to(query.dtype)
-                for some in images:
-                    target[some, some_rows, some_cols] = attend_to(some, (some_rows, some_cols), bias)[0]
-        return output, None
+        everything = slice(None), slice(None)
+        windows = cut_windows(query, self.window_size)  # (batch, rows, cols, side, side, channels)
+        rows = neighborhood.head_rows(heads).flatten(0, 1)
+        # Windows of all heads stand side by side, where heads do elsewhere: so images share a bias as it is.
+        side_by_side = (batch, -1)
+        output, weights = attention_interface(
+            self,
+            windows.reshape(batch, len(rows), -1, heads, self.head_dim).transpose(2, 3).flatten(1, 2),
+            picked(key, rows).unflatten(0, (batch, -1)).flatten(1, 2),
+            picked(value, rows).unflatten(0, (batch, -1)).flatten(1, 2),
+            neighborhood.bias(*everything).flatten(0, 1)[None].to(query.dtype),
+            dropout=dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # (batch, queries, windows · heads, head_dim)
+        output = output.unflatten(2, (len(rows), heads)).transpose(1, 2).reshape(windows.shape)
+        if weights is not None:
+            weights = weights.unflatten(1, (len(rows), heads)).flatten(0, 1)
+        return output.transpose(2, 3).reshape(query.shape), weights
 
 
 class FocalMLP(nn.Module):

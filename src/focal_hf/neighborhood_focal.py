@@ -17,36 +17,49 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 import functools
 import math
 from collections.abc import Callable
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether work runs on a CPU outside of any graph, so that pieces that stay in its cache are faster."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether this is inference on a CPU outside of any graph, where work in pieces and memory used again pay."""
-    return (
-        tensor.device.type == "cpu"
-        and not module.training
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    return on_cpu(tensor) and not module.training and not torch.is_grad_enabled()
 
 
 class BiasPart(NamedTuple):
     """The bias of some consecutive columns of the index.
 
-    `make` makes it, shape (windows, heads, queries, columns), from the windows' `pattern` (rows, cols, ...). Windows of
-    one pattern have one bias; with `pattern=None` all windows do, and `make()` gives it, (1, heads, queries, columns).
+    It is `make(source, pattern)`, shape (windows, heads, queries, columns), of a tensor that follows from the weights
+    and of the windows' `pattern` (rows, cols, ...): windows of one pattern have one bias. Without `make` all windows
+    have `source`, (heads, queries, columns), as it is.
     """
 
-    columns: int
-    make: Callable[..., torch.Tensor]
+    source: torch.Tensor
+    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     pattern: torch.Tensor | None = None
 
+    @property
+    def columns(self) -> int:
+        return (self.source if self.make is None else self.pattern).shape[-1]
+
     def bias(self, rows: slice, cols: slice) -> torch.Tensor:
-        return self.make() if self.pattern is None else self.make(self.pattern[rows, cols])
+        return self.source[None] if self.make is None else self.make(self.source, self.pattern[rows, cols])
+
+    def gradient(self, gradient: torch.Tensor, rows: slice, cols: slice) -> torch.Tensor:
+        """That of `source`, from that of `bias(rows, cols)` for all of these windows."""
+        if self.make is None:
+            return gradient.sum(0)
+        with torch.enable_grad():
+            source = self.source.detach().requires_grad_()
+            bias = self.make(source, self.pattern[rows, cols])
+        return torch.autograd.grad(bias, source, gradient)[0]
 
 
 class Neighborhood(NamedTuple):
@@ -63,6 +76,10 @@ class Neighborhood(NamedTuple):
         windows = self.index[rows, cols].shape[:2].numel()
         return torch.cat([part.bias(rows, cols).expand(windows, -1, -1, -1) for part in self.parts], dim=-1)
 
+    def head_rows(self, heads: int) -> torch.Tensor:
+        """Where the heads of the index's tokens stand among all heads of all tokens, (rows, cols, heads, keys)."""
+        return self.index[:, :, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+
 
 class BiasBuffer:
     """`Neighborhood.bias` in memory that every call uses again.
@@ -77,14 +94,14 @@ class BiasBuffer:
 
     def __call__(self, rows: slice, cols: slice) -> torch.Tensor:
         index, parts = self.neighborhood
-        patterns = [None if part.pattern is None else part.pattern[rows, cols] for part in parts]
+        patterns = [None if part.make is None else part.pattern[rows, cols] for part in parts]
         if len(self.buffer) != index[rows, cols].shape[:2].numel():
             self.buffer = self.neighborhood.bias(rows, cols)
         else:
             columns = self.buffer.split([part.columns for part in parts], dim=-1)
             for target, part, pattern, written in zip(columns, parts, patterns, self.patterns, strict=True):
                 if pattern is not None and not torch.equal(pattern, written):
-                    target.copy_(part.make(pattern))
+                    target.copy_(part.make(part.source, pattern))
         self.patterns = patterns
         return self.buffer
 
@@ -92,6 +109,17 @@ class BiasBuffer:
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Biases are combined in float32 even where the weights are bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def masked(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A bias (heads, queries, columns) and windows' masks (rows, cols, queries or 1, columns) to the windows' biases."""
+    return bias + mask.flatten(0, 1)[:, None]
+
+
+def looked_up(bias: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """A bias (heads, queries, places) and windows' places (rows, cols, columns) to the windows' biases."""
+    place = place.flatten(0, 1)[:, None, None].expand(-1, *bias.shape[:2], -1)
+    return bias.expand(len(place), -1, -1, -1).gather(3, place)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -376,11 +404,10 @@ class FocalNeighborhood(TableNeighborhood):
             self.pooled_levels,
             maps.device,
         )
+        masks = fine_mask, pooled_mask
         parts = [
-            BiasPart(bias.shape[-1], lambda bias=bias: bias[None])
-            if mask is None
-            else BiasPart(bias.shape[-1], lambda mask, bias=bias: bias + mask.flatten(0, 1)[:, None], mask)
-            for bias, mask in zip(self.remembered(self.biases), (fine_mask, pooled_mask), strict=False)
+            BiasPart(bias) if mask is None else BiasPart(bias, masked, mask)
+            for bias, mask in zip(self.remembered(self.biases), masks, strict=False)
         ]
         return Neighborhood(index, parts)
 
@@ -428,7 +455,9 @@ class TopkNeighborhood(TableNeighborhood):
             step = window if level else 1  # of the level's tokens, in tokens of the map
             # Offsets repeat across tokens and queries: the MLP sees each once.
             weight = mlp[0].weight
-            axis = torch.arange(-step * radius - window // 2, step * radius + window - window // 2, device=weight.device)
+            axis = torch.arange(
+                -step * radius - window // 2, step * radius + window - window // 2, device=weight.device
+            )
             offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
             table = mlp(offsets.to(weight.dtype)).permute(2, 0, 1).unfold(1, window, step).unfold(2, window, step)
             # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
@@ -454,12 +483,5 @@ class TopkNeighborhood(TableNeighborhood):
             radii.append(radius)
             index.append(of_level + height * width if level else of_level)
 
-        def part(bias: torch.Tensor, place: torch.Tensor) -> BiasPart:
-            def make(place: torch.Tensor) -> torch.Tensor:
-                place = place.flatten(0, 1)[:, None, None].expand(-1, *bias.shape[:2], -1)
-                return bias.expand(len(place), -1, -1, -1).gather(3, place)
-
-            return BiasPart(place.shape[-1], make, place)
-
-        parts = [part(*pair) for pair in zip(self.remembered(self.biases, *radii), places, strict=True)]
+        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases, *radii), repeat(looked_up), places)]
         return Neighborhood(torch.cat(index, dim=2), parts)
