@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -18,19 +17,19 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
+from .cpu_attention_focal import attention_in_pieces, works_in_pieces
 from .neighborhood_focal import (
-    BiasBuffer,
     FocalNeighborhood,
     Neighborhood,
     TopkNeighborhood,
     at_least_float32,
+    cut_windows,
     in_cpu_inference,
-    on_cpu,
+    picked,
 )
 
-# What is worked on at a time on a CPU, measured on a processor with 2 MB of second-level cache per core.
-TOKENS_PER_PIECE = 1024  # of an MLP
-KEY_VALUES_PER_PIECE = 384 * 1024  # numbers in the keys that windows gather
+# What an MLP works on at a time on a CPU, measured on one with 2 MB of second-level cache per core.
+TOKENS_PER_PIECE = 1024
 
 
 @dataclass
@@ -147,16 +146,6 @@ class FocalLayerScale(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.lambda1
-
-
-def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """(batch, height, width, channels) maps as a view (batch, rows, cols, side, side, channels) of windows."""
-    return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-
-
-def slices(length: int, step: int) -> list[slice]:
-    """Slices of `step` that cover `length`."""
-    return [slice(first, first + step) for first in range(0, length, step)]
 
 
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -326,107 +315,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def of_images(rows: torch.Tensor, images: int, length: int) -> torch.Tensor:
-    """Rows (windows, ...) of one image to those (images · windows, ...) of images with `length` rows each."""
-    if images == 1:
-        return rows
-    first = torch.arange(images, device=rows.device).view(-1, *[1] * rows.ndim) * length
-    return (rows + first).flatten(0, 1)
-
-
-def picked(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Heads of tokens (images, tokens · heads, head_dim) to the picked ones, (images · windows, heads, keys, head_dim).
-
-    `rows` (windows, heads, keys) are those of every image.
-    """
-    rows = of_images(rows, *source.shape[:2])
-    return source.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
-
-
-def add_picked(target: torch.Tensor, rows: torch.Tensor, picked: torch.Tensor):
-    """Adds to the heads of tokens what belongs to the picked ones."""
-    rows = of_images(rows, *target.shape[:2])
-    target.view(-1, target.shape[-1]).index_add_(0, rows.flatten(), picked.flatten(0, 2))
-
-
-def put(heads: torch.Tensor, windows: torch.Tensor):
-    """Writes what `by_head` gives back into the windows."""
-    windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
-
-
-def by_head(windows: torch.Tensor) -> torch.Tensor:
-    """(images, rows, cols, side, side, heads, head_dim) to (images · windows, heads, queries, head_dim)."""
-    return windows.flatten(3, 4).flatten(0, 2).transpose(1, 2)
-
-
-class AttentionInPieces(torch.autograd.Function):
-    """Attention of some windows after others, so that what they gather stays in the processor's cache.
-
-    The backward pass gathers and attends again: what all windows gather would be several times as large as all else
-    that is kept for it.
-    """
-
-    @staticmethod
-    def pieces(neighborhood: Neighborhood, windows: torch.Tensor):
-        """Yields images, rows and columns of `windows`, their rows of keys, their bias, and whether it is a new one."""
-        batch, rows, cols, _, _, heads, head_dim = windows.shape
-        size = max(1, KEY_VALUES_PER_PIECE // (neighborhood.index.shape[-1] * heads * head_dim))
-        # A bias of one window serves many images at once, others one after the other.
-        images = slices(batch, size if rows * cols == 1 else 1)
-        head_rows, bias_of = neighborhood.head_rows(heads), BiasBuffer(neighborhood)
-        # Down the columns windows change least.
-        for some_cols in slices(cols, size):
-            for some_rows in slices(rows, max(1, size // cols)):
-                places = some_rows, some_cols
-                yield places, head_rows[places].flatten(0, 1), bias_of(*places).to(windows.dtype), images
-
-    @staticmethod
-    def forward(ctx, neighborhood, scaling, side, query, key, value, *sources):
-        output = torch.empty_like(query)
-        queries, outputs = cut_windows(query, side), cut_windows(output, side)
-        for places, rows, bias, images in AttentionInPieces.pieces(neighborhood, queries):
-            for some in images:
-                attended = nn.functional.scaled_dot_product_attention(
-                    by_head(queries[some, *places]),
-                    picked(key[some], rows),
-                    picked(value[some], rows),
-                    attn_mask=bias,
-                    scale=scaling,
-                )
-                put(attended, outputs[some, *places])
-        ctx.neighborhood, ctx.scaling, ctx.side = neighborhood, scaling, side
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        query, key, value, output = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        parts = ctx.neighborhood.parts
-        grad_sources = [torch.zeros_like(part.source) for part in parts]
-        cut = [cut_windows(maps, ctx.side) for maps in (query, output, grad_output)]
-        grad_queries = cut_windows(grad_query, ctx.side)
-        for places, rows, bias, images in AttentionInPieces.pieces(ctx.neighborhood, cut[0]):
-            grad_bias = torch.zeros_like(bias)
-            for some in images:
-                q, out, grad_out = (by_head(windows[some, *places]) for windows in cut)
-                k, v = picked(key[some], rows), picked(value[some], rows)
-                scores = torch.matmul(q, k.transpose(2, 3)).mul_(ctx.scaling).add_(bias)
-                weights = at_least_float32(scores).softmax(dim=-1).to(q.dtype)
-                grad_scores = torch.matmul(grad_out, v.transpose(2, 3))
-                grad_scores.sub_((grad_out * out).sum(-1, keepdim=True)).mul_(weights)
-                grad_bias += grad_scores.sum_to_size(bias.shape)
-                grad_scores.mul_(ctx.scaling)
-                put(torch.matmul(grad_scores, k), grad_queries[some, *places])
-                add_picked(grad_key[some], rows, torch.matmul(grad_scores.transpose(2, 3), q))
-                add_picked(grad_value[some], rows, torch.matmul(weights.transpose(2, 3), grad_out))
-            columns = grad_bias.split([part.columns for part in parts], dim=-1)
-            for part, grad_source, grad in zip(parts, grad_sources, columns, strict=True):
-                grad_source += part.gradient(grad, *places)
-        return None, None, None, grad_query, grad_key, grad_value, *grad_sources
-
-
 class FocalAttention(nn.Module):
     """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
 
@@ -510,33 +398,28 @@ class FocalAttention(nn.Module):
             The output (batch, height, width, channels) and, where the implementation gives them, the weights
             (batch · windows, heads, queries, keys).
         """
-        batch, height, width, channels = query.shape
+        batch, channels = query.shape[0], query.shape[-1]
         heads = channels // self.head_dim
+        index, parts = neighborhood
         dropout = self.attention_dropout if self.training else 0.0
-        key, value = (source.reshape(batch, -1, self.head_dim) for source in (key, value))
 
-        if self.config._attn_implementation == "sdpa" and not dropout and on_cpu(query):
-            by_head = query.unflatten(-1, (heads, self.head_dim))
-            sources = [part.source for part in neighborhood.parts]
-            output = AttentionInPieces.apply(
-                neighborhood, self.scaling, self.window_size, by_head, key, value, *sources
-            )
-            return output.flatten(-2), None
+        if self.config._attn_implementation == "sdpa" and not dropout and works_in_pieces(query):
+            sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
+            return attention_in_pieces(query, key, value, index, sources, patterns, self.head_dim, self.scaling), None
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         everything = slice(None), slice(None)
         windows = cut_windows(query, self.window_size)  # (batch, rows, cols, side, side, channels)
-        rows = neighborhood.head_rows(heads).flatten(0, 1)
+        rows = neighborhood.head_rows(everything, heads)
         # Windows of all heads stand side by side, where heads do elsewhere: so images share a bias as it is.
-        side_by_side = (batch, -1)
         output, weights = attention_interface(
             self,
             windows.reshape(batch, len(rows), -1, heads, self.head_dim).transpose(2, 3).flatten(1, 2),
-            picked(key, rows).unflatten(0, (batch, -1)).flatten(1, 2),
-            picked(value, rows).unflatten(0, (batch, -1)).flatten(1, 2),
-            neighborhood.bias(*everything).flatten(0, 1)[None].to(query.dtype),
+            picked(key, rows, self.head_dim).unflatten(0, (batch, -1)).flatten(1, 2),
+            picked(value, rows, self.head_dim).unflatten(0, (batch, -1)).flatten(1, 2),
+            neighborhood.bias(everything).to(query.dtype).flatten(0, 1)[None],
             dropout=dropout,
             scaling=self.scaling,
             **kwargs,
@@ -561,7 +444,8 @@ class FocalMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not in_cpu_inference(self, hidden_states):
             return self.mix(hidden_states)
-        pieces = hidden_states.flatten(0, -2).split(TOKENS_PER_PIECE)
+        tokens = hidden_states.flatten(0, -2)
+        pieces = tokens.chunk(-(-len(tokens) // TOKENS_PER_PIECE))
         return torch.cat([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
 
     def mix(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Both attention types are the same act. The keys and values of a block are the to
 tokens, level by level. A neighbourhood picks, for each window, a fixed number of them by index, and has a bias for each
 query and each picked token:
 
-    index  (rows, cols, keys)                of windows; among [map tokens | pooled tokens of level 1 | of level 2 | ...]
+    index  (rows, cols, keys)                of windows; in [map tokens | pooled tokens of level 1 | of level 2 | ...]
     bias   (windows, heads, queries, keys)
 
 Map tokens, windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only
@@ -17,49 +17,54 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 import functools
 import math
 from collections.abc import Callable
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 
-def on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether work runs on a CPU outside of any graph, so that pieces that stay in its cache are faster."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
 def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
-    return on_cpu(tensor) and not module.training and not torch.is_grad_enabled()
+    """Whether this is inference on a CPU outside of any graph, where work in pieces and memory used again pay."""
+    return (
+        tensor.device.type == "cpu"
+        and not module.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 class BiasPart(NamedTuple):
     """The bias of some consecutive columns of the index.
 
-    It is `make(source, pattern)`, shape (windows, heads, queries, columns), of a tensor that follows from the weights
-    and of the windows' `pattern` (rows, cols, ...): windows of one pattern have one bias. Without `make` all windows
-    have `source`, (heads, queries, columns), as it is.
+    `source` follows from the weights; `pattern` (rows, cols, ...) is what is particular to a window, and windows of one
+    pattern have one bias. A pattern of floating point (rows, cols, queries or 1, columns or 1) is added to `source`
+    (heads, queries, columns); one of integers (rows, cols, columns) says where each column stands in `source` (heads,
+    queries, places).
     """
 
     source: torch.Tensor
-    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    pattern: torch.Tensor | None = None
+    pattern: torch.Tensor
 
     @property
     def columns(self) -> int:
-        return (self.source if self.make is None else self.pattern).shape[-1]
+        return (self.source if self.pattern.is_floating_point() else self.pattern).shape[-1]
 
-    def bias(self, rows: slice, cols: slice) -> torch.Tensor:
-        return self.source[None] if self.make is None else self.make(self.source, self.pattern[rows, cols])
+    def bias(self, places: tuple[slice, slice]) -> torch.Tensor:
+        """Of the windows in some rows and columns, (windows, heads, queries, columns)."""
+        pattern = self.pattern[places].flatten(0, 1)
+        if pattern.is_floating_point():
+            return self.source + pattern[:, None]
+        pattern = pattern[:, None, None].expand(-1, *self.source.shape[:2], -1)
+        return self.source.expand(len(pattern), -1, -1, -1).gather(3, pattern)
 
-    def gradient(self, gradient: torch.Tensor, rows: slice, cols: slice) -> torch.Tensor:
-        """That of `source`, from that of `bias(rows, cols)` for all of these windows."""
-        if self.make is None:
+    def gradient(self, gradient: torch.Tensor, places: tuple[slice, slice]) -> torch.Tensor:
+        """That of `source`, from that of the bias of all these windows."""
+        if self.pattern.is_floating_point():
             return gradient.sum(0)
-        with torch.enable_grad():
-            source = self.source.detach().requires_grad_()
-            bias = self.make(source, self.pattern[rows, cols])
-        return torch.autograd.grad(bias, source, gradient)[0]
+        pattern = self.pattern[places].flatten(0, 1)[:, None, None].expand_as(gradient)
+        of_windows = gradient.new_zeros(len(gradient), *self.source.shape)
+        return of_windows.scatter_add_(3, pattern, gradient).sum(0)
 
 
 class Neighborhood(NamedTuple):
@@ -71,55 +76,42 @@ class Neighborhood(NamedTuple):
     index: torch.Tensor
     parts: list[BiasPart]
 
-    def bias(self, rows: slice, cols: slice) -> torch.Tensor:
+    def bias(self, places: tuple[slice, slice]) -> torch.Tensor:
         """Of the windows in some rows and columns, (windows, heads, queries, keys)."""
-        windows = self.index[rows, cols].shape[:2].numel()
-        return torch.cat([part.bias(rows, cols).expand(windows, -1, -1, -1) for part in self.parts], dim=-1)
+        return torch.cat([part.bias(places) for part in self.parts], dim=-1)
 
-    def head_rows(self, heads: int) -> torch.Tensor:
-        """Where the heads of the index's tokens stand among all heads of all tokens, (rows, cols, heads, keys)."""
-        return self.index[:, :, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+    def head_rows(self, places: tuple[slice, slice], heads: int) -> torch.Tensor:
+        """Where the heads of picked tokens stand among all heads of all tokens, (windows, heads, keys)."""
+        index = self.index[places].flatten(0, 1)
+        return index[:, None] * heads + torch.arange(heads, device=index.device)[:, None]
 
 
-class BiasBuffer:
-    """`Neighborhood.bias` in memory that every call uses again.
+def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """(batch, height, width, channels) maps as a view (batch, rows, cols, side, side, channels) of windows."""
+    return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
 
-    Columns whose patterns are those of the call before, as of most windows away from the map's edges, stay as they are.
+
+def rows_of_images(rows: torch.Tensor, images: int, total: int) -> torch.Tensor:
+    """Rows (windows, ...) of one image to (images · windows, ...) of all images, which have `total` rows together."""
+    if images == 1:
+        return rows
+    first = torch.arange(images, device=rows.device) * (total // images)
+    return (first.view(-1, *[1] * rows.ndim) + rows).flatten(0, 1)
+
+
+def picked(tokens: torch.Tensor, head_rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Tokens (images, tokens, channels) to the heads that each window picks, (images · windows, heads, keys, head_dim).
+
+    `head_rows` are those of `Neighborhood.head_rows`, for every image.
     """
-
-    def __init__(self, neighborhood: Neighborhood):
-        self.neighborhood = neighborhood
-        self.buffer = torch.empty(0)
-        self.patterns = []
-
-    def __call__(self, rows: slice, cols: slice) -> torch.Tensor:
-        index, parts = self.neighborhood
-        patterns = [None if part.make is None else part.pattern[rows, cols] for part in parts]
-        if len(self.buffer) != index[rows, cols].shape[:2].numel():
-            self.buffer = self.neighborhood.bias(rows, cols)
-        else:
-            columns = self.buffer.split([part.columns for part in parts], dim=-1)
-            for target, part, pattern, written in zip(columns, parts, patterns, self.patterns, strict=True):
-                if pattern is not None and not torch.equal(pattern, written):
-                    target.copy_(part.make(part.source, pattern))
-        self.patterns = patterns
-        return self.buffer
+    heads = tokens.reshape(-1, head_dim)
+    rows = rows_of_images(head_rows, len(tokens), len(heads))
+    return heads.index_select(0, rows.flatten()).view(*rows.shape, head_dim)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Biases are combined in float32 even where the weights are bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def masked(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A bias (heads, queries, columns) and windows' masks (rows, cols, queries or 1, columns) to the windows' biases."""
-    return bias + mask.flatten(0, 1)[:, None]
-
-
-def looked_up(bias: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """A bias (heads, queries, places) and windows' places (rows, cols, columns) to the windows' biases."""
-    place = place.flatten(0, 1)[:, None, None].expand(-1, *bias.shape[:2], -1)
-    return bias.expand(len(place), -1, -1, -1).gather(3, place)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -206,26 +198,23 @@ def focal_index(
     focal_window: int,
     pooled_levels: int,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tokens that each window of a map attends to with `attention_type="focal"` (section 3.2 of the paper).
 
     Args:
         height, width: sides of the map, multiples of `window_size`.
 
     Returns:
-        The index (rows, cols, keys); what to add to the scores of the fine tokens, (rows, cols, queries, keys), or None
-        without a shift; and to those of the pooled tokens, (rows, cols, 1, keys), or None where none is hidden. Fine
-        tokens wrap around the map's edges; pooled tokens beyond them are hidden, and so are tokens that a shift has
-        brought to the window from the opposite edge.
+        The index (rows, cols, keys), and what to add to the scores of the fine tokens, (rows, cols, queries or 1, keys
+        or 1), and, where there are any, of the pooled tokens, (rows, cols, 1, keys). Fine tokens wrap around the map's
+        edges; pooled tokens beyond them are hidden, and so are tokens that a shift has brought to the window from the
+        opposite edge.
     """
     rows, cols = height // window_size, width // window_size
 
     def grid_index(row_term: torch.Tensor, col_term: torch.Tensor) -> torch.Tensor:
         """Terms (rows, a) and (cols, b) of places to (rows, cols, a · b) places."""
         return (row_term[:, None, :, None] + col_term[None, :, None, :]).flatten(2)
-
-    def scores(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
 
     def spans(count: int, step: int, first: int, length: int) -> torch.Tensor:
         """(count, length): the coordinates from `first` before each of `count` places that are `step` apart."""
@@ -236,7 +225,7 @@ def focal_index(
     fine_cols = spans(cols, window_size, expand_size, side) % width
     index = [grid_index(fine_rows * width, fine_cols)]
 
-    fine_mask = None
+    fine_hidden = torch.zeros(rows, cols, 1, 1, dtype=torch.bool, device=device)
     if shift_size:
 
         def regions(length: int) -> torch.Tensor:
@@ -248,7 +237,7 @@ def focal_index(
         of_query, of_key = grid_index(row_region[:, own], col_region[:, own]), grid_index(row_region, col_region)
         square = torch.arange(-expand_size, window_size + expand_size, device=device)
         own_key = in_window(square, square, window_size).flatten()
-        fine_mask = scores(own_key & (of_query[..., :, None] != of_key[..., None, :]))
+        fine_hidden = own_key & (of_query[..., :, None] != of_key[..., None, :])
 
     first_pooled, hidden = height * width, []
     for level in range(pooled_levels):
@@ -263,9 +252,10 @@ def focal_index(
         hidden.append((row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2))
         first_pooled += pooled_rows * pooled_cols
 
-    some_hidden = pooled_levels and focal_window > 1
-    pooled_mask = scores(torch.cat(hidden, dim=2))[:, :, None] if some_hidden else None
-    return torch.cat(index, dim=2), fine_mask, pooled_mask
+    masks = [fine_hidden, *([torch.cat(hidden, dim=2)[:, :, None]] if hidden else [])]
+    return torch.cat(index, dim=2), [
+        torch.zeros(mask.shape, device=device).masked_fill(mask, -torch.inf) for mask in masks
+    ]
 
 
 def nearest_radius(height: int, width: int, count: int) -> int:
@@ -395,7 +385,7 @@ class FocalNeighborhood(TableNeighborhood):
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
-        index, fine_mask, pooled_mask = focal_index(
+        index, masks = focal_index(
             *maps.shape[1:3],
             self.window_size,
             self.expand_size,
@@ -404,11 +394,7 @@ class FocalNeighborhood(TableNeighborhood):
             self.pooled_levels,
             maps.device,
         )
-        masks = fine_mask, pooled_mask
-        parts = [
-            BiasPart(bias) if mask is None else BiasPart(bias, masked, mask)
-            for bias, mask in zip(self.remembered(self.biases), masks, strict=False)
-        ]
+        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases), masks, strict=True)]
         return Neighborhood(index, parts)
 
     def biases(self) -> list[torch.Tensor]:
@@ -483,5 +469,5 @@ class TopkNeighborhood(TableNeighborhood):
             radii.append(radius)
             index.append(of_level + height * width if level else of_level)
 
-        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases, *radii), repeat(looked_up), places)]
+        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases, *radii), places, strict=True)]
         return Neighborhood(torch.cat(index, dim=2), parts)
