@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, cut_windows, picked, rows_of_images
+from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, cut_windows, picked
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
@@ -23,65 +23,81 @@ def works_in_pieces(query: torch.Tensor) -> bool:
 
 
 class Piece(NamedTuple):
-    """Windows that are worked on together, `places` their rows and columns.
+    """Windows that are worked on together, of one image or of several whole ones.
 
-    `head_rows` (windows, heads, keys) is what they gather, `bias` is (windows, heads, queries, keys), and `images` are
-    slices of the batch, to be taken one after the other.
+    `here` are their rows and columns among the windows of all images, one below the other, and `places` those in the
+    neighbourhood, of one image. They gather `head_index` (windows, heads, keys); `bias` is (windows, heads, queries,
+    keys).
     """
 
+    here: tuple[slice, slice]
     places: tuple[slice, slice]
-    head_rows: torch.Tensor
+    head_index: torch.Tensor
     bias: torch.Tensor
-    images: list[slice]
 
 
 def slices(length: int, step: int) -> list[slice]:
-    """Slices of `step` that cover `length`."""
-    return [slice(first, first + step) for first in range(0, length, step)]
+    """Slices of `step`, or a little less to be even, that cover `length`."""
+    step = -(-length // -(-length // step))
+    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def pieces(neighborhood: Neighborhood, batch: int, head_dim: int, dtype: torch.dtype) -> Iterator[Piece]:
-    """All windows, piece by piece. The bias of one is written over that of the one before."""
+def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iterator[Piece]:
+    """All windows of all images, piece by piece. The bias of one is written over that of the one before.
+
+    PyTorch's attention takes keys 16 at a time and those that remain one by one, at almost half the cost of 16 each. So
+    a few more are given to it, hidden ones.
+    """
     index, parts = neighborhood
-    rows, cols, keys = index.shape
-    heads = parts[0].source.shape[0]
-    size = max(1, KEY_VALUES_PER_PIECE // (keys * heads * head_dim))  # windows in a piece
-    # A bias of one window serves many images at once, others one image after the other.
-    images = slices(batch, size if rows * cols == 1 else 1)
+    rows, cols, heads, keys = index.shape
+    images, tokens, channels = key.shape
+    size = max(1, KEY_VALUES_PER_PIECE // (keys * channels))  # windows in a piece
+    some_images = slices(images, max(1, size // (rows * cols)))
+    padding = -keys % 16 if keys % 16 > 2 else 0
+    columns = [part.columns for part in parts]
     bias, written = torch.empty(0), []
-    # Down the columns, pieces differ least.
+    # Down the columns, and from image to image, pieces differ least.
     for some_cols in slices(cols, size):
         for some_rows in slices(rows, max(1, size // cols)):
             places = some_rows, some_cols
-            head_rows = neighborhood.head_rows(places, heads)
+            of_image = index[places].flatten(0, 1)
+            of_image = torch.cat([of_image, of_image[..., :padding]], dim=-1)
             patterns = [part.pattern[places] for part in parts]
-            if len(bias) != len(head_rows):
-                bias = neighborhood.bias(places).contiguous()
+            if len(bias) != len(of_image):
+                bias = nn.functional.pad(neighborhood.bias(places), (0, padding), value=-torch.inf)
             else:
                 # Away from the map's edges most windows have the patterns of those before, and their bias.
-                columns = bias.split([part.columns for part in parts], dim=-1)
-                for target, part, pattern, before in zip(columns, parts, patterns, written, strict=True):
+                for part, target, pattern, before in zip(
+                    parts, bias[..., :keys].split(columns, dim=-1), patterns, written, strict=True
+                ):
                     if not torch.equal(pattern, before):
                         target.copy_(part.bias(places))
             written = patterns
-            yield Piece(places, head_rows, bias.to(dtype), images)
+            of_images = (
+                bias.to(key.dtype).repeat(some_images[0].stop, 1, 1, 1)
+                if some_images[0].stop > 1
+                else bias.to(key.dtype)
+            )
+            for some in some_images:
+                here = slice(some.start * rows + some_rows.start, (some.stop - 1) * rows + some_rows.stop), some_cols
+                first = torch.arange(some.start, some.stop)[:, None, None, None] * (tokens * heads)
+                head_index = (of_image + first).flatten(0, 1)
+                yield Piece(here, places, head_index, of_images[: len(head_index)])
+
+
+def all_windows(maps: torch.Tensor, rows: int) -> torch.Tensor:
+    """(images, height, width, channels) to (images · rows, cols, side, side, channels), as a view if contiguous."""
+    return cut_windows(maps.flatten(0, 1)[None], maps.shape[1] // rows)[0]
 
 
 def by_head(windows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(images, rows, cols, side, side, channels) to (images · windows, heads, queries, head_dim)."""
-    return windows.flatten(3, 4).flatten(0, 2).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    """(rows, cols, side, side, channels) to (windows, heads, queries, head_dim)."""
+    return windows.flatten(2, 3).flatten(0, 1).unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def put(heads: torch.Tensor, windows: torch.Tensor):
     """Writes into windows what `by_head` makes of them."""
     windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
-
-
-def add_picked(target: torch.Tensor, head_rows: torch.Tensor, addend: torch.Tensor):
-    """Adds to tokens (images, tokens, channels) what belongs to those that `picked` gives."""
-    heads = target.view(-1, addend.shape[-1])
-    rows = rows_of_images(head_rows, len(target), len(heads))
-    heads.index_add_(0, rows.flatten(), addend.flatten(0, -2))
 
 
 @torch.library.custom_op("focal_hf::attention_in_pieces", mutates_args=(), device_types="cpu")
@@ -97,19 +113,17 @@ def attention_in_pieces(
 ) -> torch.Tensor:
     """Args and output as `FocalAttention.attend` has them, the neighbourhood taken to pieces."""
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
-    side = query.shape[1] // index.shape[0]
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    queries, outputs = cut_windows(query, side), cut_windows(output, side)
-    for places, head_rows, bias, images in pieces(neighborhood, len(query), head_dim, query.dtype):
-        for some in images:
-            attended = nn.functional.scaled_dot_product_attention(
-                by_head(queries[some, *places], head_dim),
-                picked(key[some], head_rows, head_dim),
-                picked(value[some], head_rows, head_dim),
-                attn_mask=bias,
-                scale=scaling,
-            )
-            put(attended, outputs[some, *places])
+    queries, outputs = (all_windows(maps, len(index)) for maps in (query, output))
+    for piece in pieces(neighborhood, key, head_dim):
+        attended = nn.functional.scaled_dot_product_attention(
+            by_head(queries[piece.here], head_dim),
+            picked(key, piece.head_index, head_dim),
+            picked(value, piece.head_index, head_dim),
+            attn_mask=piece.bias,
+            scale=scaling,
+        )
+        put(attended, outputs[piece.here])
     return output
 
 
@@ -133,28 +147,29 @@ def attention_in_pieces_backward(
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value and the sources."""
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
-    side = query.shape[1] // index.shape[0]
     gradients = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value, *sources)]
     grad_query, grad_key, grad_value, *grad_sources = gradients
-    cut = [cut_windows(maps, side) for maps in (query, output, grad_output)]
-    grad_queries = cut_windows(grad_query, side)
-    for places, head_rows, bias, images in pieces(neighborhood, len(query), head_dim, query.dtype):
-        grad_bias = torch.zeros_like(bias, dtype=sources[0].dtype)
-        for some in images:
-            q, out, grad_out = (by_head(windows[some, *places], head_dim) for windows in cut)
-            k, v = picked(key[some], head_rows, head_dim), picked(value[some], head_rows, head_dim)
-            scores = torch.matmul(q, k.transpose(2, 3)).mul_(scaling).add_(bias)
-            weights = at_least_float32(scores).softmax(dim=-1).to(q.dtype)
-            grad_scores = torch.matmul(grad_out, v.transpose(2, 3))
-            grad_scores.sub_((grad_out * out).sum(dim=-1, keepdim=True)).mul_(weights)
-            grad_bias += grad_scores.sum_to_size(bias.shape)
-            grad_scores.mul_(scaling)
-            put(torch.matmul(grad_scores, k), grad_queries[some, *places])
-            add_picked(grad_key[some], head_rows, torch.matmul(grad_scores.transpose(2, 3), q))
-            add_picked(grad_value[some], head_rows, torch.matmul(weights.transpose(2, 3), grad_out))
-        columns = grad_bias.split([part.columns for part in neighborhood.parts], dim=-1)
-        for part, grad_source, grad in zip(neighborhood.parts, grad_sources, columns, strict=True):
+    windows = [all_windows(maps, len(index)) for maps in (query, output, grad_output)]
+    grad_queries = all_windows(grad_query, len(index))
+    for here, places, head_index, bias in pieces(neighborhood, key, head_dim):
+        q, out, grad_out = (by_head(maps[here], head_dim) for maps in windows)
+        k, v = picked(key, head_index, head_dim), picked(value, head_index, head_dim)
+        scores = torch.matmul(q, k.transpose(2, 3)).mul_(scaling).add_(bias)
+        weights = at_least_float32(scores).softmax(dim=-1).to(q.dtype)
+        grad_scores = torch.matmul(grad_out, v.transpose(2, 3))
+        grad_scores.sub_((grad_out * out).sum(dim=-1, keepdim=True)).mul_(weights)
+        first = 0
+        for part, grad_source in zip(neighborhood.parts, grad_sources, strict=True):
+            grad = grad_scores[..., first : first + part.columns].to(grad_source.dtype)
             grad_source += part.gradient(grad, places)
+            first += part.columns
+        grad_scores.mul_(scaling)
+        put(torch.matmul(grad_scores, k), grad_queries[here])
+        for grad, of_picked in (
+            (grad_key, torch.matmul(grad_scores.transpose(2, 3), q)),
+            (grad_value, torch.matmul(weights.transpose(2, 3), grad_out)),
+        ):
+            grad.view(-1, head_dim).index_add_(0, head_index.flatten(), of_picked.flatten(0, 2))
     return gradients
 
 

@@ -28,8 +28,9 @@ from .neighborhood_focal import (
     picked,
 )
 
-# What an MLP works on at a time on a CPU, measured on one with 2 MB of second-level cache per core.
-TOKENS_PER_PIECE = 1024
+# What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
+TOKENS_PER_PIECE = 1024  # of an MLP
+VALUES_PER_PIECE = 256 * 1024  # of a map that is pooled
 
 
 @dataclass
@@ -280,18 +281,27 @@ class FocalPooling(nn.Module):
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
         return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
-    def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
-        """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
-        cells = self.cells_of(windows, level).flatten(3, 4).flatten(1, 2)  # (batch, cells, tokens, channels)
+    def pool_cells(self, cells: torch.Tensor, level: int) -> torch.Tensor:
+        """(rows, cols, side, side, channels) cells of a level to pooled tokens (rows · cols, channels)."""
+        cells = cells.flatten(2, 3).flatten(0, 1)
         if self.pool == "mean":
-            return cells.mean(dim=2)
+            return cells.mean(dim=1)
         if self.pool == "max":
-            return cells.amax(dim=2)
+            return cells.amax(dim=1)
         layer = self.layers[level]
         if self.pool == "fc":
-            return layer(cells.transpose(2, 3)).squeeze(-1)
-        cells = cells.transpose(2, 3).unflatten(3, layer.kernel_size)
-        return layer(cells.flatten(0, 1)).view(cells.shape[:3])
+            return layer(cells.transpose(1, 2)).squeeze(-1)
+        return layer(cells.transpose(1, 2).unflatten(2, layer.kernel_size)).flatten(1)
+
+    def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
+        """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
+        cells = self.cells_of(windows, level).flatten(0, 1)
+        if in_cpu_inference(self, cells):
+            pieces = cells.split(max(1, VALUES_PER_PIECE // cells[0].numel()))
+            pooled = torch.cat([self.pool_cells(piece, level) for piece in pieces])
+        else:
+            pooled = self.pool_cells(cells, level)
+        return pooled.view(len(windows), -1, cells.shape[-1])
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
@@ -412,22 +422,23 @@ class FocalAttention(nn.Module):
         )
         everything = slice(None), slice(None)
         windows = cut_windows(query, self.window_size)  # (batch, rows, cols, side, side, channels)
-        rows = neighborhood.head_rows(everything, heads)
+        first = torch.arange(batch, device=index.device) * (key.shape[1] * heads)
+        head_index = first[:, None, None, None] + index.flatten(0, 1)  # (batch, windows, heads, keys)
         # Windows of all heads stand side by side, where heads do elsewhere: so images share a bias as it is.
         output, weights = attention_interface(
             self,
-            windows.reshape(batch, len(rows), -1, heads, self.head_dim).transpose(2, 3).flatten(1, 2),
-            picked(key, rows, self.head_dim).unflatten(0, (batch, -1)).flatten(1, 2),
-            picked(value, rows, self.head_dim).unflatten(0, (batch, -1)).flatten(1, 2),
+            windows.reshape(*head_index.shape[:2], -1, heads, self.head_dim).transpose(2, 3).flatten(1, 2),
+            picked(key, head_index, self.head_dim).flatten(1, 2),
+            picked(value, head_index, self.head_dim).flatten(1, 2),
             neighborhood.bias(everything).to(query.dtype).flatten(0, 1)[None],
             dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )
         # (batch, queries, windows · heads, head_dim)
-        output = output.unflatten(2, (len(rows), heads)).transpose(1, 2).reshape(windows.shape)
+        output = output.unflatten(2, head_index.shape[1:3]).transpose(1, 2).reshape(windows.shape)
         if weights is not None:
-            weights = weights.unflatten(1, (len(rows), heads)).flatten(0, 1)
+            weights = weights.unflatten(1, head_index.shape[1:3]).flatten(0, 1)
         return output.transpose(2, 3).reshape(query.shape), weights
 
 

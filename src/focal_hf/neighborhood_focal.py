@@ -7,6 +7,9 @@ query and each picked token:
     index  (rows, cols, keys)                of windows; in [map tokens | pooled tokens of level 1 | of level 2 | ...]
     bias   (windows, heads, queries, keys)
 
+Attention takes keys by head, from [head 0 of token 0 | head 1 of token 0 | ... | head 0 of token 1 | ...]. A
+neighbourhood holds the index of those, `heads` times the index above plus the head.
+
 Map tokens, windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only
 geometry and tables.
 
@@ -59,10 +62,11 @@ class BiasPart(NamedTuple):
         return self.source.expand(len(pattern), -1, -1, -1).gather(3, pattern)
 
     def gradient(self, gradient: torch.Tensor, places: tuple[slice, slice]) -> torch.Tensor:
-        """That of `source`, from that of the bias of all these windows."""
+        """That of `source`, from that of the bias of all these windows, of one image or more."""
         if self.pattern.is_floating_point():
             return gradient.sum(0)
-        pattern = self.pattern[places].flatten(0, 1)[:, None, None].expand_as(gradient)
+        pattern = self.pattern[places].flatten(0, 1)
+        pattern = pattern.repeat(len(gradient) // len(pattern), 1)[:, None, None].expand_as(gradient)
         of_windows = gradient.new_zeros(len(gradient), *self.source.shape)
         return of_windows.scatter_add_(3, pattern, gradient).sum(0)
 
@@ -73,17 +77,17 @@ class Neighborhood(NamedTuple):
     The bias is given for some windows at a time: all at once it would be most of a block's memory.
     """
 
-    index: torch.Tensor
+    head_index: torch.Tensor  # (rows, cols, heads, keys)
     parts: list[BiasPart]
 
     def bias(self, places: tuple[slice, slice]) -> torch.Tensor:
         """Of the windows in some rows and columns, (windows, heads, queries, keys)."""
         return torch.cat([part.bias(places) for part in self.parts], dim=-1)
 
-    def head_rows(self, places: tuple[slice, slice], heads: int) -> torch.Tensor:
-        """Where the heads of picked tokens stand among all heads of all tokens, (windows, heads, keys)."""
-        index = self.index[places].flatten(0, 1)
-        return index[:, None] * heads + torch.arange(heads, device=index.device)[:, None]
+
+def head_index(index: torch.Tensor, heads: int) -> torch.Tensor:
+    """The index (rows, cols, keys) of tokens to that of their heads, (rows, cols, heads, keys)."""
+    return index[:, :, None] * heads + torch.arange(heads, device=index.device)[:, None]
 
 
 def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
@@ -91,22 +95,9 @@ def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
     return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
 
 
-def rows_of_images(rows: torch.Tensor, images: int, total: int) -> torch.Tensor:
-    """Rows (windows, ...) of one image to (images · windows, ...) of all images, which have `total` rows together."""
-    if images == 1:
-        return rows
-    first = torch.arange(images, device=rows.device) * (total // images)
-    return (first.view(-1, *[1] * rows.ndim) + rows).flatten(0, 1)
-
-
-def picked(tokens: torch.Tensor, head_rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Tokens (images, tokens, channels) to the heads that each window picks, (images · windows, heads, keys, head_dim).
-
-    `head_rows` are those of `Neighborhood.head_rows`, for every image.
-    """
-    heads = tokens.reshape(-1, head_dim)
-    rows = rows_of_images(head_rows, len(tokens), len(heads))
-    return heads.index_select(0, rows.flatten()).view(*rows.shape, head_dim)
+def picked(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Heads of tokens (..., channels), by their places among all, to (*head_index.shape, head_dim)."""
+    return tokens.reshape(-1, head_dim).index_select(0, head_index.flatten()).view(*head_index.shape, head_dim)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -192,6 +183,7 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> to
 def focal_index(
     height: int,
     width: int,
+    heads: int,
     window_size: int,
     expand_size: int,
     shift_size: int,
@@ -205,10 +197,10 @@ def focal_index(
         height, width: sides of the map, multiples of `window_size`.
 
     Returns:
-        The index (rows, cols, keys), and what to add to the scores of the fine tokens, (rows, cols, queries or 1, keys
-        or 1), and, where there are any, of the pooled tokens, (rows, cols, 1, keys). Fine tokens wrap around the map's
-        edges; pooled tokens beyond them are hidden, and so are tokens that a shift has brought to the window from the
-        opposite edge.
+        The index (rows, cols, heads, keys), and what to add to the scores of the fine tokens, (rows, cols, queries or
+        1, keys or 1), and, where there are any, of the pooled tokens, (rows, cols, 1, keys). Fine tokens wrap around
+        the map's edges; pooled tokens beyond them are hidden, and so are tokens that a shift has brought to the window
+        from the opposite edge.
     """
     rows, cols = height // window_size, width // window_size
 
@@ -253,7 +245,7 @@ def focal_index(
         first_pooled += pooled_rows * pooled_cols
 
     masks = [fine_hidden, *([torch.cat(hidden, dim=2)[:, :, None]] if hidden else [])]
-    return torch.cat(index, dim=2), [
+    return head_index(torch.cat(index, dim=2), heads), [
         torch.zeros(mask.shape, device=device).masked_fill(mask, -torch.inf) for mask in masks
     ]
 
@@ -387,6 +379,7 @@ class FocalNeighborhood(TableNeighborhood):
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
         index, masks = focal_index(
             *maps.shape[1:3],
+            self.relative_position_bias_table.shape[1],
             self.window_size,
             self.expand_size,
             self.shift_size,
@@ -470,4 +463,4 @@ class TopkNeighborhood(TableNeighborhood):
             index.append(of_level + height * width if level else of_level)
 
         parts = [BiasPart(*part) for part in zip(self.remembered(self.biases, *radii), places, strict=True)]
-        return Neighborhood(torch.cat(index, dim=2), parts)
+        return Neighborhood(head_index(torch.cat(index, dim=2), parts[0].source.shape[0]), parts)
