@@ -54,35 +54,29 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
     size = max(1, KEY_VALUES_PER_PIECE // (keys * channels))  # windows in a piece
     some_images = slices(images, max(1, size // (rows * cols)))
     padding = -keys % 16 if keys % 16 > 2 else 0
-    columns = [part.columns for part in parts]
-    bias, written = torch.empty(0), []
+    columns = [*(part.columns for part in parts), padding]
+    bias, written = torch.empty(0, 0), [None] * len(parts)
     # Down the columns, and from image to image, pieces differ least.
     for some_cols in slices(cols, size):
         for some_rows in slices(rows, max(1, size // cols)):
             places = some_rows, some_cols
             of_image = index[places].flatten(0, 1)
-            of_image = torch.cat([of_image, of_image[..., :padding]], dim=-1)
-            patterns = [part.pattern[places] for part in parts]
-            if len(bias) != len(of_image):
-                bias = nn.functional.pad(neighborhood.bias(places), (0, padding), value=-torch.inf)
-            else:
-                # Away from the map's edges most windows have the patterns of those before, and their bias.
-                for part, target, pattern, before in zip(
-                    parts, bias[..., :keys].split(columns, dim=-1), patterns, written, strict=True
-                ):
-                    if not torch.equal(pattern, before):
-                        target.copy_(part.bias(places))
-            written = patterns
-            of_images = (
-                bias.to(key.dtype).repeat(some_images[0].stop, 1, 1, 1)
-                if some_images[0].stop > 1
-                else bias.to(key.dtype)
-            )
+            if padding:
+                of_image = torch.cat([of_image, of_image[..., :padding]], dim=-1)
+            if bias.shape[1] != len(of_image):
+                shape = some_images[0].stop, len(of_image), heads, parts[0].source.shape[1], keys + padding
+                bias, written = key.new_full(shape, -torch.inf), [None] * len(parts)
+            # Away from the map's edges most windows have the patterns of those before, and their bias.
+            for number, (part, target) in enumerate(zip(parts, bias.split(columns, dim=-1), strict=False)):
+                pattern = part.pattern[places]
+                if written[number] is None or not torch.equal(pattern, written[number]):
+                    part.write_bias(target, places)
+                written[number] = pattern
             for some in some_images:
                 here = slice(some.start * rows + some_rows.start, (some.stop - 1) * rows + some_rows.stop), some_cols
                 first = torch.arange(some.start, some.stop)[:, None, None, None] * (tokens * heads)
                 head_index = (of_image + first).flatten(0, 1)
-                yield Piece(here, places, head_index, of_images[: len(head_index)])
+                yield Piece(here, places, head_index, bias.flatten(0, 1)[: len(head_index)])
 
 
 def all_windows(maps: torch.Tensor, rows: int) -> torch.Tensor:

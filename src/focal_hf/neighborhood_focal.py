@@ -61,6 +61,14 @@ class BiasPart(NamedTuple):
         pattern = pattern[:, None, None].expand(-1, *self.source.shape[:2], -1)
         return self.source.expand(len(pattern), -1, -1, -1).gather(3, pattern)
 
+    def write_bias(self, target: torch.Tensor, places: tuple[slice, slice]):
+        """Writes it into (images, windows, heads, queries, columns)."""
+        pattern = self.pattern[places].flatten(0, 1)
+        if pattern.is_floating_point():
+            torch.add(self.source, pattern[:, None].expand(len(target), -1, -1, -1, -1), out=target)
+        else:
+            target.copy_(self.bias(places))
+
     def gradient(self, gradient: torch.Tensor, places: tuple[slice, slice]) -> torch.Tensor:
         """That of `source`, from that of the bias of all these windows, of one image or more."""
         if self.pattern.is_floating_point():
