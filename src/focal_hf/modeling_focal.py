@@ -190,7 +190,9 @@ class FocalPatchEmbeddings(nn.Module):
             raise ValueError(
                 f"pixel_values must be floating point, normalised by the image processor; got {pixel_values.dtype}."
             )
-        embeddings = self.projection(pad_to_multiple(pixel_values, self.patch_size))
+        pixel_values = pad_to_multiple(pixel_values, self.patch_size)
+        # So that the projection gives tokens as they are needed, without a transposition.
+        embeddings = self.projection(pixel_values.contiguous(memory_format=torch.channels_last))
         return embeddings.flatten(2).transpose(1, 2), tuple(embeddings.shape[2:])
 
 
@@ -247,7 +249,8 @@ class FocalDownsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
-        maps = hidden_states.transpose(1, 2).unflatten(2, input_dimensions)
+        # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
+        maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
         maps = self.projection(pad_to_multiple(self.pre_norm(maps), 2))
         return self.norm(maps.flatten(2).transpose(1, 2))
 
