@@ -62,7 +62,7 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
             places = some_rows, some_cols
             of_image = index[places].flatten(0, 1)
             if padding:
-                of_image = torch.cat([of_image, of_image[..., :padding]], dim=-1)
+                of_image = torch.cat([of_image, of_image[..., :1].expand(-1, -1, padding)], dim=-1)
             if bias.shape[1] != len(of_image):
                 shape = some_images[0].stop, len(of_image), heads, parts[0].source.shape[1], keys + padding
                 bias, written = key.new_full(shape, -torch.inf), [None] * len(parts)

@@ -19,7 +19,6 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -305,33 +304,42 @@ def nearest_index(
     return token.reshape(rows * cols, -1).gather(1, order)
 
 
-class TableNeighborhood(nn.Module):
-    """What the neighbourhoods of both types share: a memory for what they compute from their weights."""
+def topk_index(
+    nearest: list[torch.Tensor], height: int, width: int, heads: int, window_size: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The tokens that each window of a map attends to with `attention_type="topk"`.
 
-    def __init__(self):
-        super().__init__()
-        self._made = None
+    Args:
+        nearest: the nearest tokens of each level, as `nearest_index` gives them.
 
-    def __getstate__(self):
-        return self.__dict__ | {"_made": None}  # copies and pickles carry the weights alone
-
-    def remembered(self, make: Callable[..., list[torch.Tensor]], *sizes: int) -> list[torch.Tensor]:
-        """`make(*sizes)`, a function of the weights; in inference on a CPU kept for as long as both stay what they are.
-
-        The numbers themselves are compared. Nothing else tells of every change: neither versions nor addresses do of
-        fused optimizers, `.data`, loading or swapping.
-        """
-        weights = list(self.parameters())
-        if not in_cpu_inference(self, weights[0]):
-            return make(*sizes)
-        made = self._made
-        if made is None or made[0] != sizes or not all(map(same, made[1], weights)):
-            with torch.inference_mode(False), torch.no_grad():
-                made = self._made = sizes, [weight.clone() for weight in weights], make(*sizes)
-        return made[2]
+    Returns:
+        The index (rows, cols, heads, keys), and for each level where its tokens stand in the square around the window's
+        centre of side 2 · `nearest_radius` + 1, row by row, (rows, cols, keys).
+    """
+    rows, cols = height // window_size, width // window_size
+    index, places = [], []
+    for level, of_level in enumerate(nearest):
+        of_level = of_level.unflatten(0, (rows, cols))
+        level_height, level_width = (rows, cols) if level else (height, width)
+        radius = nearest_radius(level_height, level_width, of_level.shape[-1])
+        center_row = window_centers(rows, window_size, level, of_level.device)[:, None, None]
+        center_col = window_centers(cols, window_size, level, of_level.device)[:, None]
+        row, col = of_level // level_width - center_row + radius, of_level % level_width - center_col + radius
+        places.append(row * (2 * radius + 1) + col)
+        index.append(of_level + height * width if level else of_level)
+    return head_index(torch.cat(index, dim=2), heads), places
 
 
-class FocalNeighborhood(TableNeighborhood):
+@cached_table
+def computed_topk_index(
+    height: int, width: int, heads: int, window_size: int, levels: int, topk: int, device: torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`topk_index` of the nearest tokens as they are computed."""
+    nearest = [nearest_index(height, width, window_size, level, topk, device) for level in range(levels)]
+    return topk_index(nearest, height, width, heads, window_size)
+
+
+class FocalNeighborhood(nn.Module):
     """Neighbourhoods of `attention_type="focal"`: the window and its surroundings, and squares of pooled tokens.
 
     A token that the original lists twice, with biases a and b, is one column here with bias log(eᵃ + eᵇ): the same
@@ -343,11 +351,13 @@ class FocalNeighborhood(TableNeighborhood):
         self, num_heads: int, window_size: int, expand_size: int, shift_size: int, focal_window: int, pooled_levels: int
     ):
         super().__init__()
+        self.num_heads = num_heads
         self.window_size = window_size
         self.expand_size = expand_size
         self.shift_size = shift_size
         self.focal_window = focal_window
         self.pooled_levels = pooled_levels
+        self._remembered = None
 
         window = window_size**2
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
@@ -359,6 +369,9 @@ class FocalNeighborhood(TableNeighborhood):
         for level in range(pooled_levels):
             table = nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
             self.register_parameter(f"relative_position_bias_table_to_windows_{level}", table)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_remembered": None}  # copies and pickles carry the weights alone
 
     def pooled_tables(self) -> list[nn.Parameter]:
         """The table of each pooled level, each (heads, relative positions)."""
@@ -387,7 +400,7 @@ class FocalNeighborhood(TableNeighborhood):
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
         index, masks = focal_index(
             *maps.shape[1:3],
-            self.relative_position_bias_table.shape[1],
+            self.num_heads,
             self.window_size,
             self.expand_size,
             self.shift_size,
@@ -395,7 +408,7 @@ class FocalNeighborhood(TableNeighborhood):
             self.pooled_levels,
             maps.device,
         )
-        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases), masks, strict=True)]
+        parts = [BiasPart(*part) for part in zip(self.remembered_biases(), masks, strict=True)]
         return Neighborhood(index, parts)
 
     def biases(self) -> list[torch.Tensor]:
@@ -403,8 +416,23 @@ class FocalNeighborhood(TableNeighborhood):
         pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
         return [self.fine_bias(), torch.cat(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
+    def remembered_biases(self) -> list[torch.Tensor]:
+        """`biases()`, in inference on a CPU made once for as long as the tables hold the same numbers.
 
-class TopkNeighborhood(TableNeighborhood):
+        The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
+        `.data`, loading or swapping.
+        """
+        tables = list(self.parameters())
+        if not in_cpu_inference(self, tables[0]):
+            return self.biases()
+        remembered = self._remembered
+        if remembered is None or not all(map(same, remembered[0], tables)):
+            with torch.inference_mode(False), torch.no_grad():
+                remembered = self._remembered = [table.clone() for table in tables], self.biases()
+        return remembered[1]
+
+
+class TopkNeighborhood(nn.Module):
     """Neighbourhoods of `attention_type="topk"` (the original's focalv2): the nearest tokens of each level.
 
     The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
@@ -415,6 +443,7 @@ class TopkNeighborhood(TableNeighborhood):
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int, levels: int, topk: int, grid: tuple[int, int]):
         super().__init__()
+        self.num_heads = num_heads
         self.window_size = window_size
         self.levels = levels
         self.topk = topk
@@ -431,22 +460,20 @@ class TopkNeighborhood(TableNeighborhood):
         device = device or torch.empty(0).device
         return nearest_index(height, width, self.window_size, level, self.topk, device)
 
-    def biases(self, *radii: int) -> list[torch.Tensor]:
+    def biases(self, radii: list[int], maps: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the bias of every query of a window to every token of that level within a radius of its centre.
 
         Each (heads, queries, (2 · radius + 1)²), by the token's place in that square.
         """
         biases = []
+        window = self.window_size
         for level, (mlp, radius) in enumerate(zip(self.coordinate_mlps, radii, strict=True)):
-            window = self.window_size
             step = window if level else 1  # of the level's tokens, in tokens of the map
             # Offsets repeat across tokens and queries: the MLP sees each once.
-            weight = mlp[0].weight
-            axis = torch.arange(
-                -step * radius - window // 2, step * radius + window - window // 2, device=weight.device
-            )
+            reach = step * radius + window // 2
+            axis = torch.arange(-reach, reach + window % 2, device=maps.device)
             offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-            table = mlp(offsets.to(weight.dtype)).permute(2, 0, 1).unfold(1, window, step).unfold(2, window, step)
+            table = mlp(offsets.to(maps.dtype)).permute(2, 0, 1).unfold(1, window, step).unfold(2, window, step)
             # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
             biases.append(table.flip(1, 2).permute(0, 3, 4, 1, 2).flatten(3).flatten(1, 2))
         return biases
@@ -454,21 +481,14 @@ class TopkNeighborhood(TableNeighborhood):
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
         height, width = maps.shape[1:3]
-        window = self.window_size
-        rows, cols = height // window, width // window
-        at_home = (height, width) == self.grid
-        index, places, radii = [], [], []
-        for level in range(self.levels):
-            saved = getattr(self, f"nearest_index_{level}")
-            of_level = saved if at_home else self.computed_index(height, width, level, saved.device)
-            of_level = of_level.unflatten(0, (rows, cols))
-            level_height, level_width = (rows, cols) if level else (height, width)
-            radius = nearest_radius(level_height, level_width, of_level.shape[-1])
-            row = of_level // level_width - window_centers(rows, window, level, maps.device)[:, None, None] + radius
-            col = of_level % level_width - window_centers(cols, window, level, maps.device)[:, None] + radius
-            places.append(row * (2 * radius + 1) + col)
-            radii.append(radius)
-            index.append(of_level + height * width if level else of_level)
-
-        parts = [BiasPart(*part) for part in zip(self.remembered(self.biases, *radii), places, strict=True)]
-        return Neighborhood(head_index(torch.cat(index, dim=2), parts[0].source.shape[0]), parts)
+        if (height, width) == self.grid:
+            saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
+            index, places = topk_index(saved, height, width, self.num_heads, self.window_size)
+        else:
+            index, places = computed_topk_index(
+                height, width, self.num_heads, self.window_size, self.levels, self.topk, maps.device
+            )
+        grids = [(height, width), (height // self.window_size, width // self.window_size)]
+        radii = [nearest_radius(*grid, place.shape[-1]) for grid, place in zip(grids, places, strict=False)]
+        parts = [BiasPart(*part) for part in zip(self.biases(radii, maps), places, strict=True)]
+        return Neighborhood(index, parts)
