@@ -74,8 +74,8 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
                 written[number] = pattern
             for some in some_images:
                 here = slice(some.start * rows + some_rows.start, (some.stop - 1) * rows + some_rows.stop), some_cols
-                first = torch.arange(some.start, some.stop)[:, None, None, None] * (tokens * heads)
-                head_index = (of_image + first).flatten(0, 1)
+                head_index = [of_image + image * tokens * heads for image in range(some.start, some.stop)]
+                head_index = torch.cat(head_index) if len(head_index) > 1 else head_index[0]
                 yield Piece(here, places, head_index, bias.flatten(0, 1)[: len(head_index)])
 
 
@@ -86,7 +86,8 @@ def all_windows(maps: torch.Tensor, rows: int) -> torch.Tensor:
 
 def by_head(windows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """(rows, cols, side, side, channels) to (windows, heads, queries, head_dim)."""
-    return windows.flatten(2, 3).flatten(0, 1).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    rows, cols, side, _, channels = windows.shape
+    return windows.reshape(rows * cols, side**2, channels // head_dim, head_dim).transpose(1, 2)
 
 
 def put(heads: torch.Tensor, windows: torch.Tensor):

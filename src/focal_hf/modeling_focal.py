@@ -304,7 +304,7 @@ class FocalPooling(nn.Module):
             pooled = torch.cat([self.pool_cells(piece, level) for piece in pieces])
         else:
             pooled = self.pool_cells(cells, level)
-        return pooled.view(len(windows), -1, cells.shape[-1])
+        return pooled.view(windows.shape[0], -1, cells.shape[-1])
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""

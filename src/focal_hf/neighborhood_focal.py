@@ -104,7 +104,8 @@ def cut_windows(maps: torch.Tensor, side: int) -> torch.Tensor:
 
 def picked(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Heads of tokens (..., channels), by their places among all, to (*head_index.shape, head_dim)."""
-    return tokens.reshape(-1, head_dim).index_select(0, head_index.flatten()).view(*head_index.shape, head_dim)
+    picked = tokens.reshape(-1, head_dim).index_select(0, head_index.reshape(-1))
+    return picked.view(*head_index.shape, head_dim)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,7 +264,7 @@ def nearest_radius(height: int, width: int, count: int) -> int:
     for radius in range(height + width):
         inside = sum(min(math.isqrt(radius**2 - row**2) + 1, width) for row in range(min(radius + 1, height)))
         if inside >= count:
-            return radius
+            return min(radius, max(height, width) - 1)  # which is as far as the map goes
     raise ValueError(f"A map of {height} by {width} tokens has fewer than {count}.")
 
 
