@@ -19,7 +19,9 @@ KEY_VALUES_PER_PIECE = 768 * 1024
 
 def works_in_pieces(query: torch.Tensor) -> bool:
     """Whether `attention_in_pieces` is the way to attend. Exported graphs run where this operator is not known."""
-    return query.device.type == "cpu" and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+    # torch before 2.7 cannot tell exporting from compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return query.device.type == "cpu" and not exporting() and not torch.jit.is_tracing()
 
 
 class Piece(NamedTuple):
@@ -95,7 +97,16 @@ def put(heads: torch.Tensor, windows: torch.Tensor):
     windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
 
 
-@torch.library.custom_op("focal_hf::attention_in_pieces", mutates_args=(), device_types="cpu")
+# In so many words, as older torch does not read `list[...]`.
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor index, Tensor[] sources, Tensor[] patterns, "
+    "int head_dim, float scaling"
+)
+
+
+@torch.library.custom_op(
+    "focal_hf::attention_in_pieces", mutates_args=(), device_types="cpu", schema=f"({ARGUMENTS}) -> Tensor"
+)
 def attention_in_pieces(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -127,7 +138,12 @@ def _(query, key, value, index, sources, patterns, head_dim, scaling):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("focal_hf::attention_in_pieces_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "focal_hf::attention_in_pieces_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad_output, Tensor output, {ARGUMENTS}) -> Tensor[]",
+)
 def attention_in_pieces_backward(
     grad_output: torch.Tensor,
     output: torch.Tensor,

@@ -19,6 +19,7 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -306,7 +307,7 @@ def nearest_index(
 
 
 def topk_index(
-    nearest: list[torch.Tensor], height: int, width: int, heads: int, window_size: int
+    nearest: Sequence[torch.Tensor], height: int, width: int, heads: int, window_size: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tokens that each window of a map attends to with `attention_type="topk"`.
 
@@ -340,7 +341,32 @@ def computed_topk_index(
     return topk_index(nearest, height, width, heads, window_size)
 
 
-class FocalNeighborhood(nn.Module):
+class RememberingModule(nn.Module):
+    """A module that keeps what it has made of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self._remembered = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_remembered": None}  # copies and pickles carry the weights alone
+
+    def remembered(self, make: Callable, *tensors: torch.Tensor):
+        """`make(*tensors)`, in inference on a CPU made once for as long as the tensors hold the same numbers.
+
+        The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
+        `.data`, loading or swapping.
+        """
+        if not in_cpu_inference(self, tensors[0]):
+            return make(*tensors)
+        remembered = self._remembered
+        if remembered is None or not all(map(same, remembered[0], tensors)):
+            with torch.inference_mode(False), torch.no_grad():
+                remembered = self._remembered = [tensor.clone() for tensor in tensors], make(*tensors)
+        return remembered[1]
+
+
+class FocalNeighborhood(RememberingModule):
     """Neighbourhoods of `attention_type="focal"`: the window and its surroundings, and squares of pooled tokens.
 
     A token that the original lists twice, with biases a and b, is one column here with bias log(eᵃ + eᵇ): the same
@@ -358,7 +384,6 @@ class FocalNeighborhood(nn.Module):
         self.shift_size = shift_size
         self.focal_window = focal_window
         self.pooled_levels = pooled_levels
-        self._remembered = None
 
         window = window_size**2
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
@@ -370,9 +395,6 @@ class FocalNeighborhood(nn.Module):
         for level in range(pooled_levels):
             table = nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
             self.register_parameter(f"relative_position_bias_table_to_windows_{level}", table)
-
-    def __getstate__(self):
-        return self.__dict__ | {"_remembered": None}  # copies and pickles carry the weights alone
 
     def pooled_tables(self) -> list[nn.Parameter]:
         """The table of each pooled level, each (heads, relative positions)."""
@@ -409,7 +431,8 @@ class FocalNeighborhood(nn.Module):
             self.pooled_levels,
             maps.device,
         )
-        parts = [BiasPart(*part) for part in zip(self.remembered_biases(), masks, strict=True)]
+        biases = self.remembered(lambda *tables: self.biases(), *self.parameters())
+        parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
         return Neighborhood(index, parts)
 
     def biases(self) -> list[torch.Tensor]:
@@ -417,23 +440,8 @@ class FocalNeighborhood(nn.Module):
         pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
         return [self.fine_bias(), torch.cat(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
-    def remembered_biases(self) -> list[torch.Tensor]:
-        """`biases()`, in inference on a CPU made once for as long as the tables hold the same numbers.
 
-        The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
-        `.data`, loading or swapping.
-        """
-        tables = list(self.parameters())
-        if not in_cpu_inference(self, tables[0]):
-            return self.biases()
-        remembered = self._remembered
-        if remembered is None or not all(map(same, remembered[0], tables)):
-            with torch.inference_mode(False), torch.no_grad():
-                remembered = self._remembered = [table.clone() for table in tables], self.biases()
-        return remembered[1]
-
-
-class TopkNeighborhood(nn.Module):
+class TopkNeighborhood(RememberingModule):
     """Neighbourhoods of `attention_type="topk"` (the original's focalv2): the nearest tokens of each level.
 
     The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
@@ -484,7 +492,9 @@ class TopkNeighborhood(nn.Module):
         height, width = maps.shape[1:3]
         if (height, width) == self.grid:
             saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
-            index, places = topk_index(saved, height, width, self.num_heads, self.window_size)
+            index, places = self.remembered(
+                lambda *nearest: topk_index(nearest, height, width, self.num_heads, self.window_size), *saved
+            )
         else:
             index, places = computed_topk_index(
                 height, width, self.num_heads, self.window_size, self.levels, self.topk, maps.device
