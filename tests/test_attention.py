@@ -1,12 +1,14 @@
 """FocalAttention against the slow reference, over random shapes and settings."""
 
+from unittest import mock
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from focal_hf import FocalConfig
+from focal_hf import FocalConfig, cpu_attention_focal
 from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
 from reference import reference_attention
@@ -54,20 +56,25 @@ def build(config, block):
     height=st.integers(1, 14),
     width=st.integers(1, 14),
     implementation=st.sampled_from(["eager", "sdpa"]),
+    images=st.integers(1, 3),
+    per_piece=st.sampled_from([1, 300, 3000]),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_slow_reference(config, block, height, width, implementation, seed):
+def test_equals_the_slow_reference(config, block, height, width, implementation, images, per_piece, seed):
     torch.manual_seed(seed)
     config._attn_implementation = implementation
     attention = build(config, block)
-    maps = torch.randn(1, height, width, 4, dtype=torch.float64, requires_grad=True)
-    output = attention(maps)[0]
-    expected = reference_attention(attention, maps)
-    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
-
+    maps = torch.randn(images, height, width, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
     inputs = [maps, *attention.parameters()]
-    probe = torch.randn_like(output)
-    gradients = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
+    with mock.patch.object(cpu_attention_focal, "KEY_VALUES_PER_PIECE", per_piece):
+        output = attention(maps)[0]
+        probe = torch.randn_like(output)
+        gradients = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
+        with torch.inference_mode():
+            inferred = [attention(maps)[0] for _ in range(2)]  # the second time with what the first remembered
+    for result in (output, *inferred):
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     expected = torch.autograd.grad((expected * probe).sum(), inputs, materialize_grads=True)
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
 

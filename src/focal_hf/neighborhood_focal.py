@@ -298,12 +298,12 @@ def nearest_index(
     center_row = window_centers(rows, window_size, level, device)
     center_col = window_centers(cols, window_size, level, device)
     row, col = spans(center_row, height), spans(center_col, width)
-    distance = ((row - center_row[:, None]) ** 2)[:, None, :, None] + ((col - center_col[:, None]) ** 2)[
-        None, :, None, :
-    ]
-    token = (row * width)[:, None, :, None] + col[None, :, None, :]
-    order = distance.reshape(rows * cols, -1).argsort(dim=1, stable=True)[:, :topk]
-    return token.reshape(rows * cols, -1).gather(1, order)
+    row_distance, col_distance = (row - center_row[:, None]) ** 2, (col - center_col[:, None]) ** 2
+    distance = row_distance[:, None, :, None] + col_distance[None, :, None, :]
+    place = distance.flatten(2).argsort(dim=2, stable=True)[..., :topk]  # in the square, row by row
+    side = col.shape[1]
+    token = (row[:, :1, None] + place // side) * width + col[:, :1] + place % side
+    return token.flatten(0, 1)
 
 
 def topk_index(
