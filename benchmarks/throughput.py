@@ -1,0 +1,678 @@
+"""Times Focal beside Swin, FocalNet and the authors' code on this machine: speed, peak memory, and what takes the time.
+
+The models of a row have random weights and share images, dtype and process. After a warm-up they take turns, one step
+each, until the row's time is spent (--seconds) and each had three; reported are the median and the quartiles. A step of
+inference is a forward pass; one of training a forward and a backward pass, without an optimiser. All are the models of
+224 pixels, whatever the size of the images, as with published weights; only the authors' code is built for the size of
+its images, as it must be. A peer has the attention, sdpa or eager, with which it is faster here (tried uncompiled).
+
+Peak memory is what a step takes at its peak, beyond the loaded model and the images; in training, gradients included.
+On a GPU it is torch.cuda.max_memory_allocated less what was allocated before. On a CPU it is measured in a process of
+its own for each model and row: the largest resident set up to the end of the first step, less that before it. First a
+copy of the model does a step at 224 pixels, so that what PyTorch sets up once (threads, buffers) is not counted; with
+--compile, the model itself does a step. Without /proc, the largest resident set cannot be set back to the present one:
+the answer is then by how much the step raised it, which is too little if loading took more than the model.
+"""
+
+import argparse
+import contextlib
+import csv
+import gc
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import FocalNetConfig, FocalNetForImageClassification, SwinConfig, SwinForImageClassification
+
+from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf.modeling_focal import FocalDropPath
+
+EXAMPLES = """\
+examples:
+  the table of benchmarks/README.md, for this machine:
+    python benchmarks/throughput.py
+
+  one of its rows, and where the time goes:
+    python benchmarks/throughput.py --sizes 224 --batch-size 8 --profile
+
+  how time and memory grow with the image, for both kinds of attention, beside Swin:
+    python benchmarks/throughput.py --growth --peer swin
+
+  two rows with torch.compile, which first takes its time:
+    python benchmarks/throughput.py --models tiny base --batch-size 8 --compile
+
+  the default table beside the authors' code alone:
+    git clone https://github.com/microsoft/Focal-Transformer
+    python benchmarks/throughput.py --original Focal-Transformer --peer
+"""
+
+OURS, ORIGINAL = "focal_hf", "original"
+PEERS = {
+    "swin": (SwinConfig, SwinForImageClassification),
+    "focalnet": (FocalNetConfig, FocalNetForImageClassification),
+}
+LABELS = {OURS: "Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
+MODEL_SIZES = {  # of the published models, the same for all four
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+SOURCES = {"focal": "classification/focal_transformer.py", "topk": "classification/focal_transformer_v2.py"}
+
+# Model, attention, task, pixels a side, images on a CPU, images on a GPU.
+DEFAULT_TABLE = (
+    ("tiny", "focal", "inference", 224, 8, 64),
+    ("tiny", "focal", "inference", 224, 1, 1),
+    ("tiny", "focal", "inference", 448, 1, 16),
+    ("tiny", "focal", "inference", 896, 1, 4),
+    ("tiny", "topk", "inference", 224, 8, 64),
+    ("tiny", "topk", "inference", 896, 1, 4),
+    ("tiny", "focal", "training", 224, 4, 64),
+    ("small", "focal", "inference", 224, 8, 64),
+    ("base", "focal", "inference", 224, 8, 64),
+)
+GROWTH_SIZES = (224, 448, 896, 1792)
+MIN_ROUNDS = 3
+
+# What an operation of the profiler belongs to: the first whose pattern is in its name.
+GROUPS = {
+    "attention": r"attention|softmax",
+    "matrix products": r"mm\b|matmul|linear|conv",
+    "copies": r"copy|clone|contiguous|cat\b|stack|index|gather|scatter|roll|pad",
+    "rest": "",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A row of the table: what every model in it is asked to do. `attention` is that of the Focal models."""
+
+    size: str
+    attention: str
+    task: str
+    image_size: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    device: str
+    dtype: str
+    compile: bool
+    threads: int
+    original: str | None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def title(name: str, work: Work) -> str:
+    kind = " topk" if name in (OURS, ORIGINAL) and work.attention == "topk" else ""
+    return f"{LABELS[name]}-{work.size.capitalize()}{kind}"
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+class StandIn(types.ModuleType):
+    """Takes the place of a module of which the authors' code imports more than it uses."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def original_class(checkout: str, attention: str) -> type[torch.nn.Module]:
+    """The authors' FocalTransformer, executed from their checkout, in which nothing is changed.
+
+    It uses three things of timm and, of torchvision, without which timm does not import, none.
+    """
+    layers = StandIn("timm.models.layers")
+    layers.DropPath, layers.trunc_normal_ = FocalDropPath, torch.nn.init.trunc_normal_
+    layers.to_2tuple = lambda value: value if isinstance(value, tuple) else (value, value)
+    others = ("timm", "timm.models", "timm.data", "timm.data.constants", "timm.data.transforms", "torchvision")
+    stand_ins = {name: StandIn(name) for name in others} | {layers.__name__: layers}
+    installed = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+
+    source = Path(checkout) / SOURCES[attention]
+    module = sys.modules[source.stem] = types.ModuleType(source.stem)
+    sys.modules.update(stand_ins)
+    try:
+        exec(compile(source.read_text(encoding="utf-8"), source, "exec"), vars(module))
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(installed)
+    return module.FocalTransformer
+
+
+def build(name: str, work: Work, checkout: str | None) -> torch.nn.Module:
+    settings = MODEL_SIZES[work.size]
+    overlapping = work.attention == "topk"  # as the published models of this kind; the others of the table are not
+    if name == OURS:
+        own = {"attention_type": work.attention, "use_conv_embed": overlapping}
+        return FocalForImageClassification(FocalConfig(**settings, **own, num_labels=1000))
+    if name == ORIGINAL:
+        # It prints while it is built, and warns of how it calls torch.meshgrid.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
+            own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
+            return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
+    config_class, model_class = PEERS[name]
+    if name == "focalnet":
+        settings = {key: value for key, value in settings.items() if key != "num_heads"}
+    return model_class(config_class(**settings, num_labels=1000))
+
+
+class Contender:
+    """A model and its work."""
+
+    def __init__(self, name: str, work: Work, setting: Setting, attn_implementation: str | None = None):
+        self.name, self.work, self.setting = name, work, setting
+        torch.manual_seed(0)
+        device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
+        self.pixels = torch.randn(work.batch_size, 3, work.image_size, work.image_size).to(device, dtype)
+        self.labels = torch.randint(1000, (work.batch_size,)).to(device)
+        self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
+        if attn_implementation:
+            self.module.set_attn_implementation(attn_implementation)
+        self.forward = torch.compile(self.module) if setting.compile else self.module
+
+    def step(self, forward: Callable | None = None) -> float:
+        """Does the work once, to its end. Returns the seconds that it took."""
+        forward = forward or self.forward
+        start = time.perf_counter()
+        if self.work.task == "training":
+            output = forward(self.pixels)
+            logits = output if isinstance(output, torch.Tensor) else output.logits
+            torch.nn.functional.cross_entropy(logits.float(), self.labels).backward()
+            self.module.zero_grad(set_to_none=True)
+        else:
+            with torch.inference_mode():
+                forward(self.pixels)
+        if self.pixels.is_cuda:
+            torch.cuda.synchronize(self.pixels.device)
+        return time.perf_counter() - start
+
+    @property
+    def attn_implementation(self) -> str | None:
+        return None if self.name == ORIGINAL else self.module.config._attn_implementation
+
+    def choose_attention(self) -> None:
+        """sdpa or eager, whichever takes less time for a second step."""
+        seconds = {}
+        for implementation in ("sdpa", "eager"):
+            self.module.set_attn_implementation(implementation)
+            seconds[implementation] = [self.step(self.module), self.step(self.module)][1]
+        self.module.set_attn_implementation(min(seconds, key=seconds.get))
+
+
+def ready_contender(name: str, work: Work, setting: Setting) -> Contender:
+    contender = Contender(name, work, setting)
+    if name in PEERS and contender.module._supports_sdpa:
+        contender.choose_attention()
+    for _ in range(2):
+        contender.step()
+    return contender
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(contender: Contender) -> float | None:
+    """Peak memory of a step in MiB; the top of this file says of what. None, and a line on stderr, if there is none."""
+    device = contender.setting.device
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        contender.step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    question = [contender.name, asdict(contender.work), asdict(contender.setting), contender.attn_implementation]
+    command = [sys.executable, __file__, "--peak-memory", json.dumps(question)]
+    # Else glibc keeps what is freed for later, the step uses some of it unseen, and answers differ by a fifth.
+    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    answer = subprocess.run(command, env=returning, capture_output=True, text=True)
+    if answer.returncode == 0:
+        return float(answer.stdout)
+    reason = answer.stderr.strip().splitlines()[-1:] or [f"its process ended with status {answer.returncode}"]
+    say(f"    the peak memory of {title(contender.name, contender.work)} is not known: {reason[0]}")
+    return None
+
+
+def peak_memory_of_this_process(name: str, work: Work, setting: Setting, attn_implementation: str | None) -> float:
+    """What `peak_memory` asks a process of its own."""
+    torch.set_num_threads(setting.threads)
+    contender = Contender(name, work, setting, attn_implementation)
+    if setting.compile:
+        contender.step()  # compiling takes more memory than running
+    else:
+        Contender(name, replace(work, image_size=224, batch_size=1), setting, attn_implementation).step()
+    gc.collect()
+    with contextlib.suppress(OSError):  # Linux: sets the largest resident set back to the present one
+        Path("/proc/self/clear_refs").write_text("5")
+    before = largest_resident_set()
+    contender.step()
+    return largest_resident_set() - before
+
+
+def largest_resident_set() -> float:
+    """Of this process so far, in MiB."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    except OSError:
+        import resource  # which Windows lacks
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(contenders: list[Contender], seconds: float) -> list[list[float]]:
+    """Seconds of every step of each contender. They take turns, so that the machine's moods meet all of them."""
+    times = [[] for _ in contenders]
+    for contender in contenders:
+        contender.step()  # once more: building one model of transformers makes torch.compile compile the others anew
+    gc.collect()
+    gc.disable()
+    end = time.perf_counter() + seconds
+    while contenders and (len(times[0]) < MIN_ROUNDS or time.perf_counter() < end):
+        for contender, own in zip(contenders, times, strict=True):
+            own.append(contender.step())
+    gc.enable()
+    return times
+
+
+def matmul_rate(setting: Setting) -> float:
+    """GFLOP/s of a large matrix product on this machine, the best of ten."""
+    side = 2048 if setting.device == "cpu" else 8192
+    matrix = torch.randn(side, side).to(setting.device, getattr(torch, setting.dtype))
+    output, best = torch.empty_like(matrix), math.inf
+    for _ in range(11):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(matrix, matrix, out=output)
+        if matrix.is_cuda:
+            torch.cuda.synchronize(matrix.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e9
+
+
+def count_gflop(contender: Contender) -> float:
+    """10⁹ floating point operations of a step in matrix products, convolutions and attention."""
+    # PyTorch counts attention on a GPU only; it is the same on a CPU.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counts = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter, torch.inference_mode():
+        contender.module(contender.pixels)
+    # A backward pass has twice the products of the forward pass. PyTorch's own count of it is wrong for FocalNet's
+    # convolutions, of which it overlooks the groups.
+    return counter.get_total_flops() / 1e9 * (3 if contender.work.task == "training" else 1)
+
+
+def shares_of_time(contender: Contender) -> dict[str, float]:
+    """Which part of the time goes to which of GROUPS; on a GPU, of the time in which it computes."""
+    cuda = contender.setting.device != "cpu"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(MIN_ROUNDS):
+            contender.step()
+    spent = dict.fromkeys(GROUPS, 0.0)
+    for event in profile.key_averages():
+        # A GPU's kernels are events, too; their time is counted with the operation that started them.
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            group = next(group for group, pattern in GROUPS.items() if re.search(pattern, event.key))
+            spent[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {group: value / sum(spent.values()) for group, value in spent.items()}
+
+
+def share_of(group: str) -> str:
+    """Its column in results.csv."""
+    return f"share_{group.replace(' ', '_')}"
+
+
+def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate: float | None) -> list[dict]:
+    """A row of the table: a line of results.csv for each model, ours first. Given the machine's rate, it profiles."""
+    torch._dynamo.reset()
+    contenders = []
+    for name in names:
+        try:
+            contenders.append(ready_contender(name, work, setting))
+        except Exception as error:  # no memory, or images that a model cannot take: the others go on
+            reason = next(iter(str(error).splitlines()), "")
+            say(f"    {title(name, work)} did not run: {type(error).__name__}: {reason}")
+    lines = []
+    for contender, times in zip(contenders, time_in_turns(contenders, seconds), strict=True):
+        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+        ours = lines[0]["median_ms"] if lines and lines[0]["model"] == OURS else None
+        pixels = work.batch_size * work.image_size**2
+        peak_mib = peak_memory(contender)
+        line = {
+            "device": device_name(setting.device),
+            "threads": setting.threads,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": contender.name,
+            "attn_implementation": contender.attn_implementation,
+            **asdict(work),
+            "dtype": setting.dtype,
+            "compile": setting.compile,
+            "rounds": len(times),
+            "median_ms": median * 1e3,
+            "lower_quartile_ms": lower * 1e3,
+            "upper_quartile_ms": upper * 1e3,
+            "images_per_s": work.batch_size / median,
+            "peak_mib": peak_mib,
+            "ratio": ours and median * 1e3 / ours,  # this model's time over ours: above 1, ours is faster
+            "ns_per_pixel": median * 1e9 / pixels,
+            "bytes_per_pixel": peak_mib and peak_mib * 2**20 / pixels,
+        }
+        if rate:
+            gflop = count_gflop(contender)
+            line |= {"gflop": gflop, "gflop_per_s": gflop / median, "matmul_gflop_per_s": rate}
+            line |= {share_of(group): share for group, share in shares_of_time(contender).items()}
+        lines.append(line)
+        found = f"{number(median * 1e3)} ms, {number(peak_mib)} MiB, {len(times)} rounds"
+        say(f"    {title(contender.name, work)}: {found}")
+    return lines
+
+
+def device_name(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """With three significant digits, or as a whole number where that has more."""
+    if value is None:
+        return "?"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}"
+
+
+def work_of(line: dict) -> Work:
+    return Work(**{field: line[field] for field in Work.__dataclass_fields__})
+
+
+def markdown(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
+    """A table of the given columns beside model and task, which lines up as plain text, too."""
+    columns = {
+        "model": lambda line: title(line["model"], work_of(line)),
+        "task": lambda line: line["task"],
+        "pixels": lambda line: str(line["image_size"]),
+        "batch": lambda line: str(line["batch_size"]),
+    } | columns
+    rows = [list(columns), *([cell(line) for cell in columns.values()] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    sides = ["<", "<"] + [">"] * (len(columns) - 2)
+    return "\n".join(
+        f"| {' | '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, sides, widths, strict=True))} |"
+        for row in rows
+    )
+
+
+def speed_table(lines: list[dict], per_pixel: bool) -> str:
+    def quartiles(line: dict) -> str:
+        return f"{number(line['lower_quartile_ms'])} to {number(line['upper_quartile_ms'])}"
+
+    columns = {
+        "ms (quartiles)": lambda line: f"{number(line['median_ms'])} ({quartiles(line)})",
+        "images/s": lambda line: number(line["images_per_s"]),
+        "peak MiB": lambda line: number(line["peak_mib"]),
+        "time / ours": lambda line: "" if line["model"] == OURS else number(line["ratio"]),
+    }
+    if per_pixel:
+        columns["ns/pixel"] = lambda line: number(line["ns_per_pixel"])
+        columns["bytes/pixel"] = lambda line: number(line["bytes_per_pixel"])
+    return markdown(lines, columns)
+
+
+def profile_table(lines: list[dict]) -> str:
+    columns = {
+        "GFLOP": lambda line: number(line["gflop"]),
+        "GFLOP/s": lambda line: number(line["gflop_per_s"]),
+        "of matrix rate": lambda line: f"{line['gflop_per_s'] / line['matmul_gflop_per_s']:.0%}",
+    }
+    columns |= {group: lambda line, group=group: f"{line[share_of(group)]:.0%}" for group in GROUPS}
+    return markdown(lines, columns)
+
+
+@contextlib.contextmanager
+def replacing(file: Path):
+    """A path to write to, which takes the place of `file` once all is written."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_csv(file: Path, lines: list[dict]) -> None:
+    with replacing(file) as part, part.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, lines[0])
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({key: round(cell, 4) if isinstance(cell, float) else cell for key, cell in line.items()})
+
+
+def draw(file: Path, lines: list[dict], machine: str) -> None:
+    """Images per second against the side of the image, a curve a model, the fastest batch of each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into a file, on machines without a screen too
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    curves: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    for line in lines:
+        key = (title(line["model"], work_of(line)), line["model"], line["size"], line["task"])
+        points = curves.setdefault(key, {})
+        points[line["image_size"]] = max(points.get(line["image_size"], 0), line["images_per_s"])
+
+    figure, axes = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
+    colours = {OURS: "#2456c8", "swin": "#d1372c", "focalnet": "#2a8f5b", ORIGINAL: "#8a93a6"}
+    for (label, model, size, task), points in sorted(curves.items(), key=lambda curve: -max(curve[1].values())):
+        axes.plot(
+            *zip(*sorted(points.items()), strict=True),
+            label=label if task == "inference" else f"{label}, {task}",
+            color=colours[model],
+            alpha=0.5 if label.endswith("topk") else 1,
+            marker={"tiny": "o", "small": "s", "base": "^"}[size],
+            markerfacecolor="white" if task == "training" else colours[model],
+            linestyle="--" if task == "training" else "-",
+            linewidth=2,
+        )
+    sides = sorted({line["image_size"] for line in lines})
+    axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel="images per second")
+    axes.set_xticks(sides, map(str, sides))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.grid(color="#e3e7ee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(machine, size=10, color="#5b6475", loc="left")
+    figure.suptitle("Throughput against resolution", size=14, weight="bold", x=0.01, ha="left")
+    figure.legend(loc="outside right upper", frameon=False)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=130, format="png")
+    plt.close(figure)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    """An argparse type: an int or a float above zero."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not (math.isfinite(value) and value > 0):
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse puts it into "invalid int value"
+    return parse
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("rows", "All combinations. With none of these: nine rows, in some minutes.")
+    group.add_argument("--models", nargs="+", choices=list(MODEL_SIZES), help="default: tiny")
+    group.add_argument("--attention", nargs="+", choices=list(SOURCES), help="of Focal, default: focal")
+    group.add_argument("--task", nargs="+", choices=["inference", "training"], help="default: inference")
+    group.add_argument("--sizes", nargs="+", type=positive(int), metavar="PIXELS", help="of a side, default: 224")
+    group.add_argument(
+        "--batch-size",
+        type=positive(int),
+        metavar="N",
+        help="images a step; default: 1 on a CPU; on a GPU 64 of 224 pixels, or as many as have that many pixels",
+    )
+    sides = ", ".join(map(str, GROWTH_SIZES))
+    group.add_argument("--growth", action="store_true", help=f"both attentions at {sides}; adds columns per pixel")
+
+    group = parser.add_argument_group("beside Focal")
+    group.add_argument("--peer", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: both")
+    group.add_argument("--original", metavar="PATH", help="a checkout of microsoft/Focal-Transformer; its code is run")
+
+    group = parser.add_argument_group("how")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    dtypes = ["float32", "bfloat16", "float16"]
+    group.add_argument("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
+    group.add_argument("--compile", action="store_true", help="all models through torch.compile")
+    group.add_argument("--threads", type=positive(int), metavar="N", help="of the CPU, default: PyTorch's choice")
+    group.add_argument("--seconds", type=positive(float), default=10, metavar="S", help="of timing a row, default: 10")
+
+    group = parser.add_argument_group("result")
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="also what takes the time: attention (sdpa and softmax; the products of eager attention are matrix "
+        "products), matrix products and convolutions, gathers and copies, the rest; and the rate of arithmetic, "
+        "beside that of one large matrix product",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmark-results"),
+        metavar="FOLDER",
+        help="where results.csv and throughput.png go, in place of earlier ones; default: benchmark-results",
+    )
+    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)  # this program to itself: see peak_memory
+
+    arguments = parser.parse_args()
+    if not arguments.peak_memory:
+        check(parser, arguments)
+    return arguments
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Fills in what depends on the machine, and refuses what would fail later."""
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
+        parser.error(f"--device {arguments.device} is not one of those that this can time: cpu, cuda or cuda:N.")
+    if arguments.device != "cpu" and int(arguments.device[5:] or 0) >= (count := torch.cuda.device_count()):
+        parser.error(f"--device {arguments.device}: PyTorch sees {count} CUDA devices here; use --device cpu.")
+    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    if arguments.growth and (arguments.sizes or arguments.attention):
+        parser.error("--growth chooses sizes and attentions itself; leave out --sizes and --attention.")
+    if arguments.original is not None:
+        arguments.original = os.path.abspath(arguments.original)
+        for source in SOURCES.values():
+            if not Path(arguments.original, source).is_file():
+                parser.error(
+                    f"--original {arguments.original} is not a checkout of microsoft/Focal-Transformer: it has no "
+                    f"{source}. Clone https://github.com/microsoft/Focal-Transformer and name that folder."
+                )
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if arguments.compile and not shutil.which(compiler):
+        parser.error(f"--compile needs a C++ compiler, and there is no {compiler}; install it or name yours in CXX.")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.output).close()
+    except OSError as error:
+        parser.error(f"--output {arguments.output} must be a folder that can be written to: {error.strerror}.")
+
+
+def list_works(arguments: argparse.Namespace) -> list[Work]:
+    cpu, growth = arguments.device == "cpu", arguments.growth
+    chosen = (arguments.models, arguments.attention, arguments.task, arguments.sizes, arguments.batch_size, growth)
+    if not any(chosen):
+        return [Work(*row[:4], batch_size=row[4 if cpu else 5]) for row in DEFAULT_TABLE]
+    return [
+        Work(model, attention, task, size, arguments.batch_size or (1 if cpu else max(1, 64 * 224**2 // size**2)))
+        for model in arguments.models or ["tiny"]
+        for attention in arguments.attention or (list(SOURCES) if growth else ["focal"])
+        for task in arguments.task or ["inference"]
+        for size in arguments.sizes or (GROWTH_SIZES if growth else [224])
+    ]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.peak_memory:
+        name, work, setting, attn_implementation = json.loads(arguments.peak_memory)
+        print(peak_memory_of_this_process(name, Work(**work), Setting(**setting), attn_implementation))
+        return
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    setting = Setting(arguments.device, arguments.dtype, arguments.compile, torch.get_num_threads(), arguments.original)
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    if not can_draw:
+        say("matplotlib is not installed: there will be no throughput.png. `pip install matplotlib` brings it.")
+    threads = f", {setting.threads} threads" if setting.device == "cpu" else ""
+    machine = f"{device_name(setting.device)}{threads}; {setting.dtype}{', compiled' * setting.compile}; "
+    machine += f"torch {torch.__version__}, transformers {transformers.__version__}"
+    say(machine)
+
+    names = [OURS, *dict.fromkeys(arguments.peer), *([ORIGINAL] if setting.original else [])]
+    works = list_works(arguments)
+    rate = matmul_rate(setting) if arguments.profile else None
+    lines = []
+    for count, work in enumerate(works, start=1):
+        say(f"[{count}/{len(works)}] {title(OURS, work)}, {work.task}, {work.image_size} px, batch {work.batch_size}")
+        lines += measure(names, work, setting, arguments.seconds, rate)
+        if lines:
+            write_csv(arguments.output / "results.csv", lines)  # after every row: what is measured is not lost
+    if lines:
+        print(f"{machine}\n\n{speed_table(lines, per_pixel=arguments.growth)}")
+        if rate:
+            print(f"\nOne large matrix product: {number(rate)} GFLOP/s.\n\n{profile_table(lines)}")
+        if can_draw:
+            draw(arguments.output / "throughput.png", lines, machine)
+        say(f"Wrote results.csv{' and throughput.png' * can_draw} in {arguments.output}.")
+    if (missing := len(works) * len(names) - len(lines)) > 0:
+        sys.exit(f"error: {missing} of {len(works) * len(names)} measurements failed; the reasons are above.")
+
+
+if __name__ == "__main__":
+    main()

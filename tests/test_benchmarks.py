@@ -1,0 +1,263 @@
+"""benchmarks/throughput.py: short real runs, and what it says to bad input."""
+
+import csv
+import gc
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "throughput.py"
+spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
+throughput = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(throughput)
+
+# Imports what the authors' files import, and has the names and the settings of their class.
+ORIGINAL = """
+import torch
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import _pil_interp
+from timm.models.layers import DropPath, to_2tuple, trunc_normal_
+from torchvision import transforms
+
+
+class FocalTransformer(torch.nn.Module):
+    def __init__(self, img_size, embed_dim, depths, num_heads, focal_levels, focal_pool, use_conv_embed, focal_topK):
+        super().__init__()
+        print("the original prints this")
+        self.img_size = to_2tuple(img_size)
+        self.patches = torch.nn.Conv2d(3, embed_dim, 4, 4)
+        self.drop_path = DropPath(0.5)
+        self.head = torch.nn.Linear(embed_dim, 1000)
+        trunc_normal_(self.head.weight, std=0.02)
+
+    def forward(self, x):
+        assert x.shape[2:] == self.img_size, "only the size that it is built for"
+        return self.head(self.drop_path(self.patches(x).mean((2, 3))))
+"""
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def works(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list:
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    return throughput.list_works(throughput.parse_arguments())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "checkout" / "classification").mkdir(parents=True)
+    for source in throughput.SOURCES.values():
+        (tmp_path / "checkout" / source).write_text(ORIGINAL)
+    return tmp_path / "checkout"
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One small row beside FocalNet, which takes images of any size."""
+    folder = tmp_path_factory.mktemp("benchmark") / "new" / "folder"
+    small = ("--device", "cpu", "--sizes", "96", "--batch-size", "2", "--threads", "1", "--seconds", "0.1")
+    return folder, run(*small, "--peer", "focalnet", "--profile", "--output", folder)
+
+
+def test_files_of_a_run(profiled):
+    folder, done = profiled
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in folder.iterdir()) == ["results.csv", "throughput.png"]
+    with Image.open(folder / "throughput.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_csv_agrees_with_itself(profiled):
+    ours, peer = read_csv(profiled[0])
+    assert (ours["model"], peer["model"]) == ("focal_hf", "focalnet")
+    assert float(peer["ratio"]) == pytest.approx(float(peer["median_ms"]) / float(ours["median_ms"]), rel=1e-3)
+    assert ours["ratio"] == ""
+    for line in (ours, peer):
+        asked = {"size": "tiny", "attention": "focal", "task": "inference", "image_size": "96", "batch_size": "2"}
+        asked |= {"threads": "1", "dtype": "float32", "compile": "False", "torch": torch.__version__}
+        assert {key: line[key] for key in asked} == asked
+        lower, median, upper = (float(line[f"{name}_ms"]) for name in ("lower_quartile", "median", "upper_quartile"))
+        assert 1 < lower <= median <= upper
+        assert int(line["rounds"]) >= throughput.MIN_ROUNDS
+        assert float(line["images_per_s"]) == pytest.approx(2 / (median / 1e3), rel=1e-3)
+        assert float(line["ns_per_pixel"]) == pytest.approx(median * 1e6 / (2 * 96**2), rel=1e-3)
+        # The hidden layer of the first MLP alone takes 1.7 MiB; all parameters, which must not be counted, 110.
+        assert 1 < float(line["peak_mib"]) < 60
+        assert float(line["bytes_per_pixel"]) == pytest.approx(float(line["peak_mib"]) * 2**20 / (2 * 96**2), rel=1e-3)
+
+
+def test_profile(profiled):
+    for line in read_csv(profiled[0]):
+        shares = {key: float(share) for key, share in line.items() if key.startswith("share_")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        assert shares["share_matrix_products"] > 0.2
+        assert (shares["share_attention"] > 0.01) == (line["model"] == "focal_hf")  # FocalNet has none
+        rate = float(line["gflop"]) / (float(line["median_ms"]) / 1e3)
+        assert float(line["gflop_per_s"]) == pytest.approx(rate, rel=1e-2)
+        assert 0 < rate < 1.2 * float(line["matmul_gflop_per_s"])
+
+
+def test_tables(profiled):
+    folder, done = profiled
+    speed, profile = ([], [])
+    for text in done.stdout.splitlines():
+        if text.startswith("|"):
+            (profile if profile or "GFLOP" in text else speed).append([cell.strip() for cell in text.split("|")[1:-1]])
+    assert [row[0] for row in speed[2:]] == [row[0] for row in profile[2:]] == ["Focal-Tiny", "FocalNet-Tiny"]
+    assert {len(row) for row in speed} == {8}
+    assert all(set(cell) <= set("-:") for cell in speed[1] + profile[1])
+    peer = dict(zip(speed[0], speed[3], strict=True))
+    written = read_csv(folder)[1]
+    assert peer["time / ours"] == throughput.number(float(written["ratio"]))
+    assert peer["ms (quartiles)"].split()[0] == throughput.number(float(written["median_ms"]))
+
+
+def test_original_is_timed_and_its_checkout_left_alone(checkout, tmp_path):
+    before = {file: file.stat().st_mtime_ns for file in checkout.rglob("*")}
+    small = ("--device", "cpu", "--task", "training", "--sizes", "32", "--seconds", "0.1")
+    done = run(*small, "--peer", "--original", checkout, "--output", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    assert "the original prints this" not in done.stdout
+    ours, original = read_csv(tmp_path / "results")
+    assert (ours["model"], original["model"]) == ("focal_hf", "original")
+    assert ours["task"] == "training"
+    assert float(original["ratio"]) < 1  # a single layer
+    assert float(ours["peak_mib"]) > 100  # the gradients of 28.9 million parameters
+    assert {file: file.stat().st_mtime_ns for file in checkout.rglob("*")} == before
+    assert str(tmp_path) not in (tmp_path / "results" / "results.csv").read_text()
+
+
+def test_stand_ins_are_gone_after_the_import(checkout):
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("timm", "torchvision")}
+    model = throughput.original_class(str(checkout), "topk")(32, 96, (1,), (1,), (1,), "fc", True, 128)
+    assert model.img_size == (32, 32)
+    after = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("timm", "torchvision")}
+    assert after == before
+
+
+def test_a_model_that_fails_does_not_stop_the_others(checkout, monkeypatch, capsys):
+    source = checkout / throughput.SOURCES["focal"]
+    source.write_text(source.read_text().replace("assert", "raise RuntimeError('too large')  #"))
+    monkeypatch.setattr(throughput, "peak_memory", lambda contender: None)
+    work = throughput.Work("tiny", "focal", "inference", 32, 1)
+    setting = throughput.Setting("cpu", "float32", False, 1, str(checkout))
+    lines = throughput.measure(["original", "focal_hf"], work, setting, 0.01, None)
+    assert [line["model"] for line in lines] == ["focal_hf"]
+    assert "original Focal-Tiny did not run: RuntimeError: too large" in capsys.readouterr().err
+    assert "?" in throughput.speed_table(lines, per_pixel=True)  # memory that could not be measured
+
+
+def test_models_take_turns():
+    class Runner:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            order.append((self.name, gc.isenabled()))
+            return 0.5
+
+    order = []
+    times = throughput.time_in_turns([Runner("ours"), Runner("peer")], seconds=1e-9)
+    warm_up, timed = order[:2], order[2:]
+    assert [name for name, _ in warm_up] == ["ours", "peer"]
+    assert timed == [("ours", False), ("peer", False)] * throughput.MIN_ROUNDS
+    assert times == [[0.5] * throughput.MIN_ROUNDS] * 2
+    assert gc.isenabled()
+
+
+# Published: 4.9, 4.5 and 4.5 billion multiplications with additions.
+@pytest.mark.parametrize(("name", "published"), [("focal_hf", 4.9), ("swin", 4.5), ("focalnet", 4.5)])
+def test_operations_are_those_published(name, published):
+    work = throughput.Work("tiny", "focal", "inference", 224, 1)
+    contender = throughput.Contender(name, work, throughput.Setting("cpu", "float32", False, 1, None))
+    assert throughput.count_gflop(contender) == pytest.approx(2 * published, rel=0.03)
+
+
+def test_the_default_rows(monkeypatch, tmp_path):
+    rows = works(monkeypatch, "--device", "cpu", "--output", str(tmp_path))
+    assert len(rows) == 9
+    assert [(row.image_size, row.batch_size) for row in rows[:4]] == [(224, 8), (224, 1), (448, 1), (896, 1)]
+    assert [row.size for row in rows[-2:]] == ["small", "base"]
+
+
+def test_chosen_rows_are_all_combinations(monkeypatch, tmp_path):
+    output = ("--device", "cpu", "--output", str(tmp_path))
+    rows = works(monkeypatch, *output, "--models", "small", "base", "--sizes", "64", "96", "--batch-size", "3")
+    assert {(row.size, row.image_size) for row in rows} == {(m, s) for m in ("small", "base") for s in (64, 96)}
+    assert {(row.attention, row.task, row.batch_size) for row in rows} == {("focal", "inference", 3)}
+    rows = works(monkeypatch, *output, "--growth")
+    assert [row.image_size for row in rows] == 2 * [224, 448, 896, 1792]
+    assert [row.attention for row in rows] == 4 * ["focal"] + 4 * ["topk"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--models", "huge"], "invalid choice: 'huge' (choose from"),
+        (["--peer", "resnet"], "invalid choice: 'resnet'"),
+        (["--sizes", "0"], "argument --sizes: 0 is not above zero"),
+        (["--sizes", "224.5"], "argument --sizes: invalid int value: '224.5'"),
+        (["--seconds", "-1"], "argument --seconds: -1 is not above zero"),
+        (["--device", "tpu"], "--device tpu is not one of those that this can time: cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+        (["--growth", "--sizes", "224"], "leave out --sizes"),
+        (["--original", "{tmp}/empty"], "it has no classification/focal_transformer.py. Clone https://github.com/"),
+        (["--output", "{tmp}/file"], "/file must be a folder that can be written to: "),
+        (["--compile"], "--compile needs a C++ compiler, and there is no absent-compiler"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, expected, monkeypatch, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CXX", "absent-compiler")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        works(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert stop.value.code == 2
+    usage, line = capsys.readouterr().err.split("throughput.py: error: ")
+    assert usage.startswith("usage: ")
+    assert expected in line
+    assert line.count("\n") == 1
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "results.csv"
+    file.write_text("earlier")
+
+    def interrupted() -> None:
+        with throughput.replacing(file) as part:
+            part.write_text("hal")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert file.read_text() == "earlier"
+    assert os.listdir(tmp_path) == ["results.csv"]
+    throughput.write_csv(file, [{"a": 1, "b": 0.123456789}, {"a": 2, "b": None}])
+    assert file.read_text().splitlines() == ["a,b", "1,0.1235", "2,"]
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "?"), (0.0, "0"), (0.01234, "0.0123"), (1.0, "1.00"), (99.94, "99.9"), (1234, "1,234")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert throughput.number(value) == text
