@@ -1,0 +1,559 @@
+"""Whatever is done to a model between evaluations, it answers as one built anew from its weights.
+
+In inference on a CPU, biases are remembered and attention is an operator of its own. Nobody who copies, saves, trains,
+adapts, quantises or compiles a model should have to know.
+"""
+
+import copy
+import io
+import os
+import pickle
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from focal_hf import FocalForImageClassification, cpu_attention_focal, modeling_focal
+from focal_hf.modeling_focal import FocalAttention
+from test_attention import build, one_stage_configs
+from test_model import BOTH, pixels, randomized, tiny
+
+IMAGES = pixels(2, 3, 40, 52)  # maps of 10 by 13 tokens: no multiples of the window, and not the size in the config
+LABELS = torch.tensor([1, 4])
+INFERENCE = pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+
+
+def classifier(attention_type, **changes):
+    """Its windows expand by so little that those displaced overlap: there, biases are combined."""
+    options = {"drop_path_rate": 0.0, "expand_sizes": (1, 1, 1)}
+    return randomized(FocalForImageClassification(tiny(attention_type, **options | changes)))
+
+
+def fresh(model, implementation="sdpa"):
+    """A model built anew from another's weights."""
+    built = type(model)(copy.deepcopy(model.config)).to(model.dtype)
+    built.load_state_dict(model.state_dict())
+    built.set_attn_implementation(implementation)
+    return built.train(model.training)
+
+
+def answers(model, inference=torch.no_grad, images=IMAGES):
+    with inference():
+        return model(images.to(model.dtype)).logits.clone()
+
+
+def gradients(model, images=IMAGES):
+    model.zero_grad()
+    model(images.to(model.dtype), labels=LABELS[: len(images)]).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_answers_follow_from_weights(model, inference=torch.no_grad):
+    found = answers(model, inference)
+    for implementation in ("sdpa", "eager"):
+        expected = answers(fresh(model, implementation), inference)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_answers_change_with(model, change, inference=torch.no_grad):
+    """And follow from the weights before and after."""
+    assert_answers_follow_from_weights(model, inference)
+    before = answers(model, inference)
+    change(model)
+    assert (answers(model, inference) - before).abs().max() > 1e-3
+    assert_answers_follow_from_weights(model, inference)
+
+
+@torch.no_grad()
+def in_place(model):
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+
+
+def in_place_through_data(model):
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data * 1.5)
+
+
+def in_place_through_numpy(model):
+    """Which leaves no trace in the tensor's version."""
+    for parameter in model.parameters():
+        parameter.detach().numpy()[...] *= 1.5
+
+
+def data_replaced(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def parameters_replaced(model):
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.5))
+
+
+def half_as_large(model):
+    return {name: value / 2 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+
+
+def loaded(model):
+    model.load_state_dict(half_as_large(model))
+
+
+def loaded_by_assignment(model):
+    model.load_state_dict(half_as_large(model), assign=True)
+
+
+def fused_step(model):
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+
+def moved_to_float64(model):
+    """Edits there, of which float32 sees only that there were some."""
+    model.to(torch.float64)
+    assert_answers_follow_from_weights(model)
+    in_place(model)
+    assert_answers_follow_from_weights(model)
+    model.to(torch.float32)
+
+
+def moved_to_bfloat16(model):
+    """And back, with its rounding."""
+    model.to(torch.bfloat16)
+    answers(model)
+    model.to(torch.float32)
+
+
+CHANGES = [
+    in_place,
+    in_place_through_data,
+    in_place_through_numpy,
+    data_replaced,
+    parameters_replaced,
+    loaded,
+    loaded_by_assignment,
+    fused_step,
+    moved_to_float64,
+    moved_to_bfloat16,
+]
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_answers_follow_changed_weights(attention_type, inference, change):
+    assert_answers_change_with(classifier(attention_type), change, inference)
+
+
+@BOTH
+@pytest.mark.parametrize("pool", ["fc", "conv"])
+def test_answers_follow_one_number_of_any_parameter(attention_type, pool):
+    """In float64, where its effect stands out, however small. Where gradients are made, nothing is remembered."""
+    model = classifier(attention_type, focal_pool=pool).double()
+    reference = fresh(model, "eager")
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        before = answers(model)
+        for weights in (parameter, other):
+            weights.data.view(-1)[weights.numel() // 2] += 1
+        after, expected = answers(model), reference(IMAGES.double()).logits.detach()
+        torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
+        if "relative_position_bias_table" in name:
+            assert (after - before).abs().max() > 1e-7, name
+
+
+@BOTH
+def test_answers_follow_weights_given_for_one_call(attention_type):
+    model = classifier(attention_type)
+    expected = answers(model)
+    with torch.no_grad():
+        called = torch.func.functional_call(model, half_as_large(model), IMAGES).logits
+    other = fresh(model)
+    loaded(other)
+    torch.testing.assert_close(called, answers(other))
+    torch.testing.assert_close(answers(model), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"use_buffers": True}])
+def test_answers_follow_averaged_weights(attention_type, options):
+    """An exponential moving average, and a plain one with the buffers in it, evaluated as training goes on."""
+    model = classifier(attention_type)
+    averaged = AveragedModel(model, **options)
+    for _ in range(3):
+        averaged.update_parameters(model)
+        assert_answers_follow_from_weights(averaged.module)
+        assert_answers_change_with(model, fused_step)
+    for (name, buffer), other in zip(model.named_buffers(), averaged.module.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+@BOTH
+@INFERENCE
+def test_answers_follow_swapped_weights(attention_type, inference):
+    """As callbacks do who evaluate averaged weights in the trained model's place."""
+    model = classifier(attention_type)
+    average = [parameter.detach() * 1.5 for parameter in model.parameters()]
+
+    def swap(model):
+        for parameter, other in zip(model.parameters(), average, strict=True):
+            parameter.data, other.data = other.data, parameter.data
+
+    before = answers(model, inference)
+    assert_answers_change_with(model, swap, inference)
+    assert_answers_change_with(model, swap, inference)
+    assert torch.equal(answers(model, inference), before)
+
+
+@BOTH
+@INFERENCE
+def test_copies_have_answers_of_their_own(attention_type, inference):
+    model = classifier(attention_type)
+    before = answers(model, inference)
+    twin = copy.deepcopy(model)
+    assert torch.equal(answers(twin, inference), before)
+    assert_answers_change_with(twin, in_place, inference)
+    assert torch.equal(answers(model, inference), before)
+    changed = answers(twin, inference)
+    assert_answers_change_with(model, loaded, inference)
+    assert torch.equal(answers(twin, inference), changed)
+
+
+def pickled(model):
+    return pickle.dumps(model)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.parametrize(
+    ("write", "read"), [(pickled, pickle.loads), (saved, lambda data: torch.load(io.BytesIO(data), weights_only=False))]
+)
+def test_pickles_hold_the_weights_alone(attention_type, inference, write, read):
+    model = classifier(attention_type)
+    size, keys = len(write(model)), model.state_dict().keys()
+    before = answers(model, inference)
+    data = write(model)
+    assert len(data) == size
+    assert model.state_dict().keys() == keys
+    restored = read(data)
+    assert torch.equal(answers(restored, inference), before)
+    assert_answers_change_with(restored, in_place, inference)
+    assert torch.equal(answers(model, inference), before)
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.parametrize("training", [True, False])
+def test_training_after_evaluation(attention_type, inference, training):
+    """Gradients are those of a model never evaluated, and each evaluation sees the step before it."""
+    model = classifier(attention_type)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for _ in range(3):
+        assert_answers_follow_from_weights(model.eval(), inference)
+        model.train(training)
+        torch.testing.assert_close(gradients(model), gradients(fresh(model)))
+        optimizer.step()
+
+
+@BOTH
+def test_gradients_add_up(attention_type):
+    """Over a second pass backward through one graph, and through another."""
+    model = classifier(attention_type)
+    expected = {name: 3 * gradient for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    loss = model(IMAGES, labels=LABELS).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    model(IMAGES, labels=LABELS).loss.backward()
+    torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("memory", ["checkpoint", "reentrant checkpoint", "saved on CPU"])
+def test_gradients_with_memory_saved(attention_type, memory):
+    model = classifier(attention_type).train()
+    expected = gradients(fresh(model, "eager"))
+    if memory == "saved on CPU":
+        with torch.autograd.graph.save_on_cpu():
+            found = gradients(model)
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": memory == "reentrant checkpoint"})
+        # What a reentrant checkpoint is given must need gradients, or nothing in it gets any.
+        found = gradients(model, IMAGES.clone().requires_grad_())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    config=one_stage_configs(),
+    head_dim=st.integers(1, 9),
+    block=st.integers(0, 1),
+    height=st.integers(1, 14),
+    width=st.integers(1, 14),
+    batch=st.sampled_from([1, 3]),
+    per_piece=st.sampled_from([1, 2000, 786432]),
+)
+def test_pieces_equal_attention_written_out(config, head_dim, block, height, width, batch, per_piece):
+    """Answers and gradients, for many images and however many windows a piece has."""
+    config.embed_dim = config.num_heads[0] * head_dim
+    config._attn_implementation = "sdpa"
+    attention = build(config, block)
+    maps = torch.randn(batch, height, width, config.embed_dim, dtype=torch.float64, requires_grad=True)
+    inputs = [maps, *attention.parameters()]
+    probe = torch.randn_like(maps)
+
+    found = {}
+    with mock.patch.object(cpu_attention_focal, "KEY_VALUES_PER_PIECE", per_piece):
+        for implementation in ("sdpa", "eager"):
+            config._attn_implementation = implementation
+            output = attention(maps)[0]
+            found[implementation] = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
+            found[implementation] += (output.detach(),)
+        config._attn_implementation = "sdpa"
+        with torch.no_grad():
+            torch.testing.assert_close(attention(maps)[0], output, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found["sdpa"], found["eager"], rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_the_operator_keeps_to_what_it_declares(attention_type, training, monkeypatch):
+    """PyTorch's own check of its schema, of the shapes it foretells, and of its gradients in a graph."""
+    calls = []
+    operator = torch.ops.focal_hf.attention_in_pieces.default
+    monkeypatch.setattr(modeling_focal, "attention_in_pieces", lambda *args: calls.append(args) or operator(*args))
+    config = tiny(attention_type, embed_dim=6, num_heads=(2, 1, 3), use_shift=True)
+    config._attn_implementation = "sdpa"
+    attention = FocalAttention(config, 0, config.block_geometry(0, 1)).double()
+    with torch.set_grad_enabled(training):
+        attention(pixels(2, 5, 9, 6).double())
+    leaves = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), calls[0]
+    )
+    assert len(calls) == 1
+    torch.library.opcheck(operator, leaves)
+
+
+@BOTH
+def test_threads_share_a_model(attention_type):
+    model = classifier(attention_type)
+    sizes = [pixels(1, 3, 32, 32), pixels(1, 3, 40, 52)]
+    expected = [answers(fresh(model), images=images) for images in sizes]
+    start = threading.Barrier(len(sizes))
+
+    def evaluate(images):
+        start.wait()
+        return [answers(model, images=images) for _ in range(15)]
+
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        for found, value in zip(threads.map(evaluate, sizes), expected, strict=True):
+            torch.testing.assert_close(found, [value] * 15)
+
+
+@BOTH
+def test_deterministic_algorithms(attention_type):
+    """There, memory that nobody has written yet holds NaN."""
+    model = classifier(attention_type)
+    before = answers(model), gradients(model)
+    enabled = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again = ((answers(fresh(model)), answers(model), gradients(model)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+    torch.testing.assert_close(once[0], before[0])
+    torch.testing.assert_close(once[1:], before)
+
+
+def adapted(model, targets):
+    """A copy with random low-rank adapters."""
+    torch.manual_seed(4)
+    return get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+
+
+@BOTH
+@pytest.mark.parametrize("target", PROJECTIONS)
+def test_every_projection_can_be_adapted(attention_type, target):
+    model = classifier(attention_type)
+    before = answers(model)
+    assert (answers(adapted(model, [target])) - before).abs().max() > 1e-5
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"], ids=["projections", "all-linear"])
+def test_adapters_are_trained_switched_and_merged(attention_type, inference, targets):
+    """All linear layers are, with topk, also those that make the biases."""
+    model = classifier(attention_type)
+    before = answers(model, inference)
+    low_rank = adapted(model, targets)
+    with_adapters = answers(low_rank, inference)
+    assert (with_adapters - before).abs().max() > 1e-2
+
+    with low_rank.disable_adapter():
+        torch.testing.assert_close(answers(low_rank, inference), before)
+    torch.testing.assert_close(answers(low_rank, inference), with_adapters)
+
+    low_rank(IMAGES, labels=LABELS).loss.backward()
+    for name, parameter in low_rank.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == ("lora_" in name), name
+    torch.optim.AdamW(low_rank.parameters(), lr=0.01, fused=True).step()
+    trained = answers(low_rank, inference)
+    assert (trained - with_adapters).abs().max() > 1e-3
+
+    merged = low_rank.merge_and_unload()
+    torch.testing.assert_close(answers(merged, inference), trained, rtol=1e-5, atol=1e-5)
+    assert_answers_follow_from_weights(merged, inference)
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.parametrize("pool", ["fc", "conv"])
+def test_every_layer_runs_by_its_own_call(attention_type, inference, pool):
+    """So that hooks see, and may change, what each gives. The biases' own layers run only when biases are made."""
+    model = classifier(attention_type, focal_pool=pool, use_pre_norm=True)
+    answers(model, inference)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and "coordinate_mlps" not in name
+    }
+    assert {name.rpartition(".")[2] for name in layers} >= {*PROJECTIONS, "layernorm_before", "pre_norm"}
+    assert any("pooling" in name for name in layers)
+    before, seen = answers(model, inference), []
+    for name, module in layers.items():
+        hook = module.register_forward_hook(lambda module, args, output, name=name: seen.append(name) or output.cos())
+        assert (answers(model, inference) - before).abs().max() > 1e-5, name
+        hook.remove()
+    assert set(seen) == set(layers)
+    assert torch.equal(answers(model, inference), before)
+
+
+@BOTH
+@INFERENCE
+def test_offloaded_layers(attention_type, inference):
+    """Their weights are there only while the module that has them is called."""
+    model = classifier(attention_type)
+    expected = answers(model, inference)
+    offloaded = cpu_offload(model, execution_device="cpu")
+    for _ in range(2):
+        torch.testing.assert_close(answers(offloaded, inference), expected)
+
+
+@BOTH
+@INFERENCE
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_dynamically_quantized_layers(attention_type, inference):
+    """They keep their weights in a form of their own, where none of a linear layer's parameters are."""
+    model = classifier(attention_type)
+    before = answers(model, inference)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is torch.nn.Linear for module in quantized.modules())
+    given = answers(quantized, inference)
+    assert 0 < (given - before).abs().max() < 0.1 * before.abs().max()
+    quantized.set_attn_implementation("eager")
+    torch.testing.assert_close(given, answers(quantized, inference), rtol=1e-3, atol=1e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_bfloat16(attention_type, implementation):
+    """Differs from float32 with the same weights by what a few roundings to bfloat16 explain."""
+    model = classifier(attention_type).to(torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    expected = answers(copy.deepcopy(model).float())
+    assert answers(model).dtype == torch.bfloat16
+    for _ in range(2):
+        assert (answers(model) - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+@BOTH
+@INFERENCE
+def test_biases_of_bfloat16_weights_are_rounded_once_at_most(attention_type, inference):
+    """Tables are combined in float32; an MLP of the offsets works in its own type, as a module."""
+    tolerance = {"focal": 1e-6, "topk": 2e-2}[attention_type]
+    model = classifier(attention_type).to(torch.bfloat16)
+    neighborhood = model.focal.encoder.layers[0].blocks[0].attention.neighborhood
+    exact = copy.deepcopy(neighborhood).double()
+    everything, maps = (slice(None), slice(None)), torch.zeros(1, 12, 16, 8)
+    with inference():
+        expected = exact(maps.double()).bias(everything)
+        for _ in range(2):
+            bias = neighborhood(maps.bfloat16()).bias(everything)
+            torch.testing.assert_close(bias.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@BOTH
+@pytest.mark.parametrize("shift", [False, True])
+def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
+    """Each query's weights sum to 1, and mixing with them what stands at those positions gives the output."""
+    model = classifier(attention_type, use_shift=shift)
+    model.set_attn_implementation("eager")
+    blocks = [module for module in model.modules() if isinstance(module, FocalAttention)]
+    seen = []
+    for block in blocks:
+        block.neighborhood.register_forward_hook(lambda module, args, output: seen.append([output.head_index]))
+        block.v_proj.register_forward_hook(lambda module, args, output: seen[-1].append(output))
+        block.o_proj.register_forward_pre_hook(lambda module, args: seen[-1].append(args[0]))
+        block.register_forward_hook(lambda module, args, output: seen[-1].append(output[1]))
+    with torch.no_grad():
+        attentions = model(IMAGES, output_attentions=True).attentions
+
+    assert len(seen) == len(blocks)
+    for block, (head_index, values, output, weights) in zip(blocks, seen, strict=True):
+        rows, cols, heads, keys = head_index.shape
+        side = output.shape[1] // rows
+        assert weights.shape == (len(IMAGES) * rows * cols, heads, side**2, keys)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        places = values.unflatten(-1, (heads, block.head_dim)).flatten(1, 2)[:, head_index]
+        mixed = torch.matmul(weights.unflatten(0, (-1, rows, cols)), places)  # (batch, rows, cols, heads, queries, ...)
+        mixed = mixed.transpose(3, 4).flatten(4).unflatten(3, (side, side)).transpose(2, 3).reshape(output.shape)
+        torch.testing.assert_close(mixed, output)
+    last = [sum(model.config.depths[: stage + 1]) - 1 for stage in range(len(model.config.depths))]
+    assert all(torch.equal(given, seen[block][3]) for given, block in zip(attentions, last, strict=True))
+
+
+NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
+
+
+@BOTH
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not get through transformers' own functions")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")]),
+    ],
+)
+def test_compiled_models_answer_and_train_the_same(attention_type, backend):
+    """In one graph, which calls the operator."""
+    changes = {"embed_dim": 6, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
+    model = classifier(attention_type, **changes, expand_sizes=(1,), mlp_ratio=1.0, encoder_stride=4)
+    expected = answers(fresh(model, "eager")), gradients(fresh(model, "eager"))
+    answers(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    torch.testing.assert_close(answers(compiled), expected[0], rtol=1e-5, atol=1e-5)
+    if backend == "aot_eager":  # the other would need half a minute
+        compiled(IMAGES, labels=LABELS).loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.testing.assert_close(found, expected[1], rtol=1e-4, atol=1e-5)
