@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, cut_windows, picked
 
@@ -207,3 +208,10 @@ def _backward(ctx, grad_output):
 
 
 attention_in_pieces.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.focal_hf.attention_in_pieces)
+def _operations(query_shape, key_shape, value_shape, index_shape, *args, out_shape=None, **kwargs) -> int:
+    """For `torch.utils.flop_counter`, which does not look into operators: two products of queries and picked keys."""
+    images, height, width, channels = query_shape
+    return 4 * images * height * width * channels * index_shape[-1]
