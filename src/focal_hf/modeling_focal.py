@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -328,6 +330,50 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def flex_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """Attention by `torch.nn.attention.flex_attention`, which adds the bias to each score as it makes it.
+
+    Transformers' own function of this name takes the first head's mask for all heads.
+    """
+    if dropout:
+        raise ValueError(
+            f"flex_attention has no dropout of attention weights; got attention_probs_dropout_prob={dropout} in "
+            "training. Set it to 0, or train with attn_implementation='sdpa'."
+        )
+    tensors = query, key, value, attention_mask
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "flex_attention on a CPU is for inference only, under torch.no_grad() or torch.inference_mode(); got "
+            "inputs or weights that require gradients. For those, call model.set_attn_implementation('sdpa')."
+        )
+
+    # Windows and heads are counted along the batch, whose size compiled code may leave open.
+    def biased(score, number, head, query_place, key_place):
+        return score + attention_mask[0, number % attention_mask.shape[1], query_place, key_place]
+
+    flat = (tensor.flatten(0, 1)[:, None] for tensor in (query, key, value))
+    if query.device.type == "cpu":
+        # As it is: compiled for sizes that change, it does not get past the C++ compiler (torch 2.13).
+        output = flex_attention(*flat, score_mod=biased, scale=scaling)
+    else:
+        output = compile_friendly_flex_attention(*flat, training=module.training, score_mod=biased, scale=scaling)
+    return output.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+# Ours among those of transformers, by the name in which it looks for them.
+ALL_ATTENTION_FUNCTIONS: AttentionInterface = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
+
+
 class FocalAttention(nn.Module):
     """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
 
@@ -533,6 +579,7 @@ class FocalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FocalStage"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _input_embed_layer = "patch_embeddings"
