@@ -354,7 +354,7 @@ def test_the_operator_keeps_to_what_it_declares(attention_type, training, monkey
 @BOTH
 def test_threads_share_a_model(attention_type):
     model = classifier(attention_type)
-    sizes = [pixels(1, 3, 32, 32), pixels(1, 3, 40, 52)]
+    sizes = [pixels(1, 3, 32, 32), pixels(1, 3, 40, 52)] * 2
     expected = [answers(fresh(model), images=images) for images in sizes]
     start = threading.Barrier(len(sizes))
 

@@ -356,9 +356,11 @@ def flex_attention_forward(
             "inputs or weights that require gradients. For those, call model.set_attn_implementation('sdpa')."
         )
 
+    bias = attention_mask[0]
+
     # Windows and heads are counted along the batch, whose size compiled code may leave open.
     def biased(score, number, head, query_place, key_place):
-        return score + attention_mask[0, number % attention_mask.shape[1], query_place, key_place]
+        return score + bias[number % bias.shape[0], query_place, key_place]
 
     flat = (tensor.flatten(0, 1)[:, None] for tensor in (query, key, value))
     if query.device.type == "cpu":
