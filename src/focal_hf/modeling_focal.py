@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -29,6 +29,9 @@ from .neighborhood_focal import (
     in_cpu_inference,
     picked,
 )
+from .weight_resizing_focal import neighbors_like_window, pooled_like_window
+
+logger = logging.get_logger(__name__)
 
 # What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
 TOKENS_PER_PIECE = 1024  # of an MLP
@@ -571,6 +574,11 @@ class FocalStage(GradientCheckpointingLayer):
         return hidden_states, before, weights
 
 
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether transformers has taken it from a checkpoint, and so will not initialise it."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
 class FocalPreTrainedModel(PreTrainedModel):
     """Weight initialisation, and loading and saving as every transformers model has them."""
 
@@ -619,11 +627,21 @@ class FocalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FocalLayerScale):
             init.constant_(module.lambda1, module.value)
         elif isinstance(module, FocalNeighborhood):
-            init.zeros_(module.relative_position_bias_table)
-            if module.relative_position_bias_table_to_neighbors is not None:
-                init.trunc_normal_(module.relative_position_bias_table_to_neighbors, std=std)
-            for table in module.pooled_tables():
-                init.trunc_normal_(table, std=std)
+            own = module.relative_position_bias_table
+            init.zeros_(own)
+            for name, table in module.named_parameters():
+                if table is own:
+                    continue
+                if not is_loaded(own):
+                    init.trunc_normal_(table, std=std)
+                elif not is_loaded(table):
+                    like_window = neighbors_like_window if name.endswith("_to_neighbors") else pooled_like_window
+                    init.copy_(table, like_window(own, table.shape))
+                    path = next(path for path, other in self.named_modules() if other is module)
+                    logger.warning(
+                        f"{path}.{name} is not in the checkpoint. It starts from the window's own table, each position "
+                        "from the nearest there: fine-tune the model."
+                    )
         elif isinstance(module, TopkNeighborhood):
             for level in range(module.levels):
                 saved = getattr(module, f"nearest_index_{level}")

@@ -446,8 +446,7 @@ class TopkNeighborhood(RememberingModule):
 
     The bias is a small MLP of the offset between query and key, in tokens of the map. The indices for a map of
     `grid` are a buffer that is saved, since the original's break ties in distance as its `torch.topk` once did; for
-    maps of other sizes they are computed. So weights belong to their `image_size`: another one whose indices happen to
-    have the same shape (height and width swapped, say) cannot be told from it.
+    maps of other sizes they are computed.
     """
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int, levels: int, topk: int, grid: tuple[int, int]):
@@ -468,6 +467,21 @@ class TopkNeighborhood(RememberingModule):
         """Indices for a map of any size, (windows, min(topk, tokens of the level))."""
         device = device or torch.empty(0).device
         return nearest_index(height, width, self.window_size, level, self.topk, device)
+
+    def nearest_or_computed(self, index: torch.Tensor, level: int) -> torch.Tensor:
+        """An index from a checkpoint if it lists nearest tokens of a map of `grid`, whatever breaks ties; else ours."""
+        computed = self.computed_index(*self.grid, level, index.device)
+        rows, cols = (side // self.window_size for side in self.grid)
+        height, width = (rows, cols) if level else self.grid
+        center_row = window_centers(rows, self.window_size, level, index.device).repeat_interleave(cols)[:, None]
+        center_col = window_centers(cols, self.window_size, level, index.device).repeat(rows)[:, None]
+
+        def distances(nearest: torch.Tensor) -> torch.Tensor:
+            row, col = nearest // width - center_row, nearest % width - center_col
+            return (row**2 + col**2).sort(dim=1).values
+
+        in_map = index.shape == computed.shape and bool(((index >= 0) & (index < height * width)).all())
+        return index if in_map and torch.equal(distances(index), distances(computed)) else computed.clone()
 
     def biases(self, radii: list[int], maps: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the bias of every query of a window to every token of that level within a radius of its centre.

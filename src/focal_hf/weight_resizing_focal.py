@@ -1,0 +1,197 @@
+"""Weights of one window size, reach or image size for a model of another: `from_pretrained(..., window_size=12)`.
+
+Position tables are interpolated bicubically, as Swin's are for fine-tuning at a larger size. Importing this module
+makes that a part of loading, through transformers' own mapping of checkpoints. What fits already is loaded as it is.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from .configuration_focal import FocalConfig
+from .neighborhood_focal import at_least_float32, displacements, slot_tokens
+
+
+def resized_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(..., height, width) maps to (..., *size)."""
+    flat = at_least_float32(maps).reshape(1, -1, *maps.shape[-2:])
+    flat = nn.functional.interpolate(flat, size=size, mode="bicubic", align_corners=False)
+    return flat.view(*maps.shape[:-2], *size).to(maps.dtype)
+
+
+def sampled_maps(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(..., side, side) maps at fractional places (count, 2), rows and columns, to (..., count)."""
+    side = maps.shape[-1]
+    grid = places.flip(1) * (2 / max(side - 1, 1)) - 1  # grid_sample takes columns first, from -1 to 1
+    flat = maps.reshape(1, -1, side, side)
+    flat = nn.functional.grid_sample(flat, grid[None, None], mode="bicubic", padding_mode="border", align_corners=True)
+    return flat.view(*maps.shape[:-2], len(places))
+
+
+def resized_square(values: torch.Tensor, count: int) -> torch.Tensor:
+    """(..., side²) values of a square, row by row, to (..., count) of another."""
+    side, new_side = math.isqrt(values.shape[-1]), math.isqrt(count)
+    if side**2 != values.shape[-1]:
+        return values  # of another model: that the shapes differ is for transformers to tell
+    return resized_maps(values.unflatten(-1, (side, side)), (new_side, new_side)).flatten(-2)
+
+
+def square_places(side: int, device: torch.device) -> torch.Tensor:
+    """Rows and columns of a square's tokens, row by row, (side², 2)."""
+    axis = torch.arange(side, device=device)
+    return torch.cartesian_prod(axis, axis)
+
+
+def neighbor_slots(window_size: int, expand_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each of the four displaced windows: its displacement (2,), and where in it the slots are (slots, 2)."""
+    places = square_places(window_size, device)
+    masks = slot_tokens(window_size, expand_size, device)
+    displacement = torch.tensor(displacements(expand_size), device=device)
+    return list(zip(displacement, [places[mask] for mask in masks], strict=True))
+
+
+def neighbors_geometry(shape: torch.Size) -> tuple[int, int]:
+    """Window and expand size of a table of neighbours (1, heads, window_size², slots)."""
+    window_size = math.isqrt(shape[2])
+    hidden = window_size**2 - shape[3] // 4
+    if window_size**2 != shape[2] or hidden < 0 or math.isqrt(hidden) ** 2 != hidden:
+        raise ValueError(
+            f"A table of neighbours has shape (1, heads, w², 4w² - 4(w - e)²) for windows of w and expand size e; got "
+            f"{tuple(shape)}."
+        )
+    return window_size, window_size - math.isqrt(hidden)
+
+
+def resized_neighbors(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A table of neighbours (1, heads, queries, slots) for another window or expand size, each direction by itself."""
+    window_size, expand_size = neighbors_geometry(table.shape)
+    new_window_size, new_expand_size = neighbors_geometry(shape)
+    old_slots = neighbor_slots(window_size, expand_size, table.device)
+    new_slots = neighbor_slots(new_window_size, new_expand_size, table.device)
+    directions = at_least_float32(table[0]).split([len(places) for _, places in old_slots], dim=-1)
+
+    resized = []
+    for bias, (displacement, places), (new_displacement, new_places) in zip(
+        directions, old_slots, new_slots, strict=True
+    ):
+        # Places of the displaced window that lie in the window itself have no slot: they take the nearest one's.
+        whole = square_places(window_size, table.device)
+        nearest = torch.cdist(whole.to(bias), places.to(bias)).argmin(dim=1)
+        keys = bias[..., nearest].unflatten(-1, (window_size, window_size))
+        # The old window laid over the new one, a token of the one is a fraction of a token of the other.
+        over = (new_places + new_displacement + 0.5) * (window_size / new_window_size) - 0.5
+        keys = sampled_maps(keys, (over - displacement).to(keys))
+        resized.append(resized_square(keys.transpose(1, 2), new_window_size**2).transpose(1, 2))
+    return torch.cat(resized, dim=-1)[None].to(table.dtype)
+
+
+def neighbors_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A table of neighbours (1, heads, queries, slots) from the window's own table (relative positions, heads).
+
+    Each slot has the bias of the nearest offset that the window's own table knows.
+    """
+    window_size, expand_size = neighbors_geometry(shape)
+    queries = square_places(window_size, table.device)[:, None]
+    columns = []
+    for displacement, places in neighbor_slots(window_size, expand_size, table.device):
+        offsets = (queries - places - displacement).clamp(1 - window_size, window_size - 1) + window_size - 1
+        row, col = offsets.unbind(-1)
+        columns.append(table[row * (2 * window_size - 1) + col])  # (queries, slots, heads)
+    return torch.cat(columns, dim=1).permute(2, 0, 1)[None]
+
+
+def pooled_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A table of pooled tokens (heads, relative positions) from the window's own table (relative positions, heads).
+
+    Each position has the bias of the nearest one in the window's own table, their middles laid on one another.
+    """
+    side, new_side = math.isqrt(table.shape[0]), math.isqrt(shape[1])
+    along = (torch.arange(new_side, device=table.device) - (new_side - side) // 2).clamp(0, side - 1)
+    return table.T.unflatten(1, (side, side))[:, along][:, :, along].flatten(1)
+
+
+def fitted_own(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    return resized_square(table.T, getattr(module, name).shape[0]).T
+
+
+def fitted_neighbors(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    return resized_neighbors(table, getattr(module, name).shape)
+
+
+def fitted_pooled(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    return resized_square(table, getattr(module, name).shape[1])
+
+
+def fitted_pooling(weight: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    """Weights of the tokens of a cell, (1, tokens) or (channels, 1, height, width), for a cell of another size."""
+    expected = getattr(module, name)
+    flat = weight.flatten(1)
+    count = expected[0].numel()
+    # More tokens for the same sum.
+    return (resized_square(flat, count) * (flat.shape[1] / count)).view(-1, *expected.shape[1:])
+
+
+def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    """Absolute positions (1, patches, channels) of a square image, for `module.patch_grid`."""
+    side = math.isqrt(positions.shape[1])
+    if side**2 != positions.shape[1]:
+        return positions
+    maps = positions.transpose(1, 2).unflatten(2, (side, side))
+    return resized_maps(maps, module.patch_grid).flatten(2).transpose(1, 2)
+
+
+def fitted_index(index: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    return module.nearest_or_computed(index, level=int(name.rpartition("_")[2]))
+
+
+class FitFocalWeight(ConversionOps):
+    """Gives a tensor of a checkpoint the shape that the model has, by a function of it, its module and its name."""
+
+    def __init__(self, fitted: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]):
+        self.fitted = fitted
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        path, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(path)
+        expected = getattr(module, name).shape
+        # Indices of another map may have the shape of this one's.
+        if tensor.ndim == len(expected) and (tensor.shape != expected or not tensor.is_floating_point()):
+            fitted = self.fitted(tensor, module, name).contiguous()
+            tensor = fitted if fitted.shape == expected else tensor
+        return {target_patterns[0]: tensor}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SaveAsItIs()
+
+
+class SaveAsItIs(ConversionOps):
+    """Saves a tensor that loading may have changed."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors}
+
+
+# The first that matches is used. Beginnings of names match too, in older versions.
+register_checkpoint_conversion_mapping(
+    FocalConfig.model_type,
+    [
+        WeightConverter(name, name, [FitFocalWeight(fitted)])
+        for name, fitted in (
+            ("relative_position_bias_table_to_neighbors", fitted_neighbors),
+            ("relative_position_bias_table_to_windows_", fitted_pooled),
+            ("relative_position_bias_table", fitted_own),
+            ("neighborhood.nearest_index_", fitted_index),
+            ("attention.pooling.layers.", fitted_pooling),
+            ("embeddings.position_embeddings", fitted_positions),
+        )
+    ],
+    overwrite=True,
+)
