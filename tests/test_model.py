@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from hypothesis import given, settings
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,7 @@ from focal_hf import (
     FocalPreTrainedModel,
     modeling_focal,
 )
+from focal_hf.configuration_focal import ATTENTION_TYPES, EXPAND_LAYERS, POOLS
 from focal_hf.modeling_focal import FocalAttention
 from hub_server import serve
 
@@ -412,12 +414,82 @@ def test_quantized_linear_layers(attention_type):
         (torch.zeros(3, 32, 32), r"shape \(batch, 3, height, width\).*got \(3, 32, 32\)"),
         (torch.zeros(1, 1, 32, 32), r"config.num_channels = 3 channels; got \(1, 1, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "must be floating point.*got torch.uint8"),
-        (None, "pixel_values are required"),
+        (None, "must be a torch.Tensor of shape .*got NoneType"),
+        ([torch.zeros(3, 32, 32)], "must be a torch.Tensor of shape .*got list"),
+        (torch.zeros(0, 3, 32, 32), r"at least one image of at least one pixel; got \(0, 3, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 0), r"at least one image of at least one pixel; got \(1, 3, 32, 0\)"),
     ],
 )
-def test_bad_pixels_are_refused(image, message):
+@pytest.mark.parametrize("model_class", [*CLASSES, FocalBackbone])
+def test_bad_pixels_are_refused(model_class, image, message):
     with pytest.raises(ValueError, match=message):
-        FocalForImageClassification(tiny())(image)
+        model_class(tiny())(image)
+
+
+@st.composite
+def configs(draw):
+    """Any that is accepted."""
+    stages = draw(st.integers(1, 3))
+
+    def per_stage(values):
+        return draw(st.lists(values, min_size=stages, max_size=stages))
+
+    options = {
+        "image_size": draw(st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))),
+        "patch_size": draw(st.sampled_from([1, 2, 4])),
+        "num_channels": draw(st.integers(1, 4)),
+        "embed_dim": draw(st.sampled_from([4, 12])),
+        "depths": per_stage(st.integers(1, 2)),
+        "num_heads": per_stage(st.sampled_from([1, 2, 4])),
+        "window_size": draw(st.integers(1, 8)),
+        "attention_type": draw(st.sampled_from(ATTENTION_TYPES)),
+        "focal_levels": per_stage(st.integers(0, 3)),
+        "focal_windows": per_stage(st.integers(1, 5)),
+        "focal_stages": draw(st.one_of(st.none(), st.lists(st.integers(0, stages - 1), unique=True))),
+        "focal_pool": draw(st.sampled_from(POOLS)),
+        "expand_sizes": per_stage(st.integers(0, 4)),
+        "expand_layer": draw(st.sampled_from(EXPAND_LAYERS)),
+        "topk": draw(st.integers(1, 200)),
+        "mlp_ratio": draw(st.sampled_from([0.5, 4])),
+        "hidden_act": draw(st.sampled_from(["gelu", "relu", "silu"])),
+        "layerscale_value": draw(st.sampled_from([1e-4, 1])),
+        "drop_path_rate": draw(st.sampled_from([0, 0.5])),
+        "hidden_dropout_prob": draw(st.sampled_from([0, 0.2])),
+        "attention_probs_dropout_prob": draw(st.sampled_from([0, 0.2])),
+    }
+    for name in ("use_shift", "use_conv_embed", "use_pre_norm", "use_layerscale", "use_absolute_embeddings"):
+        options[name] = draw(st.booleans())
+    for name in ("patch_norm", "qkv_bias"):
+        options[name] = draw(st.booleans())
+    options["encoder_stride"] = options["patch_size"] * 2 ** (stages - 1)
+    try:
+        return FocalConfig(**options)
+    except StrictDataclassClassValidationError:
+        assume(False)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    config=configs(),
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    implementation=st.sampled_from(["sdpa", "eager"]),
+)
+def test_any_config_that_is_accepted_trains_at_any_size(config, height, width, implementation):
+    config._attn_implementation = implementation
+    model = FocalForMaskedImageModeling(config).train()
+    pixel_values = pixels(2, config.num_channels, height, width)
+    patches = -(-height // config.patch_size) * -(-width // config.patch_size)
+    mask = torch.arange(2 * patches).view(2, patches) % 2 == 0
+    outputs = model(pixel_values, bool_masked_pos=mask, output_hidden_states=True)
+    assert outputs.reconstruction.shape == pixel_values.shape
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    with torch.no_grad():
+        assert model.eval()(pixel_values).reconstruction.isfinite().all()
 
 
 def test_pipelines_on_a_folder(tmp_path):

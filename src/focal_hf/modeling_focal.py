@@ -184,12 +184,19 @@ class FocalPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Returns the tokens and the height and width of their map. The input is padded to whole patches."""
-        if pixel_values is None:
-            raise ValueError("pixel_values are required, of shape (batch, channels, height, width); got None.")
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"pixel_values must be a torch.Tensor of shape (batch, {self.num_channels}, height, width), as image "
+                f"processors return with return_tensors='pt'; got {type(pixel_values).__name__}."
+            )
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values must have shape (batch, {self.num_channels}, height, width), with the model's "
                 f"config.num_channels = {self.num_channels} channels; got {tuple(pixel_values.shape)}."
+            )
+        if 0 in pixel_values.shape:
+            raise ValueError(
+                f"pixel_values must hold at least one image of at least one pixel; got {tuple(pixel_values.shape)}."
             )
         if not pixel_values.is_floating_point():
             raise ValueError(
@@ -728,7 +735,8 @@ class FocalModel(FocalPreTrainedModel):
                 Which patches to hide, row by row, where the model has a mask token.
 
         Raises:
-            ValueError: for input of another shape or dtype; the message says which was expected.
+            ValueError: for input of another shape or dtype, or without any pixel; the message says what was expected.
+                Pixels that are not finite, and labels out of range, are left to PyTorch: to look would stall a GPU.
         """
         if bool_masked_pos is not None and self.embeddings.mask_token is None:
             raise ValueError("bool_masked_pos needs a model with a mask token: build it with use_mask_token=True.")
