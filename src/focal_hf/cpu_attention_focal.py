@@ -4,6 +4,7 @@ An operator of its own, so that compiled graphs call it too. Its backward pass g
 windows gather would be several times as large as all else that is kept for it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -98,6 +99,10 @@ def put(heads: torch.Tensor, windows: torch.Tensor):
     windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
 
 
+# Of this copy of the code: checkpoints may carry others into the same process, and the last operator of a name is what
+# all who call that name get.
+NAMESPACE = re.sub(r"[^0-9A-Za-z_]", "_", __name__.rpartition(".")[0])
+
 # In so many words, as older torch does not read `list[...]`.
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor index, Tensor[] sources, Tensor[] patterns, "
@@ -106,7 +111,7 @@ ARGUMENTS = (
 
 
 @torch.library.custom_op(
-    "focal_hf::attention_in_pieces", mutates_args=(), device_types="cpu", schema=f"({ARGUMENTS}) -> Tensor"
+    f"{NAMESPACE}::attention_in_pieces", mutates_args=(), device_types="cpu", schema=f"({ARGUMENTS}) -> Tensor"
 )
 def attention_in_pieces(
     query: torch.Tensor,
@@ -140,7 +145,7 @@ def _(query, key, value, index, sources, patterns, head_dim, scaling):
 
 
 @torch.library.custom_op(
-    "focal_hf::attention_in_pieces_backward",
+    f"{NAMESPACE}::attention_in_pieces_backward",
     mutates_args=(),
     device_types="cpu",
     schema=f"(Tensor grad_output, Tensor output, {ARGUMENTS}) -> Tensor[]",
@@ -210,7 +215,7 @@ def _backward(ctx, grad_output):
 attention_in_pieces.register_autograd(_backward, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.focal_hf.attention_in_pieces)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_in_pieces)
 def _operations(query_shape, key_shape, value_shape, index_shape, *args, out_shape=None, **kwargs) -> int:
     """For `torch.utils.flop_counter`, which does not look into operators: two products of queries and picked keys."""
     images, height, width, channels = query_shape
