@@ -1,18 +1,12 @@
 """The Focal Transformer as a transformers model. Importing this registers it with transformers' Auto classes."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    BitImageProcessorPil,
-)
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 from .configuration_focal import FocalConfig
 from .modeling_focal import (
+    AUTO_CLASSES,
     FocalBackbone,
     FocalForImageClassification,
     FocalForMaskedImageModeling,
@@ -23,10 +17,8 @@ from .modeling_focal import (
 __version__ = "0.1.0"
 
 AutoConfig.register(FocalConfig.model_type, FocalConfig)
-AutoModel.register(FocalConfig, FocalModel)
-AutoModelForImageClassification.register(FocalConfig, FocalForImageClassification)
-AutoModelForMaskedImageModeling.register(FocalConfig, FocalForMaskedImageModeling)
-AutoBackbone.register(FocalConfig, FocalBackbone)
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(FocalConfig, _model_class)
 
 _image_processors = {"pil": BitImageProcessorPil}
 if is_torchvision_available():

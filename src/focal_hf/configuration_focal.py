@@ -1,5 +1,6 @@
 """What a Focal Transformer is: its settings, and the geometry that follows from them."""
 
+import os
 from typing import NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -164,6 +165,22 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     "out."
                 )
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As for every config; the models' `save_pretrained` calls it, too.
+
+        The package's modules go along, for `trust_remote_code=True` where it is not installed, after
+        `FocalConfig.register_for_auto_class()` or a model's, and where this was loaded from a folder that has them.
+        """
+        carried = getattr(self, "auto_map", None) or {}
+        # A class derived from this one has models of its own.
+        if type(self) is FocalConfig and (carried or self._auto_class):
+            # Not at the top, where it would be circular. transformers reads in such lines which modules to copy.
+            from .modeling_focal import AUTO_CLASSES
+
+            self.auto_map = carried | {auto: f"modeling_focal.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
+            self._auto_class = "AutoConfig"  # for which transformers copies the modules
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
     # from it must follow.

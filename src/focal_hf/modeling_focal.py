@@ -917,6 +917,14 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
         )
 
 
+# What transformers' Auto classes make of a FocalConfig.
+AUTO_CLASSES = {
+    "AutoModel": FocalModel,
+    "AutoModelForImageClassification": FocalForImageClassification,
+    "AutoModelForMaskedImageModeling": FocalForMaskedImageModeling,
+    "AutoBackbone": FocalBackbone,
+}
+
 __all__ = [
     "FocalBackbone",
     "FocalForImageClassification",

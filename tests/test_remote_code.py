@@ -1,0 +1,214 @@
+"""Checkpoints that carry their code: what loads where the package cannot be imported, and what is saved again."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
+
+import focal_hf
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
+from hub_server import serve
+
+SMALL = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
+SMALL |= {"focal_levels": (2, 2, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 2, 2), "encoder_stride": 16}
+CODE = {file.name: file.read_bytes() for file in Path(focal_hf.__file__).parent.glob("*.py")}
+del CODE["__init__.py"]  # transformers' registrations, which an auto_map takes the place of
+
+WITHOUT_THE_PACKAGE = """
+import sys, torch
+sys.modules["focal_hf"] = None
+try:
+    import focal_hf
+except ImportError:
+    pass
+else:
+    raise AssertionError("focal_hf can be imported")
+"""
+
+
+def run(script: str, folder: Path, **environment: str) -> str:
+    """Runs a script in `folder` in a process of its own, with caches of its own; gives what it printed."""
+    environment = {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"} | environment
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def carried_code(folder: Path) -> set[str]:
+    """The classes that config.json says are in `folder`, after a check that what lies there is this package's code."""
+    assert {file.name: file.read_bytes() for file in folder.glob("*.py")} == CODE
+    return set(json.loads((folder / "config.json").read_text())["auto_map"].values())
+
+
+COMPLETE = {
+    "configuration_focal.FocalConfig",
+    "modeling_focal.FocalModel",
+    "modeling_focal.FocalForImageClassification",
+    "modeling_focal.FocalForMaskedImageModeling",
+    "modeling_focal.FocalBackbone",
+}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """For what is registered in a test to be forgotten after it."""
+    for registering in (FocalConfig, FocalModel, FocalForImageClassification):
+        monkeypatch.setattr(registering, "_auto_class", None)
+
+
+def model_of(attention_type: str) -> FocalForImageClassification:
+    """With weights under which every part matters."""
+    model = FocalForImageClassification(FocalConfig(attention_type=attention_type, topk=11, num_labels=5, **SMALL))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def save(folder: Path, attention_type: str) -> Path:
+    """A folder with a model, its image processor and its code. The caller forgets what is registered."""
+    FocalConfig.register_for_auto_class()
+    model_of(attention_type).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    assert carried_code(folder) == COMPLETE
+    return folder
+
+
+def answers(name, backbone_from_pretrained, **trust):
+    """What every class gives for fixed input: in evaluation, its gradients in training, and what pipelines make of it.
+
+    Heads that the checkpoint lacks start from a seed.
+    """
+    import torch
+    from PIL import Image
+    from torch.utils._pytree import tree_leaves
+    from transformers import AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling, pipeline
+
+    found = {}
+    loaders = {
+        auto.__name__: auto.from_pretrained
+        for auto in (AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling)
+    }
+    if backbone_from_pretrained is not None:
+        loaders["AutoBackbone"] = backbone_from_pretrained
+    for auto, from_pretrained in loaders.items():
+        torch.manual_seed(0)
+        model = from_pretrained(name, **trust).eval()
+        inputs = {"pixel_values": torch.randn(2, 3, 40, 52)}
+        if "Masked" in auto:
+            inputs["bool_masked_pos"] = torch.rand(2, 130) < 0.5
+        with torch.no_grad():
+            found[auto, "eval"] = model(**inputs).to_tuple()
+        sum(map(torch.sum, tree_leaves(model.train()(**inputs).to_tuple()))).backward()
+        found[auto, "gradients"] = {name: weight.grad for name, weight in model.named_parameters()}
+        found[auto, "from"] = type(model).__module__.partition(".")[0]
+    image = Image.linear_gradient("L").convert("RGB")
+    for task in ("image-classification", "image-feature-extraction"):
+        found[task] = pipeline(task, model=name, **trust)([image, image.rotate(90)])
+    return found
+
+
+def without_the_package(name: str, folder: Path, backbone: str, more: str = "", **environment: str) -> dict:
+    """`answers` in a process that has only what the checkpoint called `name` carries."""
+    script = WITHOUT_THE_PACKAGE + inspect.getsource(answers) + more
+    script += f"\ntorch.save(answers({name!r}, {backbone}, trust_remote_code=True), 'answers')"
+    run(script, folder, **environment)
+    return torch.load(folder / "answers")
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Bit for bit, from code of the checkpoint's in place of the installed."""
+    assert found.keys() <= expected.keys()
+    for key, answer in found.items():
+        if "from" in key:
+            assert (answer, expected[key]) == ("transformers_modules", "focal_hf")
+        elif isinstance(key, tuple):
+            torch.testing.assert_close(answer, expected[key], rtol=0, atol=0)
+        else:  # a pipeline's
+            assert answer == expected[key]
+
+
+SAVE_AGAIN = """
+from transformers import AutoConfig, AutoModelForImageClassification, pipeline
+AutoModelForImageClassification.from_pretrained("saved", trust_remote_code=True).save_pretrained("again")
+AutoConfig.from_pretrained("saved", trust_remote_code=True).save_pretrained("config")
+pipeline("image-classification", model="saved", trust_remote_code=True).save_pretrained("pipeline")
+"""
+
+
+def test_without_the_package(tmp_path, registered):
+    """From a folder, and what that process saved again from a server in the Hub's place."""
+    folder = save(tmp_path / "saved", "topk")
+    expected = answers(folder, FocalBackbone.from_pretrained)
+
+    assert_same(without_the_package("saved", tmp_path, backbone="None", more=SAVE_AGAIN), expected)
+    for again in ("again", "config", "pipeline"):
+        assert carried_code(tmp_path / again) == COMPLETE
+
+    with serve(tmp_path / "pipeline", "org/focal") as address:
+        more = "from transformers import AutoBackbone"
+        found = without_the_package("org/focal", tmp_path, "AutoBackbone.from_pretrained", more, HF_ENDPOINT=address)
+    assert ("AutoBackbone", "eval") in found
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("registering", [FocalConfig, FocalModel, FocalForImageClassification])
+def test_with_the_package(registering, tmp_path, registered, monkeypatch):
+    """The package's code is used, whatever a folder carries; and what is saved carries all code or does not say so."""
+    model = model_of("focal")
+    model = model.focal if registering is FocalModel else model
+    model.save_pretrained(tmp_path / "without")
+    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
+    assert not list((tmp_path / "without").glob("*.py"))
+
+    registering.register_for_auto_class()
+    model.save_pretrained(tmp_path / "with")
+    assert carried_code(tmp_path / "with") == COMPLETE
+
+    monkeypatch.undo()  # as in a later process
+    auto = AutoModel if registering is FocalModel else AutoModelForImageClassification
+    loaded = auto.from_pretrained(tmp_path / "with")
+    assert type(loaded) is type(model)
+    for name, saved in (("model", loaded), ("config", AutoConfig.from_pretrained(tmp_path / "with"))):
+        saved.save_pretrained(tmp_path / name)
+        assert carried_code(tmp_path / name) == COMPLETE
+
+
+COPIES = """
+import torch
+from transformers import AutoModelForImageClassification
+
+load = AutoModelForImageClassification.from_pretrained
+models = [load("first", trust_remote_code=True), load("second", trust_remote_code=True)]
+import focal_hf
+models.append(load("first"))
+assert len({type(model) for model in models}) == 3
+
+pixel_values, found = torch.rand(2, 3, 40, 52), []
+for model in models:
+    with torch.no_grad():
+        logits = model.eval()(pixel_values).logits
+    model(pixel_values).logits.sum().backward()
+    found.append([logits, *(weight.grad for weight in model.parameters())])
+torch.save(found, "found")
+"""
+
+
+def test_copies_of_the_code_keep_apart(tmp_path, registered):
+    """In one process, the code of two folders and the package's. One folder's is of another version."""
+    for name in ("first", "second"):
+        save(tmp_path / name, "focal")
+    changed = tmp_path / "second" / "cpu_attention_focal.py"
+    changed.write_text(changed.read_text().replace("scale=scaling", "scale=scaling / 2"))
+    run(COPIES, tmp_path)
+    first, second, installed = torch.load(tmp_path / "found")
+    torch.testing.assert_close(first, installed, rtol=0, atol=0)
+    assert not torch.equal(second[0], installed[0])
