@@ -38,7 +38,7 @@ EPILOG = f"""\
 --output then holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card. Before it
 appears, the converter loads what it has written, compares its logits with those of the weights that it read, and
 converts the weights back to compare them bit for bit. Nothing in the checkpoint is run; neither yacs nor Paddle is
-needed, nor a network but for --push-to-hub.
+needed, nor a network but for --push-to-hub. With --with-code the folder also holds the model's Python modules.
 
 examples:
   a released model, by name:
@@ -49,9 +49,10 @@ examples:
     python convert/convert_focal_to_hf.py --checkpoint focal_tiny_patch4_window7_224.pdparams \\
         --config focal_tiny_patch4_window7_224 --output focal-tiny --dtype bfloat16
 
-  your own training run, with its settings, at 384 pixels, and on to the Hub (log in first: hf auth login):
+  your own training run, with its settings, at 384 pixels, and on to the Hub (log in first: hf auth login), with the
+  code for those who do not have focal_hf:
     python convert/convert_focal_to_hf.py --checkpoint ckpt_epoch_299.pth --config my_focal.yaml --image-size 384 \\
-        --output my-focal --push-to-hub me/my-focal
+        --output my-focal --push-to-hub me/my-focal --with-code
 
 released models:
   {chr(10).join(RELEASED).replace(chr(10), chr(10) + "  ")}
@@ -92,6 +93,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the size that the checkpoint was trained at, where it is not the settings': a side, or height and width",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: float32)")
+    parser.add_argument(
+        "--with-code",
+        action="store_true",
+        help="write the model's code, too: then transformers loads it with trust_remote_code=True, without focal_hf",
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload DIR to this repository, created if need be")
     options = parser.parse_args(arguments)
     if options.image_size is not None:
@@ -187,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     config = config_from_settings(read_settings(options.config), options.image_size)
     name_classes(config)
+    if options.with_code:
+        FocalConfig.register_for_auto_class()
     # Under the name of a released model, but at another size, the weights are not the released ones.
     released = options.config in RELEASED and config.image_size == 224
     name = options.config if options.config in RELEASED else Path(options.config).stem
@@ -207,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"Writing {options.output}")
         built = staging / "built"
         from_paddle = options.checkpoint.suffix == ".pdparams"
-        card = model_card(name, config, released, from_paddle, options.push_to_hub or output.name)
+        model_id = options.push_to_hub or output.name
+        card = model_card(name, config, released, from_paddle, model_id, options.with_code)
         with failing_as(f"Writing {options.output}"):
             model.save_pretrained(built)
             image_processor(config).save_pretrained(built)

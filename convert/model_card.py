@@ -40,8 +40,10 @@ CITATION = """\
 }"""
 
 
-def model_card(name: str, config: FocalConfig, released: bool, from_paddle: bool, model_id: str) -> ModelCard:
-    """The card of a model called `name`, to be loaded as `model_id`.
+def model_card(
+    name: str, config: FocalConfig, released: bool, from_paddle: bool, model_id: str, with_code: bool = False
+) -> ModelCard:
+    """The card of a model called `name`, to be loaded as `model_id`; `with_code` if its folder holds its code, too.
 
     Accuracies are given only where the weights are `released` ones, under which `name` is one of theirs.
     """
@@ -76,7 +78,7 @@ def model_card(name: str, config: FocalConfig, released: bool, from_paddle: bool
     sections = [
         f"# {name}",
         _summary(config),
-        "## Use\n\n" + _use(config, model_id),
+        "## Use\n\n" + _use(config, model_id, with_code),
         "## Evaluation\n\n" + _evaluation(evaluations) if evaluations else "",
         "## Licence and origin\n\n" + _origin(released, from_paddle),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
@@ -93,20 +95,28 @@ def _summary(config: FocalConfig) -> str:
     )
 
 
-def _use(config: FocalConfig, model_id: str) -> str:
+def _use(config: FocalConfig, model_id: str, with_code: bool) -> str:
     mode = "L" if config.num_channels == 1 else "RGB"
+    if with_code:
+        code = (
+            "The model's code comes with it, and `trust_remote_code=True` runs it: read it first, and name the "
+            "`revision` that you have read. With the Python package `focal_hf` imported, that is used in its place, "
+            "and `trust_remote_code` is not needed."
+        )
+        package, trust = "", ", trust_remote_code=True"
+    else:
+        code = "The model's code is the Python package `focal_hf`; importing it makes transformers know the model."
+        package, trust = "\nimport focal_hf\n", ""
     return f"""\
-The model's code is the Python package `focal_hf`; importing it makes transformers know the model.
+{code}
 
 ```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-import focal_hf
-
+{package}
 processor = AutoImageProcessor.from_pretrained("{model_id}")
-model = AutoModelForImageClassification.from_pretrained("{model_id}").eval()
+model = AutoModelForImageClassification.from_pretrained("{model_id}"{trust}).eval()
 
 image = Image.open("picture.jpg").convert("{mode}")
 inputs = processor(image, return_tensors="pt").to(model.dtype)

@@ -3,15 +3,20 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
 
 import focal_hf
+import golden_cases
+from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 from hub_server import serve
 
@@ -212,3 +217,16 @@ def test_copies_of_the_code_keep_apart(tmp_path, registered):
     first, second, installed = torch.load(tmp_path / "found")
     torch.testing.assert_close(first, installed, rtol=0, atol=0)
     assert not torch.equal(second[0], installed[0])
+
+
+def test_the_converter_writes_code(tmp_path):
+    """The use that the model card shows, where the package cannot be imported."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(golden_cases.case("base").config))
+    arguments = ["--checkpoint", golden_cases.FOLDER / "base_released.pth", "--config", tmp_path / "config.yaml"]
+    command = [sys.executable, ROOT / "convert" / "convert_focal_to_hf.py", *arguments, "--output", tmp_path / "model"]
+    subprocess.run([*command, "--with-code"], check=True, capture_output=True)
+    assert carried_code(tmp_path / "model") == COMPLETE
+
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "picture.jpg")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), flags=re.DOTALL)
+    assert run(WITHOUT_THE_PACKAGE + snippet, tmp_path).startswith("LABEL_")
