@@ -1,6 +1,5 @@
 """examples/: real processes that train a tiny Focal on pictures in folders, and what they say to bad input."""
 
-import importlib.util
 import json
 import os
 import random
@@ -15,6 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
+from common.data import random_view
+from common.files import save_model
+from common.models import decay_groups, default_processor
 from focal_hf import FocalConfig, FocalForImageClassification
 from hub_server import serve
 
@@ -85,15 +87,6 @@ def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def script():
-    """examples/finetune.py as a module, for what can be asked of its functions alone."""
-    spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def results(folder: Path) -> dict:
@@ -286,29 +279,29 @@ def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_p
     assert "starts anew" not in run.stdout
 
 
-def test_stopped_while_saving_leaves_the_earlier_model_whole(script, tmp_path):
+def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
     class FullDisk:
         def save_pretrained(self, folder: Path):
             raise OSError("No space left on device")
 
     model = FocalForImageClassification(tiny_config(num_labels=3))
-    processor = script.default_processor(model.config, crop=1.0)
-    script.save_model(tmp_path / "out", model, processor, {"epoch": 1})
+    processor = default_processor(model.config, crop=1.0)
+    save_model(tmp_path / "out", model, processor, {"epoch": 1})
     kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     torch.nn.init.ones_(model.classifier.weight)
     with pytest.raises(OSError, match="No space left"):
-        script.save_model(tmp_path / "out", model, FullDisk(), {"epoch": 2})
+        save_model(tmp_path / "out", model, FullDisk(), {"epoch": 2})
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
 
-    script.save_model(tmp_path / "out", model, processor, {"epoch": 3})
+    save_model(tmp_path / "out", model, processor, {"epoch": 3})
     assert results(tmp_path / "out") == {"epoch": 3}
     assert FocalForImageClassification.from_pretrained(tmp_path / "out").classifier.weight.eq(1).all()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_decays_matrices_only(script):
+def test_decays_matrices_only():
     model = FocalForImageClassification(tiny_config(use_absolute_embeddings=True))
-    decayed, spared = script.decay_groups(model, weight_decay=0.3)
+    decayed, spared = decay_groups(model, weight_decay=0.3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
@@ -320,14 +313,14 @@ def test_decays_matrices_only(script):
         assert any(table in names[id(parameter)] for parameter in spared["params"])
 
 
-def test_random_view_shows_a_part_of_the_size_asked_for(script):
+def test_random_view_shows_a_part_of_the_size_asked_for():
     """Red grows from left to right and green downwards, so that a view's corners tell what it shows."""
     random.seed(0)
     slope = Image.linear_gradient("L")
     picture = Image.merge("RGB", (slope.rotate(90), slope, slope))
     shares, mirrored = [], 0
     for _ in range(200):
-        view = script.random_view(picture, (32, 32), 0.4, flip=True, resample=Image.Resampling.BILINEAR)
+        view = random_view(picture, (32, 32), 0.4, flip=True, resample=Image.Resampling.BILINEAR)
         assert view.size == (32, 32)
         (left, top, _), (right, bottom, _) = view.getpixel((0, 0)), view.getpixel((31, 31))
         mirrored += left > right
@@ -335,7 +328,7 @@ def test_random_view_shows_a_part_of_the_size_asked_for(script):
     assert 0.37 < min(shares) < 0.5
     assert 0.8 < max(shares) < 1.01
     assert 60 < mirrored < 140
-    unmirrored = [script.random_view(picture, (8, 8), 0.4, False, 2) for _ in range(20)]
+    unmirrored = [random_view(picture, (8, 8), 0.4, False, 2) for _ in range(20)]
     assert all(view.getpixel((0, 0))[0] < view.getpixel((7, 0))[0] for view in unmirrored)
 
 

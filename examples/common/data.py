@@ -1,0 +1,145 @@
+"""Data sets of labelled images: reading them, checking them, and the views of an image that a model is shown."""
+
+import argparse
+import math
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image, ImageOps
+
+from .options import Problem, first_line
+
+
+def load_splits(name: str) -> datasets.DatasetDict:
+    """The splits of a folder of images or of a data set on the Hub."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise Problem(f"--data {name} is a file: give a folder of images or the name of a data set on the Hub.")
+    if folder.is_dir():
+        # drop_labels=False: by default a single class, or classes at different depths, would silently have no labels.
+        source = {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+        suffixes = {*Image.registered_extensions(), ".zip", ".tar", ".gz"}
+        if not any(file.suffix.lower() in suffixes for file in folder.rglob("*")):
+            raise Problem(f"No images found in --data {name}: expected {name}/train/CLASS/*.png, *.jpg or the like.")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise Problem(f"No such folder: --data {name}. Give an existing folder or the name of a data set on the Hub.")
+    else:
+        source = {"path": name}
+    try:
+        return datasets.load_dataset(**source)
+    except Exception as error:
+        where = "as a folder of images" if folder.is_dir() else "(no such folder here, nor a readable Hub data set)"
+        raise Problem(f"Cannot read --data {name} {where}: {first_line(error)}") from error
+
+
+def label_names(split: datasets.Dataset, column: str) -> list[str]:
+    """The class of every row, as text."""
+    feature = split.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return [feature.names[index] for index in split[column]]
+    return [str(value) for value in split[column]]
+
+
+def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to hold out, `share` of each class (at least one image of any class that has two)."""
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    train, held = [], []
+    shuffle = random.Random(seed).shuffle
+    for _, members in sorted(rows.items()):
+        shuffle(members)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held += members[:count]
+        train += members[count:]
+    return sorted(train), sorted(held)
+
+
+def check_pictures(split: datasets.Dataset, column: str) -> None:
+    """Open every file of a local folder as far as its header, so that a broken one is found now and not hours later."""
+    for cell in split.cast_column(column, datasets.Image(decode=False))[column]:
+        if cell["path"] and os.path.isfile(cell["path"]):
+            try:
+                Image.open(cell["path"]).close()
+            except OSError as error:
+                raise Problem(f"Not a readable image: {cell['path']}. Repair or remove it.") from error
+
+
+def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
+    """The rows and labels to train on, the same to validate on, and the classes' names in order."""
+    splits = load_splits(args.data)
+    if "train" not in splits:
+        raise Problem(f"--data {args.data} has no split called train, only {', '.join(splits)}.")
+    train = splits["train"]
+    for option, column in (("--image-column", args.image_column), ("--label-column", args.label_column)):
+        if column not in train.column_names:
+            raise Problem(
+                f"--data {args.data} has no column {column}; its columns are {', '.join(train.column_names)}. "
+                f"Name the right one with {option}."
+            )
+    if not isinstance(train.features[args.image_column], datasets.Image):
+        raise Problem(f"Column {args.image_column} of --data {args.data} holds no images: see --image-column.")
+
+    labels = label_names(train, args.label_column)
+    feature = train.features[args.label_column]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(labels))
+    if len(set(labels)) < 2:
+        raise Problem(
+            f"--data {args.data} has only one class ({labels[0]}) to train on: a classifier needs at least two, "
+            f"each in a folder of its own, as in {args.data}/train/CLASS/*.png."
+        )
+
+    if args.validation_split in splits:
+        validation = splits[args.validation_split]
+        validation_labels = label_names(validation, args.label_column)
+        unknown = sorted(set(validation_labels) - set(labels))
+        if unknown:
+            raise Problem(
+                f"The {args.validation_split} split has classes that have no training images: {', '.join(unknown[:5])}."
+                " Spell the classes alike in both, or remove them."
+            )
+    else:
+        others = [split for split in splits if split != "train"]
+        rows, held = hold_out(labels, args.validation_fraction, args.seed)
+        if not held or not rows:
+            raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
+        say(
+            f"No split called {args.validation_split}: holding out {len(held)} of {len(labels)} training images, "
+            f"{args.validation_fraction:.0%} of each class (seed {args.seed})."
+            + (f" Not used: {', '.join(others)} (see --validation-split)." if others else "")
+        )
+        validation, validation_labels = train.select(held), [labels[row] for row in held]
+        train, labels = train.select(rows), [labels[row] for row in rows]
+    return {"rows": train, "labels": labels}, {"rows": validation, "labels": validation_labels}, names
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pairs of pixel values (channels, height, width) and a class index."""
+
+    def __init__(self, rows: datasets.Dataset, labels: list[int], column: str, transform: Callable):
+        self.rows, self.labels, self.column, self.transform = rows, labels, column, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        image = ImageOps.exif_transpose(self.rows[index][self.column]).convert("RGB")
+        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+
+
+def random_view(image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int) -> Image.Image:
+    """A random part of the image, resized to (height, width) and at most 4:3 out of its shape.
+
+    Its area is `scale` to 1 of the image's, or what fits into the image of a part so large.
+    """
+    area = image.width * image.height * random.uniform(scale, 1)
+    ratio = size[1] / size[0] * math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width, height = min(image.width, math.sqrt(area * ratio)), min(image.height, math.sqrt(area / ratio))
+    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    image = image.resize((size[1], size[0]), resample, box=box)
+    return ImageOps.mirror(image) if flip and random.random() < 0.5 else image

@@ -1,0 +1,89 @@
+"""Image classifiers and image processors for a data set's classes, and the optimizer's groups of parameters."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BitImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import focal_hf  # noqa: F401  # makes the Auto classes know "focal"
+
+from .options import Problem, first_line
+
+
+def build_model(
+    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+) -> tuple[PreTrainedModel, BitImageProcessorPil]:
+    """The model, its id2label being the data's classes, and the image processor that goes with it."""
+    source = args.config or args.model
+    if args.config and not Path(args.config).exists():
+        raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        same_labels = args.model and set(config.id2label.values()) == set(names)
+        if not same_labels:  # equal sets keep the checkpoint's order, to which its classifier is trained
+            config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in config.id2label.items()}
+        if args.config:
+            model = AutoModelForImageClassification.from_config(config)
+        else:
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            )
+    except Exception as error:
+        option = "--config" if args.config else "--model"
+        raise Problem(f"Cannot build an image classifier from {option} {source}: {first_line(error)}") from error
+    if getattr(config, "num_channels", 3) != 3:
+        raise Problem(f"{source} takes {config.num_channels} channels; this script feeds colour images (3 channels).")
+
+    if args.model and not same_labels:
+        if not loading["mismatched_keys"] and not loading["missing_keys"]:  # as many classes, but other ones
+            torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)
+            torch.nn.init.zeros_(model.classifier.bias)
+        say(f"{source} knows other classes: its classifier starts anew, with the {len(names)} classes of the data.")
+
+    if args.model:
+        try:
+            return model, AutoImageProcessor.from_pretrained(source)
+        except OSError:
+            say(f"{source} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
+    return model, default_processor(config, args.crop)
+
+
+def input_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images that a model takes."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def default_processor(config: PreTrainedConfig, crop: float) -> BitImageProcessorPil:
+    """Shorter side to image_size / crop, then the central crop; ImageNet's mean and deviation."""
+    height, width = input_size(config)
+    return BitImageProcessorPil(
+        size={"shortest_edge": round(max(height, width) / crop)},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
+
+
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for matrices and kernels; none for biases, norms and tables of positions (as in the paper)."""
+    positions = ("position_embeddings", "relative_position_bias_table")
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and not any(key in name for key in positions)
+            groups[decays].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
