@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, UperNetConfig, UperNetForSemanticSegmentation
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 
+FIRST = "encoder.layers.0.blocks.0.attention.neighborhood"
 BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
 
 
@@ -190,12 +192,30 @@ def test_pooled_tables_that_the_checkpoint_lacks_start_from_the_window(tmp_path,
 def test_topk_takes_no_index_of_another_map(tmp_path):
     """Of the same shape: as many windows of another size, or height and width swapped."""
     for old, new in (({}, {"image_size": 128, "window_size": 8}), ({"image_size": (32, 64)}, {"image_size": (64, 32)})):
-        model = FocalModel(config("topk", focal_levels=(1, 1), **old))
+        model = FocalModel(config("topk", topk=5, **old))
         loaded = FocalModel.from_pretrained(saved(model, tmp_path), **new)
-        index = "encoder.layers.0.blocks.0.attention.neighborhood.nearest_index_0"
-        assert model.state_dict()[index].shape == loaded.state_dict()[index].shape
-        assert torch.equal(loaded.state_dict()[index], FocalModel(loaded.config).state_dict()[index])
-        assert not torch.equal(loaded.state_dict()[index], model.state_dict()[index])
+        fresh = attention_of(FocalModel(loaded.config)).neighborhood
+        for name in ("nearest_index_0", "nearest_index_1"):
+            of_model, of_loaded = (getattr(attention_of(of).neighborhood, name) for of in (model, loaded))
+            assert of_model.shape == of_loaded.shape
+            assert torch.equal(of_loaded, getattr(fresh, name))
+            # Windows lie to one another as before where there are as many, either way.
+            assert torch.equal(of_loaded, of_model) == (name == "nearest_index_1" and "window_size" in new)
+
+
+def test_topk_keeps_an_index_that_breaks_ties_otherwise(tmp_path):
+    model = FocalModel(config("topk", topk=5))
+    neighborhood = attention_of(model).neighborhood
+    for name, side, step, middle in (("nearest_index_0", 16, 4, 2), ("nearest_index_1", 4, 1, 0)):
+        tokens = torch.cartesian_prod(*[torch.arange(side)] * 2)
+        centers = torch.cartesian_prod(*[torch.arange(4) * step + middle] * 2)
+        distance = (tokens - centers[:, None]).square().sum(-1)
+        last_first = (distance * side**2 - torch.arange(side**2)).argsort(dim=1)[:, :5]
+        assert not torch.equal(last_first, getattr(neighborhood, name))
+        setattr(neighborhood, name, last_first)
+    loaded = attention_of(FocalModel.from_pretrained(saved(model, tmp_path))).neighborhood
+    assert torch.equal(loaded.nearest_index_0, neighborhood.nearest_index_0)
+    assert torch.equal(loaded.nearest_index_1, neighborhood.nearest_index_1)
 
 
 def test_absolute_positions_are_those_of_the_model_at_that_size(tmp_path):
@@ -227,8 +247,14 @@ def test_inside_another_model_and_in_bfloat16(tmp_path):
 
 @BOTH
 def test_a_checkpoint_of_another_model_is_refused(attention_type, tmp_path):
-    folder = saved(FocalModel(config(attention_type)), tmp_path)
+    folder = saved(FocalModel(config(attention_type, use_absolute_embeddings=True)), tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         FocalModel.from_pretrained(folder, num_heads=(4, 4), window_size=5)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         FocalModel.from_pretrained(folder, embed_dim=16)
+    weights = load_file(folder / "model.safetensors")
+    table = "embeddings.position_embeddings" if attention_type == "topk" else f"{FIRST}.relative_position_bias_table"
+    weights[table] = torch.zeros(1, 170, 8) if attention_type == "topk" else torch.zeros(170, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        FocalModel.from_pretrained(folder)

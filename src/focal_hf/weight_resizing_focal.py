@@ -162,8 +162,7 @@ class FitFocalWeight(ConversionOps):
         expected = getattr(module, name).shape
         # Indices of another map may have the shape of this one's.
         if tensor.ndim == len(expected) and (tensor.shape != expected or not tensor.is_floating_point()):
-            fitted = self.fitted(tensor, module, name).contiguous()
-            tensor = fitted if fitted.shape == expected else tensor
+            tensor = self.fitted(tensor, module, name).contiguous()
         return {target_patterns[0]: tensor}
 
     @property
