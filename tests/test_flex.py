@@ -60,6 +60,7 @@ def test_hidden_tokens_have_no_part(hidden):
     """However many in a row, and with a bias of its own for every window and head."""
     torch.manual_seed(0)
     module = torch.nn.Module().eval()
+    module.num_heads = 4
     query, bias = torch.randn(3, 4, 49, 8), torch.randn(1, 4, 49, 700)
     key, value = torch.randn(2, 3, 4, 700, 8)
     bias[..., hidden] = -torch.inf

@@ -333,11 +333,17 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: returns the output (batch, queries, heads, head_dim) and the weights."""
+    """Attention written out, of all windows' heads side by side.
+
+    Returns the output (batch, queries, windows · heads, head_dim) and the weights (batch · windows, heads, queries,
+    keys).
+    """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
     weights = nn.functional.softmax(at_least_float32(scores), dim=-1).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    # The output is made of what is returned, so that gradients reach it.
+    weights = weights.unflatten(1, (-1, module.num_heads)).flatten(0, 1)
+    return torch.matmul(weights.view(scores.shape), value).transpose(1, 2).contiguous(), weights
 
 
 def flex_attention_forward(
@@ -398,11 +404,11 @@ class FocalAttention(nn.Module):
     def __init__(self, config: FocalConfig, stage: int, geometry: BlockGeometry):
         super().__init__()
         dim = config.embed_dim * 2**stage
-        num_heads = config.num_heads[stage]
+        self.num_heads = config.num_heads[stage]
         self.config = config
         self.window_size = geometry.window_size
         self.shift_size = geometry.shift_size
-        self.head_dim = dim // num_heads
+        self.head_dim = dim // self.num_heads
         self.scaling = config.qk_scale or self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -416,10 +422,10 @@ class FocalAttention(nn.Module):
             FocalPooling(config, dim, geometry.window_size, geometry.pooled_levels) if geometry.pooled_levels else None
         )
         self.neighborhood = (
-            FocalNeighborhood(num_heads, *geometry)
+            FocalNeighborhood(self.num_heads, *geometry)
             if config.attention_type == "focal"
             else TopkNeighborhood(
-                num_heads,
+                self.num_heads,
                 self.head_dim,
                 geometry.window_size,
                 config.focal_levels[stage],
@@ -466,11 +472,10 @@ class FocalAttention(nn.Module):
                 Of the map's and the pooled tokens, among which the neighbourhood picks.
 
         Returns:
-            The output (batch, height, width, channels) and, where the implementation gives them, the weights
-            (batch · windows, heads, queries, keys).
+            The output (batch, height, width, channels) and, with eager attention, the weights (batch · windows, heads,
+            queries, keys).
         """
-        batch, channels = query.shape[0], query.shape[-1]
-        heads = channels // self.head_dim
+        batch, heads = query.shape[0], self.num_heads
         index, parts = neighborhood
         dropout = self.attention_dropout if self.training else 0.0
 
@@ -498,8 +503,6 @@ class FocalAttention(nn.Module):
         )
         # (batch, queries, windows · heads, head_dim)
         output = output.unflatten(2, head_index.shape[1:3]).transpose(1, 2).reshape(windows.shape)
-        if weights is not None:
-            weights = weights.unflatten(1, head_index.shape[1:3]).flatten(0, 1)
         return output.transpose(2, 3).reshape(query.shape), weights
 
 
