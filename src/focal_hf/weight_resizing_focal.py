@@ -148,6 +148,18 @@ def fitted_index(index: torch.Tensor, module: nn.Module, name: str) -> torch.Ten
     return module.nearest_or_computed(index, level=int(name.rpartition("_")[2]))
 
 
+def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    for beginning, fitted in (
+        ("relative_position_bias_table_to_neighbors", fitted_neighbors),
+        ("relative_position_bias_table_to_windows_", fitted_pooled),
+        ("relative_position_bias_table", fitted_own),
+        ("nearest_index_", fitted_index),
+    ):
+        if name.startswith(beginning):
+            return fitted(tensor, module, name)
+    return tensor
+
+
 class FitFocalWeight(ConversionOps):
     """Gives a tensor of a checkpoint the shape that the model has, by a function of it, its module and its name."""
 
@@ -178,16 +190,13 @@ class SaveAsItIs(ConversionOps):
         return {target_patterns[0]: tensors}
 
 
-# The first that matches is used. Beginnings of names match too, in older versions.
+# Each is a part of names that models of both attention types have: transformers expects to find it in every model.
 register_checkpoint_conversion_mapping(
     FocalConfig.model_type,
     [
         WeightConverter(name, name, [FitFocalWeight(fitted)])
         for name, fitted in (
-            ("relative_position_bias_table_to_neighbors", fitted_neighbors),
-            ("relative_position_bias_table_to_windows_", fitted_pooled),
-            ("relative_position_bias_table", fitted_own),
-            ("neighborhood.nearest_index_", fitted_index),
+            ("attention.neighborhood.", fitted_neighborhood),
             ("attention.pooling.layers.", fitted_pooling),
             ("embeddings.position_embeddings", fitted_positions),
         )
