@@ -1,7 +1,9 @@
 # Each target sets up what it needs, once: `make quickstart` and `make test` work on a fresh machine with Python and make.
 
 PYTHON ?= python3
-VENV ?= .venv
+# Such as `make conformance TRANSFORMERS=5.18.0`: that version of transformers, in an environment of its own.
+TRANSFORMERS ?=
+VENV ?= $(if $(TRANSFORMERS),.venv-transformers-$(TRANSFORMERS),.venv)
 # Any pip requirement for torch, such as `make test TORCH=torch==2.9.1`; empty chooses for this machine (see below).
 TORCH ?=
 
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test conformance lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -24,6 +26,9 @@ quickstart: $(READY)  ## train a small Focal on handwritten digits and show what
 test: lint  ## run the linter and all tests
 	@$(BIN)/python -m pytest
 
+conformance: $(READY)  ## run transformers' own common tests of models on Focal, with Swin as the yardstick
+	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py
+
 lint: $(READY)  ## check style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -33,7 +38,7 @@ format: $(READY)  ## put the code into its format, mending what the linter can
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environment and what the quickstart made
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) .venv-transformers-* quickstart
 
 $(READY): Makefile setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
@@ -42,7 +47,7 @@ $(READY): Makefile setup.cfg pyproject.toml
 	@test -x $(BIN)/python || { echo "Making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(MAKE) --no-print-directory torch VENV=$(VENV) TORCH='$(TORCH)'
 	@echo "Installing this package and what its examples and tests need (minutes the first time)"
-	@$(PIP) install -e '.[test]'
+	@$(PIP) install -e '.[test]' $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
 	@touch $@
 
 # On Linux without an NVIDIA GPU, plain `torch` would bring gigabytes of CUDA. Ask for a build that cannot (+cpu),
