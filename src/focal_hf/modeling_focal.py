@@ -156,8 +156,19 @@ class FocalLayerScale(nn.Module):
 
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     """Zeros at the bottom and right of (..., height, width) maps until both sides are multiples of `multiple`."""
-    bottom, right = -maps.shape[-2] % multiple, -maps.shape[-1] % multiple
-    return nn.functional.pad(maps, (0, right, 0, bottom)) if bottom or right else maps
+    height, width = (-(-side // multiple) * multiple for side in maps.shape[-2:])
+    bottom, right = height - maps.shape[-2], width - maps.shape[-1]
+    # Graphs pad always, so that one of them serves images that need it and those that do not.
+    if torch.compiler.is_compiling() or bottom or right:
+        maps = nn.functional.pad(maps, (0, right, 0, bottom))
+    return maps
+
+
+def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(batch, height, width, channels) maps without what `pad_to_multiple` has added."""
+    maps = maps[:, :height, :width]
+    # Or graphs would differ by whether there was something to crop. They fuse the copy with what follows.
+    return maps.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else maps
 
 
 def half(dimensions: tuple[int, int]) -> tuple[int, int]:
@@ -453,7 +464,7 @@ class FocalAttention(nn.Module):
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
-        return output[:, :input_height, :input_width], weights
+        return cropped(output, input_height, input_width), weights
 
     def attend(
         self,

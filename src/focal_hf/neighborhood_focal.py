@@ -259,14 +259,14 @@ def focal_index(
     ]
 
 
-def nearest_radius(height: int, width: int, count: int) -> int:
-    """The least radius in tokens of a disc that holds `count` of a map's tokens wherever in the map it is centred."""
-    # Fewest lie in a disc at a corner.
-    for radius in range(height + width):
-        inside = sum(min(math.isqrt(radius**2 - row**2) + 1, width) for row in range(min(radius + 1, height)))
-        if inside >= count:
-            return min(radius, max(height, width) - 1)  # which is as far as the map goes
-    raise ValueError(f"A map of {height} by {width} tokens has fewer than {count}.")
+def nearest_radius(height: int, width: int, topk: int) -> int:
+    """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred."""
+    # Fewest lie in a disc at a corner. Where the map is large enough, that one holds a square of `topk` tokens there.
+    # No search for the least: compiled code knows a map's size only as a symbol.
+    side = math.isqrt(topk - 1) + 1
+    if height >= side and width >= side:
+        return side - 1 + side // 2  # a little more than the square's diagonal
+    return max(height, width) - 1  # the whole map
 
 
 def window_centers(windows: int, window_size: int, level: int, device: torch.device) -> torch.Tensor:
@@ -287,8 +287,8 @@ def nearest_index(
     rows, cols = height // window_size, width // window_size
     if level:
         height, width = rows, cols
-    topk = min(topk, height * width)
     radius = nearest_radius(height, width, topk)
+    topk = min(topk, height * width)
 
     # A square around each centre, pushed back into the map, holds them all: no need to search the whole map.
     def spans(centers: torch.Tensor, length: int) -> torch.Tensor:
@@ -299,15 +299,18 @@ def nearest_index(
     center_col = window_centers(cols, window_size, level, device)
     row, col = spans(center_row, height), spans(center_col, width)
     row_distance, col_distance = (row - center_row[:, None]) ** 2, (col - center_col[:, None]) ** 2
-    distance = row_distance[:, None, :, None] + col_distance[None, :, None, :]
-    place = distance.flatten(2).argsort(dim=2, stable=True)[..., :topk]  # in the square, row by row
+    distance = (row_distance[:, None, :, None] + col_distance[None, :, None, :]).flatten(2)
+    # No two alike, the earlier place in the square first: ONNX has no stable sort.
+    places = distance.shape[2]
+    rank = distance * places + torch.arange(places, device=device)
+    place = rank.topk(topk, largest=False).indices
     side = col.shape[1]
     token = (row[:, :1, None] + place // side) * width + col[:, :1] + place % side
     return token.flatten(0, 1)
 
 
 def topk_index(
-    nearest: Sequence[torch.Tensor], height: int, width: int, heads: int, window_size: int
+    nearest: Sequence[torch.Tensor], height: int, width: int, heads: int, window_size: int, topk: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tokens that each window of a map attends to with `attention_type="topk"`.
 
@@ -323,7 +326,7 @@ def topk_index(
     for level, of_level in enumerate(nearest):
         of_level = of_level.unflatten(0, (rows, cols))
         level_height, level_width = (rows, cols) if level else (height, width)
-        radius = nearest_radius(level_height, level_width, of_level.shape[-1])
+        radius = nearest_radius(level_height, level_width, topk)
         center_row = window_centers(rows, window_size, level, of_level.device)[:, None, None]
         center_col = window_centers(cols, window_size, level, of_level.device)[:, None]
         row, col = of_level // level_width - center_row + radius, of_level % level_width - center_col + radius
@@ -338,7 +341,7 @@ def computed_topk_index(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`topk_index` of the nearest tokens as they are computed."""
     nearest = [nearest_index(height, width, window_size, level, topk, device) for level in range(levels)]
-    return topk_index(nearest, height, width, heads, window_size)
+    return topk_index(nearest, height, width, heads, window_size, topk)
 
 
 class RememberingModule(nn.Module):
@@ -507,13 +510,14 @@ class TopkNeighborhood(RememberingModule):
         if (height, width) == self.grid:
             saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
             index, places = self.remembered(
-                lambda *nearest: topk_index(nearest, height, width, self.num_heads, self.window_size), *saved
+                lambda *nearest: topk_index(nearest, height, width, self.num_heads, self.window_size, self.topk),
+                *saved,
             )
         else:
             index, places = computed_topk_index(
                 height, width, self.num_heads, self.window_size, self.levels, self.topk, maps.device
             )
         grids = [(height, width), (height // self.window_size, width // self.window_size)]
-        radii = [nearest_radius(*grid, place.shape[-1]) for grid, place in zip(grids, places, strict=False)]
+        radii = [nearest_radius(*grid, self.topk) for grid in grids[: self.levels]]
         parts = [BiasPart(*part) for part in zip(self.biases(radii, maps), places, strict=True)]
         return Neighborhood(index, parts)
