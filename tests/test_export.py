@@ -1,0 +1,128 @@
+"""torch.compile, torch.export and ONNX: the same answers, in few graphs."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import __version__ as transformers_version
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling
+from test_model import BOTH, pixels, randomized, tiny
+
+BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
+BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
+BLOCK |= {"expand_sizes": (2,), "encoder_stride": 4}
+SIZES = [(36, 40), (40, 52), (64, 33), (50, 70), (100, 100), (33, 65), (128, 64), (72, 45), (90, 91), (40, 41)]
+
+needs_exporters = pytest.mark.skipif(torch.__version__ < "2.11", reason="transformers' exporters need torch 2.11")
+needs_compile = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch 2.6 does not get through transformers' own functions"
+)
+
+
+def values(outputs):
+    """All tensors of a model's output, in order."""
+    return [value for value in torch.utils._pytree.tree_leaves(tuple(outputs.values())) if value is not None]
+
+
+@pytest.fixture
+def graphs():
+    """The number of graphs compiled so far. Falling back to eager, on any side of the compiler, is an error."""
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    torch.compiler.reset()
+
+
+@needs_compile
+@BOTH
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs):
+    """Whatever is asked of a model, which must have been asked before: transformers then installs hooks."""
+    for model_class in (FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone):
+        model = randomized(model_class(tiny(attention_type, **BLOCK)))
+        model.set_attn_implementation(implementation)
+        options = {"output_hidden_states": True, "output_attentions": implementation == "eager"}
+        with torch.no_grad():
+            model(pixels(2, 3, 36, 40), **options)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            found = values(compiled(pixels(2, 3, 36, 40), **options))
+            before = graphs()
+            again = values(compiled(pixels(2, 3, 36, 40) + 1, **options))
+            assert graphs() == before
+            torch.testing.assert_close(found, values(model(pixels(2, 3, 36, 40), **options)), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(again, values(model(pixels(2, 3, 36, 40) + 1, **options)), rtol=1e-5, atol=1e-5)
+    assert graphs() == 3
+
+
+@needs_compile
+@BOTH
+def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
+    """Forward and backward, with the optimizer's changes between."""
+    # Unless it is told, transformers' loss writes into the config what problem this is, and compiles again.
+    config = tiny(attention_type, **BLOCK, problem_type="single_label_classification")
+    model, twin = (randomized(FocalForImageClassification(config)).train() for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    labels = torch.tensor([1, 4])
+    for trained, called in ((model, compiled), (twin, twin)):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            called(pixels(2, 3, 36, 40) + step, labels=labels).loss.backward()
+            optimizer.step()
+    assert graphs() == 1
+    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
+@needs_compile
+@BOTH
+def test_few_graphs_for_images_of_many_sizes(attention_type, graphs):
+    """More sizes than the graphs that PyTorch keeps, whether or not they are whole patches and windows."""
+    model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK)))
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    assert len(SIZES) > torch._dynamo.config.recompile_limit
+    with torch.no_grad():
+        for height, width in SIZES:
+            images = pixels(2, 3, height, width)
+            torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
+    assert graphs() <= {"focal": 1, "topk": 4}[attention_type]
+
+
+def called(exported, images):
+    """The outputs of what an exporter gave: itself callable from transformers 5.23, before a program of PyTorch's."""
+    if hasattr(exported, "components"):
+        return values(exported(pixel_values=images))
+    program = exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported
+    outputs = program(pixel_values=images)
+    return list(outputs) if isinstance(outputs, tuple | list) else values(outputs)
+
+
+@needs_exporters
+@BOTH
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_class", [FocalForImageClassification, FocalBackbone])
+@pytest.mark.parametrize("exporter", [DynamoExporter, OnnxExporter])
+def test_exports_serve_any_batch(attention_type, implementation, model_class, exporter, tmp_path):
+    if exporter is OnnxExporter:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    model = randomized(model_class(tiny(attention_type, **BLOCK)))
+    model.set_attn_implementation(implementation)
+    # It is padded, and not the size of the config.
+    sample = {"pixel_values": pixels(2, 3, 36, 45)}
+    exported = exporter().export(model, sample, exporter_config(exporter)(dynamic_shapes=BATCH))
+    if transformers_version >= "5.23":
+        from transformers.exporters.base import ExportedModel
+
+        exported.save_pretrained(tmp_path)
+        exported = ExportedModel.from_pretrained(tmp_path)
+    for batch in (2, 5, 1):
+        images = pixels(batch, 3, 36, 45)
+        with torch.no_grad():
+            torch.testing.assert_close(called(exported, images), values(model(images)), rtol=1e-4, atol=1e-4)
+
+
+def exporter_config(exporter):
+    return OnnxConfig if exporter is OnnxExporter else DynamoConfig
