@@ -260,13 +260,17 @@ def focal_index(
 
 
 def nearest_radius(height: int, width: int, topk: int) -> int:
-    """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred."""
-    # Fewest lie in a disc at a corner. Where the map is large enough, that one holds a square of `topk` tokens there.
-    # No search for the least: compiled code knows a map's size only as a symbol.
-    side = math.isqrt(topk - 1) + 1
-    if height >= side and width >= side:
-        return side - 1 + side // 2  # a little more than the square's diagonal
-    return max(height, width) - 1  # the whole map
+    """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred.
+
+    Not by searching the least one: compiled code knows a map's size only as a symbol.
+    """
+    # Fewest lie in a disc at a corner: of that quarter of a disc at least as many as its area.
+    radius = math.ceil(math.sqrt(4 * topk / math.pi))
+    shorter, longer = min(height, width), max(height, width)
+    if shorter > radius:
+        return radius
+    # Where it would leave the map, a rectangle across the map holds them.
+    return min(longer, shorter + -(-topk // shorter) - 1) - 1
 
 
 def window_centers(windows: int, window_size: int, level: int, device: torch.device) -> torch.Tensor:
