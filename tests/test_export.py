@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import __version__ as transformers_version
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
@@ -113,7 +114,7 @@ def test_exports_serve_any_batch(attention_type, implementation, model_class, ex
     # It is padded, and not the size of the config.
     sample = {"pixel_values": pixels(2, 3, 36, 45)}
     exported = exporter().export(model, sample, exporter_config(exporter)(dynamic_shapes=BATCH))
-    if transformers_version >= "5.23":
+    if Version(transformers_version) >= Version("5.23"):
         from transformers.exporters.base import ExportedModel
 
         exported.save_pretrained(tmp_path)

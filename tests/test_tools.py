@@ -206,8 +206,10 @@ def test_other_channels_and_other_classes(attention_type, channels, tmp_path):
 
 def prepare(folder, attention_type):
     """A model, its image processor and a picture, by the names that the documentation uses."""
-    one_stage = {"depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,), "expand_sizes": (2,)}
-    model = randomized(FocalForImageClassification(tiny(attention_type, **one_stage)))
+    # Small, but of as many stages as the documentation's.
+    stages = {"depths": (1,) * 4, "num_heads": (2,) * 4, "focal_levels": (2,) * 4, "focal_windows": (3,) * 4}
+    stages |= {"embed_dim": 4, "expand_sizes": (2,) * 4}
+    model = randomized(FocalForImageClassification(tiny(attention_type, **stages)))
     model.save_pretrained(folder / "focal-tiny")
     BitImageProcessorPil(
         size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -237,7 +239,7 @@ def test_examples_of_the_documentation_run(tmp_path):
     """One after another in one process, as they are printed."""
     pytest.importorskip("onnxruntime")
     blocks = re.findall(r"(<!--[^\n]*-->\n)?```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     try:
         import torchao  # noqa: F401
     except ImportError:
