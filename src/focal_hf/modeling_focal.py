@@ -608,7 +608,7 @@ class FocalPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FocalStage"]  # noqa: RUF012
+    _no_split_modules = ["FocalEmbeddings", "FocalLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True

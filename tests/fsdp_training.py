@@ -1,0 +1,64 @@
+"""Trains under FSDP2 and stops in the middle, in processes that test_distributed.py starts: FOLDER ATTENTION_TYPE."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from test_distributed import STEPS, batch, model_and_optimizer
+
+folder, attention_type = Path(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo")
+rank, processes = dist.get_rank(), dist.get_world_size()
+
+
+def sharded():
+    """The model, in the blocks that it declares, and its optimizer."""
+    torch.manual_seed(0)
+    model, _ = model_and_optimizer(attention_type)
+    mesh = dist.init_device_mesh("cpu", (processes,))
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh)
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(blocks) + 1 > 3
+    assert all(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        images, labels = batch(step)
+        mine = slice(rank * len(labels) // processes, (rank + 1) * len(labels) // processes)
+        loss = model(images[mine], labels=labels[mine]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.detach_())
+        if rank == 0:
+            print(step, loss.item() / processes, flush=True)
+
+
+model, optimizer = sharded()
+half = STEPS // 2
+train(model, optimizer, range(half))
+of_model, of_optimizer = get_state_dict(model, optimizer)
+checkpoint.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "checkpoint")
+
+model, optimizer = sharded()
+of_model, of_optimizer = get_state_dict(model, optimizer)
+checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "checkpoint")
+set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+train(model, optimizer, range(half, STEPS))
+whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    model.save_pretrained(folder / "model", state_dict=whole)
+dist.destroy_process_group()

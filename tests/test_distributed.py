@@ -1,0 +1,55 @@
+"""Training in several real processes, without a GPU, through PyTorch's own engines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from focal_hf import FocalForImageClassification
+from test_model import BOTH, tiny
+
+STEPS = 4
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 3, 36, 40, generator=generator), torch.arange(4)
+
+
+def model_and_optimizer(attention_type):
+    torch.manual_seed(0)
+    config = tiny(attention_type, drop_path_rate=0.0, use_absolute_embeddings=True, use_shift=True)
+    model = FocalForImageClassification(config).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+@BOTH
+def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
+    """Two processes, stopped and resumed in the middle, train what one process trains, and save it for everyone."""
+    script = Path(__file__).with_name("fsdp_training.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [*command, str(script), str(tmp_path), attention_type],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    model, optimizer = model_and_optimizer(attention_type)
+    losses = []
+    for step in range(STEPS):
+        images, labels = batch(step)
+        loss = model(images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert [float(line.split()[1]) for line in run.stdout.splitlines()] == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+    loaded = FocalForImageClassification.from_pretrained(tmp_path / "model")
+    for (name, value), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
