@@ -5,7 +5,6 @@ Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from common.data import Pictures, check_pictures, random_view, read_data
 from common.files import check_output, save_model, write_results
 from common.models import build_model, decay_groups, input_size
-from common.options import Problem, fraction, positive
+from common.options import Problem, fraction, positive, stop
 
 EXAMPLES = """\
 examples:
@@ -251,12 +250,7 @@ def main() -> None:
     try:
         train(args, accelerator)
     except Problem as problem:
-        # All processes meet the same problem and one should report it. It ends the others by failing; where it is not
-        # the one in trouble, the others speak for themselves.
-        if not accelerator.is_main_process:
-            time.sleep(5)
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        stop(problem, accelerator.is_main_process)
     accelerator.end_training()
 
 

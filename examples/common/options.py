@@ -2,7 +2,10 @@
 
 import argparse
 import math
+import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class Problem(Exception):
@@ -34,3 +37,13 @@ def first_line(error: Exception) -> str:
     """An error's first line of text: what libraries write after it is advice that does not fit here."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def stop(problem: Problem, is_main_process: bool) -> NoReturn:
+    """Show the problem and end this process."""
+    # All processes meet the same problem and one should report it. It ends the others by failing; where it is not the
+    # one in trouble, the others speak for themselves.
+    if not is_main_process:
+        time.sleep(5)
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(1)
