@@ -14,23 +14,32 @@ from PIL import Image, ImageOps
 from .options import Problem, first_line
 
 
-def load_splits(name: str) -> datasets.DatasetDict:
-    """The splits of a folder of images or of a data set on the Hub."""
+def load_splits(name: str, streaming: bool = False, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """The splits of a folder of images, of Parquet or WebDataset shards, or of a data set on the Hub.
+
+    `options` go to `datasets.load_dataset` and outweigh what is chosen here.
+    """
     folder = Path(name).expanduser()
     if folder.is_file():
         raise Problem(f"--data {name} is a file: give a folder of images or the name of a data set on the Hub.")
     if folder.is_dir():
-        # drop_labels=False: by default a single class, or classes at different depths, would silently have no labels.
-        source = {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
-        suffixes = {*Image.registered_extensions(), ".zip", ".tar", ".gz"}
-        if not any(file.suffix.lower() in suffixes for file in folder.rglob("*")):
-            raise Problem(f"No images found in --data {name}: expected {name}/train/CLASS/*.png, *.jpg or the like.")
+        suffixes = {file.suffix.lower() for file in folder.rglob("*")}
+        if suffixes & {*Image.registered_extensions(), ".zip", ".gz"}:
+            # drop_labels=False: by default, one class alone or classes at different depths would silently lose them.
+            source = {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+        elif suffixes & {".parquet", ".tar"}:
+            source = {"path": "parquet" if ".parquet" in suffixes else "webdataset", "data_dir": str(folder)}
+        else:
+            raise Problem(
+                f"No images found in --data {name}: expected {name}/train/CLASS/*.png, *.jpg or the like, or shards, "
+                f"{name}/train-*.parquet or *.tar (WebDataset)."
+            )
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise Problem(f"No such folder: --data {name}. Give an existing folder or the name of a data set on the Hub.")
     else:
         source = {"path": name}
     try:
-        return datasets.load_dataset(**source)
+        return datasets.load_dataset(**source | options, streaming=streaming)
     except Exception as error:
         where = "as a folder of images" if folder.is_dir() else "(no such folder here, nor a readable Hub data set)"
         raise Problem(f"Cannot read --data {name} {where}: {first_line(error)}") from error
