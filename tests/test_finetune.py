@@ -1,7 +1,6 @@
 """examples/: real processes that train a tiny Focal on pictures in folders, and what they say to bad input."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,42 +16,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from common.data import random_view
 from common.files import save_model
 from common.models import decay_groups, default_processor
-from focal_hf import FocalConfig, FocalForImageClassification
+from example_runs import COLOURS, EXAMPLES, LAUNCH, TWO_PROCESSES, draw_pictures, run_example, tiny_config
+from focal_hf import FocalForImageClassification
 from hub_server import serve
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-FINETUNE = str(EXAMPLES / "finetune.py")
-BIN = Path(sys.executable).parent
-LAUNCH = [str(BIN / "accelerate"), "launch", "--quiet", "--cpu", "--num_processes", "1"]
-TWO_PROCESSES = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-
-COLOURS = {"red": (220, 40, 30), "green": (30, 200, 50), "blue": (40, 60, 210)}
-
-
-def draw_pictures(folder: Path, counts: dict[str, int]) -> Path:
-    """Plain pictures of 20 x 26 pixels, FOLDER/CLASS/NUMBER.png."""
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            shade = tuple(min(255, channel + 3 * number) for channel in COLOURS[name])
-            Image.new("RGB", (20, 26), shade).save(folder / name / f"{number}.png")
-    return folder
-
-
-def tiny_config(**changes) -> FocalConfig:
-    settings = {
-        "image_size": 16,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": (1, 1),
-        "num_heads": (1, 2),
-        "window_size": 4,
-        "focal_levels": (2, 2),
-        "focal_windows": (3, 1),
-        "expand_sizes": (2, 2),
-        "encoder_stride": 4,
-    }
-    return FocalConfig(**settings | changes)
 
 
 @pytest.fixture
@@ -76,15 +42,7 @@ def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(
         *arguments: object, launcher: tuple | list = (sys.executable,), hub: str | None = None
     ) -> subprocess.CompletedProcess:
-        network = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub")} if hub else {"HF_HUB_OFFLINE": "1"}
-        environment = os.environ | {
-            **network,
-            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        command = [*launcher, FINETUNE, "--workers", "0", *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return run_example("finetune.py", *arguments, folder=tmp_path, launcher=launcher, hub=hub)
 
     return run
 
