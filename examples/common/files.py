@@ -10,6 +10,12 @@ from transformers import BitImageProcessorPil, PreTrainedModel
 from .options import Problem
 
 
+def check_new(option: str, folder: Path) -> None:
+    """Refuse a folder that holds something."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Problem(f"{option} {folder} exists and is not an empty folder: name another one.")
+
+
 def check_output(args: argparse.Namespace) -> None:
     """Refuse an output folder whose content would be lost by mistake."""
     folder = args.output

@@ -10,11 +10,13 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     BitImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import ModelOutput
 
 import focal_hf  # noqa: F401  # makes the Auto classes know "focal"
 
@@ -58,6 +60,54 @@ def build_model(
         except OSError:
             say(f"{source} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
     return model, default_processor(config, args.crop)
+
+
+def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A model with all its weights from --model, and its image processor."""
+    try:
+        model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except Exception as error:
+        raise Problem(f"Cannot load --model {name} and its image processor: {first_line(error)}") from error
+    if getattr(model.config, "num_channels", 3) != 3:
+        raise Problem(
+            f"{name} takes {model.config.num_channels} channels; this script feeds colour images (3 channels)."
+        )
+    # Backbones have norms of their own, which leave the maps of a checkpoint without them merely normalised.
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("hidden_states_norms."))
+    if missing:
+        raise Problem(
+            f"--model {name} lacks weights that {type(model).__name__} needs: {', '.join(missing[:3])}. Its answers "
+            "would be random."
+        )
+    return model.eval(), processor
+
+
+def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
+    """Make the views of a processor `pixels` on their shorter side; their shape and the share cut off stay the same."""
+    crops = getattr(processor, "do_center_crop", False)
+    side = min(dict(processor.crop_size if crops else processor.size).values())
+    for name in ("size", "crop_size") if crops else ("size",):
+        setattr(
+            processor,
+            name,
+            {key: round(value * pixels / side) for key, value in dict(getattr(processor, name)).items()},
+        )
+
+
+@torch.no_grad()
+def try_out(model: PreTrainedModel, processor: BaseImageProcessor, name: str) -> tuple[ModelOutput, list[int]]:
+    """What the model makes of two plain images, one wide and one high, and the size at which it sees them."""
+    images = [Image.new("RGB", size) for size in ((300, 200), (200, 300))]
+    views = [processor(image, return_tensors="pt")["pixel_values"][0].to(model.device) for image in images]
+    try:
+        return model(pixel_values=torch.stack(views)), list(views[0].shape[-2:])
+    except Exception as error:
+        shapes = " and ".join(f"{view.shape[-2]} x {view.shape[-1]}" for view in views)
+        raise Problem(
+            f"--model {name} cannot take the images of {shapes} pixels that its image processor makes of a wide and a "
+            f"high one: {first_line(error)}"
+        ) from error
 
 
 def input_size(config: PreTrainedConfig) -> tuple[int, int]:

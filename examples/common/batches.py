@@ -1,0 +1,115 @@
+"""Batches that several processes share out among them, of any data set."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import BaseImageProcessor
+
+from .data import load_splits
+from .options import Problem, first_line
+
+
+def load_split(
+    name: str, split: str | None, preferred: tuple[str, ...] = (), streaming: bool = False, **options
+) -> datasets.Dataset | datasets.IterableDataset:
+    """One split of what --data names; `options` are those of `datasets` for folders of images.
+
+    Without `split`, the first of the `preferred` that is there; else all of a folder of images, or the only split.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(file.suffix in (".parquet", ".tar") for file in folder.rglob("*")):
+        if split and not (folder / split).is_dir():
+            raise Problem(f"--data {name} has no folder called {split}: see --split.")
+        found = [split] if split else [choice for choice in preferred if (folder / choice).is_dir()]
+        # Named as one split: a class called "train" would otherwise be taken for one.
+        options = {"data_files": {"images": "**"}} | options
+        return load_splits(str(folder.joinpath(*found[:1])), streaming, **options)["images"]
+
+    splits = load_splits(name, streaming)
+    if split and split not in splits:
+        raise Problem(f"--data {name} has no split called {split}, only {', '.join(splits)}: see --split.")
+    found = [split] if split else [choice for choice in preferred if choice in splits]
+    if not found and len(splits) > 1:
+        raise Problem(f"--data {name} has several splits: choose one of {', '.join(splits)} with --split.")
+    return splits[found[0] if found else next(iter(splits))]
+
+
+def check_columns(
+    name: str, data: datasets.Dataset | datasets.IterableDataset, image: str, label: str | None
+) -> datasets.Features:
+    """What the columns hold, after a look whether those of images and labels are there."""
+    for option, column in (("--image-column", image), ("--label-column", label)):
+        if column and column not in data.features:
+            raise Problem(
+                f"--data {name} has no column {column}; its columns are {', '.join(data.features)}. "
+                f"Name the right one with {option}."
+            )
+    if not isinstance(data.features[image], datasets.Image) and "binary" not in str(data.features[image]):
+        raise Problem(f"Column {image} of --data {name} holds no images: see --image-column.")
+    return data.features
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Batches of pictures, each picture in exactly one, and the same for any number of processes and workers.
+
+    The data is cut into `count` pieces, a stream at the borders of its files, and a batch is of one piece only. This
+    yields the batches of some `pieces`; those of a piece come in order, the last one marked. A picture that cannot be
+    read is left out and named.
+    """
+
+    def __init__(
+        self,
+        data: datasets.Dataset | datasets.IterableDataset,
+        columns: tuple[str, str | None],
+        processor: BaseImageProcessor,
+        batch_size: int,
+        count: int,
+        pieces: list[int],
+        folder: Path,
+    ):
+        self.image_column, self.label_column = columns
+        self.data = data.cast_column(self.image_column, datasets.Image(decode=False))
+        self.processor, self.batch_size, self.count, self.pieces = processor, batch_size, count, pieces
+        self.folder = f"{folder.resolve()}{os.sep}"
+
+    def bounds(self, piece: int) -> tuple[int, int]:
+        """The rows of a piece where the data is no stream."""
+        return len(self.data) * piece // self.count, len(self.data) * (piece + 1) // self.count
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        if isinstance(self.data, datasets.IterableDataset):  # its pieces can only be read one after the other
+            for piece in self.pieces[first::step]:
+                start = 0
+                for rows in self.data.shard(num_shards=self.count, index=piece).iter(self.batch_size):
+                    yield self.batch(piece, start, rows)
+                    start += self.batch_size
+                yield self.batch(piece, start, {self.image_column: []}, last=True)
+        else:
+            ranges = [
+                (piece, start, min(start + self.batch_size, self.bounds(piece)[1]))
+                for piece in self.pieces
+                for start in range(*self.bounds(piece), self.batch_size)
+            ]
+            for piece, start, stop in ranges[first::step]:
+                yield self.batch(piece, start, self.data[start:stop], last=stop == self.bounds(piece)[1])
+
+    def batch(self, piece: int, start: int, rows: dict, last: bool = False) -> dict:
+        names, views, labels, unreadable = [], [], [], []
+        for row, cell in enumerate(rows[self.image_column]):
+            name = (cell["path"] or f"{piece}:{start + row}").removeprefix(self.folder)
+            try:
+                image = datasets.Image().decode_example(cell).convert("RGB")
+            except Exception as error:  # of Pillow, each format has its own
+                unreadable.append(f"{name} ({first_line(error)})")
+                continue
+            names.append(name)
+            views.append(self.processor(image, return_tensors="pt")["pixel_values"][0])
+            if self.label_column:
+                labels.append(rows[self.label_column][row])
+        pixels = {"pixel_values": torch.stack(views)} if views else {}
+        return {"piece": piece, "last": last, "names": names, "labels": labels, "unreadable": unreadable, **pixels}

@@ -1,0 +1,371 @@
+"""Measure an image classifier, Focal or any other of transformers, on a folder of images or a data set from the Hub.
+
+Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and examples/README.md.
+"""
+
+import argparse
+import csv
+import datetime
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import matplotlib
+
+matplotlib.use("Agg")  # draws into a file, on machines without a screen too
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging
+
+from common.batches import Batches, check_columns, load_split
+from common.files import check_new, write_results
+from common.models import load_trained, resize_views, try_out
+from common.options import Problem, positive, stop
+
+EXAMPLES = """\
+examples:
+  ImageNet's validation images, in one folder for each WordNet id:
+    accelerate launch examples/evaluate.py --model focal-tiny --data imagenet/val
+
+  your own pictures, with the accuracy of every class as a table and a picture:
+    accelerate launch examples/evaluate.py --model my_model --data my_images --report report
+
+  a data set from the Hub, read without storing it, by two GPUs in bfloat16:
+    accelerate launch --num_processes 2 --mixed_precision bf16 examples/evaluate.py --model focal-tiny \\
+        --data ILSVRC/imagenet-1k --streaming --labels-by-number
+
+  at another image size than the model's own:
+    accelerate launch examples/evaluate.py --model focal-tiny --data imagenet/val --image-size 288
+"""
+
+IMAGENET_CLASSES = 1000
+FEW_CLASSES = 50  # of so many and fewer, the picture shows all
+NAMED = 12  # of more, so many of the worst and of the best
+BLUE = "#2456c8"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="NAME", help="a folder or a name on the Hub")
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        metavar="N",
+        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME",
+        help="a folder FOLDER/CLASS/*.png or FOLDER/SPLIT/CLASS/*.png, one of Parquet or WebDataset files, or a data "
+        "set's name on the Hub",
+    )
+    group.add_argument(
+        "--split", metavar="NAME", help="default: validation, val or test, the first that the data has; else all of it"
+    )
+    group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
+    group.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
+    group.add_argument(
+        "--labels-by-number",
+        action="store_true",
+        help="the data's class numbers are the model's, whatever the two call them (default: classes go by name, "
+        "ImageNet's WordNet ids by their order)",
+    )
+    group.add_argument("--streaming", action="store_true", help="read while evaluating, store nothing on disk")
+    group.add_argument(
+        "--strict", action="store_true", help="stop at a picture that cannot be read (default: name it and go on)"
+    )
+
+    group = parser.add_argument_group("result")
+    group.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write results.json, classes.csv and classes.png into this folder, which must be new or empty",
+    )
+
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
+    )
+    group.add_argument(
+        "--workers",
+        type=positive(int, or_zero=True),
+        default=4,
+        metavar="N",
+        help="helpers of each process that read images, or 0 (default: 4)",
+    )
+    return parser.parse_args()
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def by_name(args: argparse.Namespace, names: list[str], labels: list[str]) -> dict[str, int]:
+    """The model's class for each class name of the data."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    several = {label for label, count in Counter(labels).items() if count > 1}
+    unknown = [name for name in names if name not in numbers or name in several]
+    if not unknown:
+        return numbers
+    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+        if len(names) == len(labels) == IMAGENET_CLASSES:
+            return {name: number for number, name in enumerate(sorted(names))}
+        raise Problem(
+            f"The classes of --data {args.data} are {len(names)} WordNet ids, and --model {args.model} has "
+            f"{len(labels)} classes: ids mean ImageNet's {IMAGENET_CLASSES} classes in the ids' order, which takes "
+            f"{IMAGENET_CLASSES} of both. Name the folders as the model's classes, as in {labels[0]!r}."
+        )
+    raise Problem(
+        f"{len(unknown)} of the {len(names)} classes of --data {args.data} are not among those of --model "
+        f"{args.model}: {', '.join(unknown[:5])}; it knows {', '.join(labels[:5])}{', ...' * (len(labels) > 5)}. Name "
+        "them alike, or add --labels-by-number if both have the same classes in the same order."
+    )
+
+
+def match_labels(
+    args: argparse.Namespace,
+    data: datasets.Dataset | datasets.IterableDataset,
+    feature: datasets.ClassLabel | datasets.Value,
+    labels: list[str],
+) -> dict[str | int, int]:
+    """The model's class for each value of the label column."""
+    numbers = {number: number for number in range(len(labels))}
+    if isinstance(feature, datasets.ClassLabel):
+        if not args.labels_by_number:
+            classes = by_name(args, feature.names, labels)
+            return {number: classes[name] for number, name in enumerate(feature.names)}
+        if feature.num_classes != len(labels):
+            raise Problem(
+                f"--labels-by-number needs the same classes on both sides: --data {args.data} has "
+                f"{feature.num_classes}, --model {args.model} {len(labels)}."
+            )
+        return numbers
+    if "int" in str(feature.dtype):
+        names = all(label.isdigit() for label in labels) and not args.labels_by_number
+        return {int(label): number for number, label in enumerate(labels)} if names else numbers
+    if args.labels_by_number:
+        raise Problem(f"--labels-by-number: column {args.label_column} of --data {args.data} has no numbers, but text.")
+    # What names a stream holds is only known at its end.
+    return by_name(args, labels if args.streaming else sorted(data.unique(args.label_column)), labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndarray, dict, list[str]]:
+    """One row an image (class, answer, whether the class is among the best five, loss), results, and class names."""
+    if args.report:
+        check_new("--report", args.report)
+    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+        model, processor = load_trained(args.model, AutoModelForImageClassification)
+        data = load_split(args.data, args.split, ("validation", "val", "test"), args.streaming, drop_labels=False)
+    features = check_columns(args.data, data, args.image_column, args.label_column)
+    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    classes = match_labels(args, data, features[args.label_column], labels)
+    if args.image_size:
+        resize_views(processor, args.image_size)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    _, image_size = try_out(model, processor, args.model)
+
+    count = data.num_shards if args.streaming else math.ceil(len(data) / args.batch_size)
+    batches = Batches(
+        data,
+        (args.image_column, args.label_column),
+        processor,
+        args.batch_size,
+        count,
+        list(range(accelerator.process_index, count, accelerator.num_processes)),
+        Path(args.data).expanduser(),
+    )
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    started, rows, unreadable = time.perf_counter(), [], []
+    with tqdm(
+        total=None if args.streaming else len(data) // accelerator.num_processes,
+        unit="image",
+        desc="main process" if accelerator.num_processes > 1 else None,
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        for batch in loader:
+            if args.strict and batch["unreadable"]:
+                raise Problem(f"Not a readable image: {batch['unreadable'][0]}. Repair or remove it.")
+            unreadable += batch["unreadable"]
+            if not batch["names"]:
+                continue
+            for name, label in zip(batch["names"], batch["labels"], strict=True):
+                if label not in classes:
+                    raise Problem(
+                        f"{name} in --data {args.data} has the label {label}, which --model {args.model} does not "
+                        f"know; it knows {', '.join(map(str, list(classes)[:5]))}{', ...' * (len(classes) > 5)}. (Test "
+                        "splits on the Hub often have no labels but -1.)"
+                    )
+            pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+            logits = model(pixel_values=pixel_values).logits.float().cpu()
+            truth = torch.tensor([classes[label] for label in batch["labels"]])
+            best = logits.topk(min(5, len(labels))).indices
+            losses = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+            rows.append(np.column_stack((truth, best[:, 0], (best == truth[:, None]).any(1), losses)))
+            bar.update(len(truth))
+    rows = np.concatenate(gather_object([np.concatenate(rows or [np.empty((0, 4))])]))
+    unreadable = sorted(gather_object(unreadable))
+    seconds = time.perf_counter() - started
+    if not len(rows):
+        raise Problem(f"No readable images in --data {args.data}." + "".join(f" {item}" for item in unreadable[:1]))
+
+    results = {
+        "model": args.model,
+        "data": args.data,
+        "split": args.split,
+        "image_size": image_size,
+        "images": len(rows),
+        "unreadable": unreadable,
+        "top1": (rows[:, 0] == rows[:, 1]).mean(),
+        "top5": rows[:, 2].mean() if len(labels) >= 5 else None,
+        "loss": math.fsum(rows[:, 3]) / len(rows),  # the same in whatever order the processes finish
+        "images_per_second": round(len(rows) / seconds, 2),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+    }
+    return rows, results, labels
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def of_each_class(rows: np.ndarray, labels: list[str]) -> list[dict]:
+    """The classes that have images, in the model's order."""
+    classes = []
+    for number in np.unique(rows[:, 0]).astype(int):
+        own = rows[rows[:, 0] == number]
+        wrong, counts = np.unique(own[own[:, 1] != number, 1].astype(int), return_counts=True)
+        classes.append(
+            {
+                "class": labels[number],
+                "images": len(own),
+                "top1": (own[:, 1] == number).mean(),
+                "top5": own[:, 2].mean() if len(labels) >= 5 else "",
+                "most frequent wrong answer": labels[wrong[counts.argmax()]] if len(wrong) else "",
+            }
+        )
+    return classes
+
+
+def bars(axes, classes: list[dict], title: str) -> None:
+    """The accuracy of each class as a bar with its name, worst first."""
+    axes.barh(range(len(classes)), [100 * row["top1"] for row in classes], color=BLUE)
+    axes.set_yticks(range(len(classes)), [short(row["class"]) for row in classes])
+    axes.set(xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5), xlabel="top-1 (%)")
+    axes.set_title(title, loc="left")
+
+
+def short(name: str) -> str:
+    """The first of the synonyms that ImageNet's names are lists of."""
+    name = name.split(", ")[0]
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def confusion(axes, rows: np.ndarray, labels: list[str]) -> None:
+    """What share of each class was taken for which, the classes without images of their own as one column."""
+    numbers = np.unique(rows[:, 0])
+    columns = [rows[:, 1] == number for number in numbers]
+    names = [short(labels[int(number)]) for number in numbers]
+    others = ~np.isin(rows[:, 1], numbers)
+    shares = [
+        [(rows[:, 0] == number)[answered].sum() / (rows[:, 0] == number).sum() for answered in [*columns, others]]
+        for number in numbers
+    ]
+    width = len(names) + bool(others.any())
+    axes.imshow(100 * np.array(shares)[:, :width], cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    if len(names) <= 12:
+        for row, column in np.ndindex(len(names), width):
+            share = shares[row][column]
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(width), [*names, "any other"][:width], rotation=90 if len(names) > 5 else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="answer", ylabel="class")
+    axes.set_title("answers to the pictures of each class (%)", loc="left")
+
+
+def draw(file: Path, classes: list[dict], rows: np.ndarray, labels: list[str], summary: str) -> None:
+    """Few classes: the accuracy of each, and what is taken for what. Many: all in order, the worst and best named."""
+    ordered = sorted(classes, key=lambda row: row["top1"])
+    few = len(classes) <= FEW_CLASSES
+    height = 3 + 0.25 * len(classes) if few else 6.5
+    figure, (left, right) = plt.subplots(1, 2, figsize=(height + 8 if few else 13, height), layout="constrained")
+    figure.suptitle(summary, x=0.01, ha="left")
+    if few:
+        bars(left, ordered, "every class, worst first")
+        confusion(right, rows, labels)
+    else:
+        left.fill_between(range(len(ordered)), [100 * row["top1"] for row in ordered], color=BLUE)
+        left.set(xlim=(0, len(ordered) - 1), ylim=(0, 100), xlabel="classes, worst first", ylabel="top-1 (%)")
+        left.set_title(f"all {len(ordered)} classes", loc="left")
+        bars(right, ordered[:NAMED] + ordered[-NAMED:], f"the {NAMED} worst and the {NAMED} best")
+        right.axhline(NAMED - 0.5, color="black", linewidth=1)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def report(folder: Path, rows: np.ndarray, results: dict, labels: list[str], summary: str) -> None:
+    """results.json comes last: where it is, the rest is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes = of_each_class(rows, labels)
+    with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(classes[0]))
+        table.writeheader()
+        table.writerows(classes)
+    draw(folder / "classes.png", classes, rows, labels, summary)
+    write_results(folder, results)
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Waiting is no failure here: a process whose pictures are all measured waits for the slowest.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
+    logging.disable_progress_bar()
+    if not accelerator.is_local_main_process:
+        datasets.disable_progress_bars()
+    try:
+        rows, results, labels = measure(args, accelerator)
+        if accelerator.is_main_process:
+            unreadable = results["unreadable"]
+            for item in unreadable:
+                print(f"Not a readable image, left out: {item}")
+            top5 = "" if results["top5"] is None else f"top-5 {100 * results['top5']:.2f} %, "
+            summary = f"{args.model} on {args.data}: top-1 {100 * results['top1']:.2f} %, {top5}loss "
+            summary += (
+                f"{results['loss']:.4f}; {results['images']} images of {' x '.join(map(str, results['image_size']))}"
+            )
+            print(
+                f"{summary} pixels, {results['images_per_second']} a second, {results['processes']} process(es)"
+                f"{f'; {len(unreadable)} left out' if unreadable else ''}."
+            )
+            if args.report:
+                report(args.report, rows, results, labels, summary + " pixels")
+    except Problem as problem:
+        stop(problem, accelerator.is_main_process)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
