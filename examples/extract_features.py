@@ -1,0 +1,316 @@
+"""Write what a model sees in each picture, as vectors, to Parquet files: for search, clustering, or a small classifier.
+
+Plain Accelerate and PyTorch; Focal or any other model of transformers that takes images. Run it again after an
+interruption: it goes on with the files that are not there yet. See `--help` and examples/README.md.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from common.batches import Batches, check_columns, load_split
+from common.models import load_trained, resize_views, try_out
+from common.options import Problem, first_line, positive, stop
+
+EXAMPLES = """\
+examples:
+  one vector a picture, of a folder of pictures:
+    accelerate launch examples/extract_features.py --model focal-tiny --data my_images --output features
+
+  the mean of the maps of two stages, by two GPUs in bfloat16:
+    accelerate launch --num_processes 2 --mixed_precision bf16 examples/extract_features.py --model focal-tiny \\
+        --data my_images --output features --features stage2 stage4
+
+  WebDataset files, read once and not stored again, one file of features for each:
+    accelerate launch examples/extract_features.py --model focal-tiny --data my_tars --streaming --output features \\
+        --image-column jpg --label-column cls
+"""
+
+IMAGES_PER_SHARD = 2000
+MOST_SHARDS = 1000  # of a stream; one of an image folder has a file for each picture
+SETTINGS = b"extract_features"  # the key under which a shard carries the settings it was made with
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="NAME", help="a folder or a name on the Hub")
+    group.add_argument(
+        "--features",
+        nargs="+",
+        default=["pooled"],
+        metavar="NAME",
+        help="pooled, what the classifier of the model gets (default), or stages such as stage2 stage4: the mean of "
+        "each one's map, as the model's backbone gives it",
+    )
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        metavar="N",
+        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME",
+        help="a folder of images, with a folder for each class or without, one of Parquet or WebDataset files, or a "
+        "data set's name on the Hub",
+    )
+    group.add_argument("--split", metavar="NAME", help="default: all of a folder of images, or the only split")
+    group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
+    group.add_argument(
+        "--label-column", metavar="NAME", help="copied to the features (default: label, if there is one)"
+    )
+    group.add_argument("--streaming", action="store_true", help="read while extracting, store nothing else on disk")
+    group.add_argument(
+        "--strict", action="store_true", help="stop at a picture that cannot be read (default: name it and go on)"
+    )
+
+    group = parser.add_argument_group("result")
+    group.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the Parquet files go")
+    group.add_argument(
+        "--shards",
+        type=positive(int),
+        metavar="N",
+        help=f"number of files (default: one for every {IMAGES_PER_SHARD} images; of a stream one for each of its own "
+        f"files, at most {MOST_SHARDS})",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="remove features that FOLDER holds and that were made otherwise"
+    )
+
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
+    )
+    group.add_argument(
+        "--workers",
+        type=positive(int, or_zero=True),
+        default=4,
+        metavar="N",
+        help="helpers of each process that read images, or 0 (default: 4)",
+    )
+    args = parser.parse_args()
+    if "pooled" in args.features and len(args.features) > 1:
+        parser.error("argument --features: either pooled or stages, not both")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def load_model(args: argparse.Namespace) -> tuple:
+    """The model that gives the features, and its image processor."""
+    if args.features == ["pooled"]:
+        return load_trained(args.model, AutoModel)
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except Exception as error:
+        raise Problem(f"Cannot load --model {args.model}: {first_line(error)}") from error
+    if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
+        raise Problem(f"--model {args.model}, a {config.model_type}, has no stages: use --features pooled.")
+    unknown = [name for name in args.features if name not in config.stage_names]
+    if unknown:
+        raise Problem(f"--model {args.model} has no {', '.join(unknown)}: it has {', '.join(config.stage_names)}.")
+    args.features = [name for name in config.stage_names if name in args.features]  # in the order of the maps
+    # Not AutoBackbone, which does not look into folders.
+    return load_trained(args.model, MODEL_FOR_BACKBONE_MAPPING[type(config)], out_features=args.features)
+
+
+def vectors_of(args: argparse.Namespace, output: ModelOutput) -> dict[str, torch.Tensor]:
+    """One vector an image for each of --features."""
+    if args.features != ["pooled"]:
+        means = (feature_map.float().mean((2, 3)).cpu() for feature_map in output.feature_maps)
+        return dict(zip(args.features, means, strict=True))
+    if output.get("pooler_output") is None:
+        raise Problem(f"--model {args.model} gives no pooled features.")
+    return {"pooled": output.pooler_output.flatten(1).float().cpu()}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Another for other weights, whatever the folder is called."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def shard_file(folder: Path, number: int, count: int) -> Path:
+    return folder / f"features-{number:05}-of-{count:05}.parquet"
+
+
+def check_shards(args: argparse.Namespace, settings: dict) -> list[Path]:
+    """Shards in the output folder that were made with other settings; refused without --overwrite."""
+    folder, others = args.output, {}
+    if folder.exists() and not folder.is_dir():
+        raise Problem(f"--output {folder} is a file: name a folder.")
+    for file in sorted(folder.glob("features-*-of-*.parquet")):
+        try:
+            made_with = json.loads((pq.read_schema(file).metadata or {}).get(SETTINGS, b"{}"))
+        except (OSError, pa.ArrowException) as error:
+            raise Problem(f"Not a readable Parquet file: {file}. Remove it. ({first_line(error)})") from error
+        if made_with != settings:
+            others[file] = sorted(key for key in settings if made_with.get(key) != settings[key])
+    if others and not args.overwrite:
+        file, differing = next(iter(others.items()))
+        raise Problem(
+            f"{file} was made with other settings ({', '.join(differing)}): name another --output, or add --overwrite "
+            f"to remove the {len(others)} file(s) like it."
+        )
+    return list(others)
+
+
+def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
+    """Written aside, then renamed: a shard that is there is complete."""
+    columns = []
+    for field in schema:
+        if pa.types.is_fixed_size_list(field.type):
+            values = torch.cat([torch.empty(0, field.type.list_size), *rows[field.name]])
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), type=field.type))
+        else:
+            columns.append(pa.array(rows[field.name], type=field.type))
+    aside = file.with_name(f".{file.name}.part")
+    try:
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), aside)
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise Problem(f"Cannot write {file}: {first_line(error)}. Run again to go on from here.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+
+
+@torch.no_grad()
+def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+        model, processor = load_model(args)
+        data = load_split(args.data, args.split, streaming=args.streaming, drop_labels=None)
+    columns = check_columns(args.data, data, args.image_column, args.label_column)
+    label_column = args.label_column or ("label" if "label" in columns else None)
+    if args.image_size:
+        resize_views(processor, args.image_size)
+
+    size, unit = (data.num_shards, "source file(s)") if args.streaming else (len(data), "image(s)")
+    if (args.shards or 1) > size:
+        raise Problem(f"--data {args.data} has {size} {unit}, which cannot be cut into {args.shards or 1} shard(s).")
+    count = args.shards or (min(size, MOST_SHARDS) if args.streaming else math.ceil(size / IMAGES_PER_SHARD))
+    settings = {
+        "model": args.model,
+        "weights": fingerprint(model),
+        "image processor": json.loads(processor.to_json_string()),
+        "features": args.features,
+        "precision": accelerator.mixed_precision,
+        "data": args.data,
+        "split": args.split,
+        "columns": [args.image_column, label_column],
+        "size": f"{size} {unit}",
+        "shards": count,
+    }
+    others = check_shards(args, settings)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    output, _ = try_out(model, processor, args.model)
+    widths = {name: vectors.shape[1] for name, vectors in vectors_of(args, output).items()}
+    number = datasets.Value("float32")
+    # With the features' description, so that reading the files gives classes their names again.
+    schema = datasets.Features(
+        {"path": datasets.Value("string")}
+        | ({"label": columns[label_column]} if label_column else {})
+        | {name: datasets.List(number, length=width) for name, width in widths.items()}
+    ).arrow_schema
+    schema = schema.with_metadata(schema.metadata | {SETTINGS: json.dumps(settings)})
+
+    missing = [
+        shard
+        for shard in range(count)
+        if (file := shard_file(args.output, shard, count)) in others or not file.exists()
+    ]
+    accelerator.wait_for_everyone()  # all have seen the same files
+    if accelerator.is_main_process:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for file in (*others, *args.output.glob(".features-*.part")):
+            file.unlink()
+    accelerator.wait_for_everyone()
+    accelerator.print(f"{count} shard(s), {count - len(missing)} already there; {', '.join(settings['features'])}.")
+
+    batches = Batches(
+        data,
+        (args.image_column, label_column),
+        processor,
+        args.batch_size,
+        count,
+        missing[accelerator.process_index :: accelerator.num_processes],
+        Path(args.data).expanduser(),
+    )
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    unreadable: list[str] = []
+    shards: dict[int, dict[str, list]] = {}  # more than one at a time where several workers read a stream
+    with tqdm(
+        total=None if args.streaming else sum(end - start for start, end in map(batches.bounds, batches.pieces)),
+        unit="image",
+        desc="main process" if accelerator.num_processes > 1 else None,
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        for batch in loader:
+            if args.strict and batch["unreadable"]:
+                raise Problem(f"Not a readable image: {batch['unreadable'][0]}. Repair or remove it, and run again.")
+            unreadable += batch["unreadable"]
+            rows = shards.setdefault(batch["piece"], {name: [] for name in schema.names})
+            if batch["names"]:
+                output = model(pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True))
+                for name, vectors in vectors_of(args, output).items():
+                    rows[name].append(vectors)
+                rows["path"] += batch["names"]
+                if label_column:
+                    rows["label"] += batch["labels"]
+                bar.update(len(batch["names"]))
+            if batch["last"]:
+                write_shard(shard_file(args.output, batch["piece"], count), shards.pop(batch["piece"]), schema)
+    unreadable = sorted(gather_object(unreadable))
+    for item in unreadable:
+        accelerator.print(f"Not a readable image, left out: {item}")
+    images = sum(pq.read_metadata(shard_file(args.output, shard, count)).num_rows for shard in range(count))
+    left_out = f"; {len(unreadable)} left out" if unreadable else ""
+    accelerator.print(f"Features of {images} images are in {args.output}{left_out}.")
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Waiting is no failure here: a process that has written its files waits for the slowest.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a missing weight is an error, and that a classifier is left out no news
+    if not accelerator.is_local_main_process:
+        datasets.disable_progress_bars()
+    try:
+        extract(args, accelerator)
+    except Problem as problem:
+        stop(problem, accelerator.is_main_process)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
