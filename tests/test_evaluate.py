@@ -64,12 +64,12 @@ def read_report(folder: Path) -> tuple[dict, list[dict]]:
 
 def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes(tmp_path):
     """The data has some of the model's classes, in another order; a picture is broken; batches are uneven."""
-    pictures = draw_noise(tmp_path / "data" / "val", {"cat": 9, "dog": 5, "train": 7})
+    pictures = draw_noise(tmp_path / "data [1]*" / "val", {"cat": 9, "dog": 5, "train": 7})
     (pictures / "dog" / "broken.png").write_text("no picture")
     names = ["train", "cat", "a", "dog", "b", "c", "d", "e"]
     model = save_classifier(tmp_path / "model", tiny_config(id2label=dict(enumerate(names))))
 
-    options = ("--model", model, "--data", tmp_path / "data", "--batch-size", 4)
+    options = ("--model", model, "--data", tmp_path / "data [1]*", "--batch-size", 4)
     run = run_example("evaluate.py", *options, "--report", "one", folder=tmp_path)
     assert run.returncode == 0, run.stderr
     results, table = read_report(tmp_path / "one")

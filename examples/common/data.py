@@ -1,6 +1,7 @@
 """Data sets of labelled images: reading them, checking them, and the views of an image that a model is shown."""
 
 import argparse
+import glob
 import math
 import os
 import random
@@ -24,11 +25,12 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
         raise Problem(f"--data {name} is a file: give a folder of images or the name of a data set on the Hub.")
     if folder.is_dir():
         suffixes = {file.suffix.lower() for file in folder.rglob("*")}
+        pattern = glob.escape(str(folder))
         if suffixes & {*Image.registered_extensions(), ".zip", ".gz"}:
             # drop_labels=False: by default, one class alone or classes at different depths would silently lose them.
-            source = {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+            source = {"path": "imagefolder", "data_dir": pattern, "drop_labels": False}
         elif suffixes & {".parquet", ".tar"}:
-            source = {"path": "parquet" if ".parquet" in suffixes else "webdataset", "data_dir": str(folder)}
+            source = {"path": "parquet" if ".parquet" in suffixes else "webdataset", "data_dir": pattern}
         else:
             raise Problem(
                 f"No images found in --data {name}: expected {name}/train/CLASS/*.png, *.jpg or the like, or shards, "
