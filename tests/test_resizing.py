@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, UperNetConfig, UperNetForSemanticSegmentation
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 
@@ -258,3 +259,22 @@ def test_a_checkpoint_of_another_model_is_refused(attention_type, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         FocalModel.from_pretrained(folder)
+
+
+@BOTH
+def test_what_quantised_layers_are_saved_as_is_left_to_their_quantiser(attention_type):
+    """A tensor gets one conversion only. (torchao's own test runs where it is installed: see test_tools.py.)"""
+    model = FocalForImageClassification(config(attention_type))
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert any("pooling" in name for name in linear)
+    for conversion in get_model_conversion_mapping(model, add_legacy=False):
+        for name in (f"{path}.{part}" for path in linear for part in ("_weight_qdata", "_weight_scale", "SCB")):
+            assert conversion.rename_source_key(name) == (name, None)
+
+
+def test_layers_of_another_width_are_made_anew_where_that_is_asked_for(tmp_path):
+    """Biases, too, whose shapes differ without being those of another window."""
+    folder = saved(randomized(FocalModel(config(focal_pool="conv"))), tmp_path)
+    for changes in ({"embed_dim": 16}, {"embed_dim": 16, "window_size": 7}, {"focal_pool": "fc"}):
+        loaded = FocalModel.from_pretrained(folder, ignore_mismatched_sizes=True, **changes)
+        assert loaded.eval()(torch.randn(1, 3, 40, 40)).last_hidden_state.isfinite().all()

@@ -114,16 +114,16 @@ def pooled_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return table.T.unflatten(1, (side, side))[:, along][:, :, along].flatten(1)
 
 
-def fitted_own(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    return resized_square(table.T, getattr(module, name).shape[0]).T
-
-
-def fitted_neighbors(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    return resized_neighbors(table, getattr(module, name).shape)
-
-
-def fitted_pooled(table: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    return resized_square(table, getattr(module, name).shape[1])
+def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+    """A table or an index of a neighbourhood."""
+    shape = getattr(module, name).shape
+    if name.startswith("nearest_index_"):
+        return module.nearest_or_computed(tensor, level=int(name.rpartition("_")[2]))
+    if name.endswith("_to_neighbors"):
+        return resized_neighbors(tensor, shape)
+    if name == "relative_position_bias_table":
+        return resized_square(tensor.T, shape[0]).T
+    return resized_square(tensor, shape[1])  # of pooled tokens
 
 
 def fitted_pooling(weight: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
@@ -144,29 +144,13 @@ def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> t
     return resized_maps(maps, module.patch_grid).flatten(2).transpose(1, 2)
 
 
-def fitted_index(index: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    return module.nearest_or_computed(index, level=int(name.rpartition("_")[2]))
-
-
-def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    for beginning, fitted in (
-        ("relative_position_bias_table_to_neighbors", fitted_neighbors),
-        ("relative_position_bias_table_to_windows_", fitted_pooled),
-        ("relative_position_bias_table", fitted_own),
-        ("nearest_index_", fitted_index),
-    ):
-        if name.startswith(beginning):
-            return fitted(tensor, module, name)
-    return tensor
-
-
 class FitFocalWeight(ConversionOps):
     """Gives a tensor of a checkpoint the shape that the model has, by a function of it, its module and its name."""
 
     def __init__(self, fitted: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]):
         self.fitted = fitted
 
-    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
+    def convert(self, input_dict, full_layer_name, model, **kwargs):
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         path, _, name = full_layer_name.rpartition(".")
@@ -175,7 +159,7 @@ class FitFocalWeight(ConversionOps):
         # Indices of another map may have the shape of this one's.
         if tensor.ndim == len(expected) and (tensor.shape != expected or not tensor.is_floating_point()):
             tensor = self.fitted(tensor, module, name).contiguous()
-        return {target_patterns[0]: tensor}
+        return {full_layer_name: tensor}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -185,19 +169,20 @@ class FitFocalWeight(ConversionOps):
 class SaveAsItIs(ConversionOps):
     """Saves a tensor that loading may have changed."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(self, input_dict, full_layer_name, **kwargs):
         (tensors,) = input_dict.values()
-        return {target_patterns[0]: tensors}
+        return {full_layer_name: tensors}
 
 
-# Each is a part of names that models of both attention types have: transformers expects to find it in every model.
+# Each finds something in models of both attention types, which transformers expects. None finds the parts to which a
+# quantised linear layer is taken when it is saved: a tensor has one conversion, and those need their quantiser's.
 register_checkpoint_conversion_mapping(
     FocalConfig.model_type,
     [
         WeightConverter(name, name, [FitFocalWeight(fitted)])
         for name, fitted in (
-            ("attention.neighborhood.", fitted_neighborhood),
-            ("attention.pooling.layers.", fitted_pooling),
+            (r"attention\.neighborhood\.(relative_position_bias_table|nearest_index_)", fitted_neighborhood),
+            (r"attention\.pooling\.layers\.(\d+\.weight$)", fitted_pooling),
             ("embeddings.position_embeddings", fitted_positions),
         )
     ],
