@@ -127,6 +127,20 @@ def test_int8_weights_by_torchao(attention_type, tmp_path):
     assert torch.equal(logits(again, images), found)
 
 
+@BOTH
+def test_linear_layers_are_given_no_more_dimensions_than_bitsandbytes_takes(attention_type):
+    model = randomized(FocalForImageClassification(tiny(attention_type)))
+    dimensions = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: dimensions.update({name: args[0].ndim}))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        logits(model, pixels(2, 3, 40, 52))
+    assert len(dimensions) > 20
+    assert max(dimensions.values()) <= 3, dimensions
+
+
 def digits(first, last):
     """Some of scikit-learn's, as a plain dataset of pictures of 32 by 32 pixels."""
     data = load_digits()

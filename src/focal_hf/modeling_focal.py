@@ -460,7 +460,8 @@ class FocalAttention(nn.Module):
         if self.pooling is not None:
             tokens = torch.cat([tokens, self.pooling(cut_windows(maps, self.window_size))], dim=1)
         output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
-        output = self.o_proj(output)
+        # As tokens: bitsandbytes' linear layers take no more dimensions.
+        output = self.o_proj(output.flatten(1, 2)).unflatten(1, maps.shape[1:3])
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
