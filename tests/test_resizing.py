@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.testing_utils import CaptureLogger, LoggingLevel
+from transformers.utils import logging
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 
@@ -153,15 +155,19 @@ def test_pooling_keeps_the_sum_of_its_weights(tmp_path):
         assert (bias == 0.25).all()
 
 
-def test_neighbours_that_the_checkpoint_lacks_start_from_the_window(tmp_path, caplog):
+def test_neighbours_that_the_checkpoint_lacks_start_from_the_window(tmp_path):
     """The last stage's map was one window; twice as large, it is four, which look around them."""
     model = randomized(FocalForImageClassification(config(image_size=32)))
-    loaded, info = FocalForImageClassification.from_pretrained(
-        saved(model, tmp_path), image_size=64, output_loading_info=True
-    )
+    with CaptureLogger(logging.get_logger()) as log:
+        loaded, info = FocalForImageClassification.from_pretrained(
+            saved(model, tmp_path), image_size=64, output_loading_info=True
+        )
     names = {f"layers.1.blocks.{block}.attention.neighborhood.relative_position_bias_table" for block in (0, 1)}
     assert info["missing_keys"] == {f"focal.encoder.{name}_to_neighbors" for name in names}
-    assert all(f"{name}_to_neighbors is not in the checkpoint" in caplog.text for name in names)
+    assert all(f"{name}_to_neighbors is not in the checkpoint" in log.out for name in names)
+    with LoggingLevel(logging.ERROR), CaptureLogger(logging.get_logger()) as log:
+        FocalForImageClassification.from_pretrained(tmp_path, image_size=64)
+    assert log.out == ""
 
     neighborhood = loaded.focal.encoder.layers[1].blocks[1].attention.neighborhood
     own = neighborhood.relative_position_bias_table.unflatten(0, (7, 7))
@@ -174,10 +180,11 @@ def test_neighbours_that_the_checkpoint_lacks_start_from_the_window(tmp_path, ca
         assert torch.equal(table[0, :, query, slot], expected), (query, slot)
 
 
-def test_pooled_tables_that_the_checkpoint_lacks_start_from_the_window(tmp_path, caplog):
+def test_pooled_tables_that_the_checkpoint_lacks_start_from_the_window(tmp_path):
     model = randomized(FocalModel(config(focal_levels=(1, 1), focal_pool="mean")))
-    loaded = FocalModel.from_pretrained(saved(model, tmp_path), focal_levels=(2, 2))
-    assert "relative_position_bias_table_to_windows_0 is not in the checkpoint" in caplog.text
+    with CaptureLogger(logging.get_logger()) as log:
+        loaded = FocalModel.from_pretrained(saved(model, tmp_path), focal_levels=(2, 2))
+    assert "relative_position_bias_table_to_windows_0 is not in the checkpoint" in log.out
     neighborhood = attention_of(loaded).neighborhood
     own = neighborhood.relative_position_bias_table.unflatten(0, (7, 7))
     (table,) = neighborhood.pooled_tables()

@@ -31,7 +31,8 @@ from .neighborhood_focal import (
 )
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 
-logger = logging.get_logger(__name__)
+# Below transformers' own logger, so that its verbosity holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
 TOKENS_PER_PIECE = 1024  # of an MLP
