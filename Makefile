@@ -24,7 +24,7 @@ quickstart: $(READY)  ## train a small Focal on handwritten digits and show what
 	@$(BIN)/python examples/quickstart.py
 
 test: lint  ## run the linter and all tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 conformance: $(READY)  ## run transformers' own common tests of models on Focal, with Swin as the yardstick
 	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py
