@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from common.data import random_view
 from common.files import save_model
 from common.models import decay_groups, default_processor
+from common.options import Problem
 from example_runs import COLOURS, EXAMPLES, LAUNCH, TWO_PROCESSES, draw_pictures, run_example, tiny_config
 from focal_hf import FocalForImageClassification
 from hub_server import serve
@@ -247,7 +248,7 @@ def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
     save_model(tmp_path / "out", model, processor, {"epoch": 1})
     kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     torch.nn.init.ones_(model.classifier.weight)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Problem, match="No space left"):
         save_model(tmp_path / "out", model, FullDisk(), {"epoch": 2})
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
 
@@ -334,7 +335,7 @@ def class_without_training_images(tmp_path: Path) -> list[str]:
 
 def broken_image(tmp_path: Path) -> list[str]:
     (tmp_path / "data" / "train" / "red" / "broken.png").write_text("no picture")
-    return []
+    return ["--strict"]
 
 
 def unknown_label_column(tmp_path: Path) -> list[str]:

@@ -5,11 +5,10 @@ import glob
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
-import torch
 from PIL import Image, ImageOps
 
 from .options import Problem, first_line
@@ -70,14 +69,14 @@ def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], lis
     return sorted(train), sorted(held)
 
 
-def check_pictures(split: datasets.Dataset, column: str) -> None:
+def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
     """Open every file of a local folder as far as its header, so that a broken one is found now and not hours later."""
     for cell in split.cast_column(column, datasets.Image(decode=False))[column]:
         if cell["path"] and os.path.isfile(cell["path"]):
             try:
                 Image.open(cell["path"]).close()
-            except OSError as error:
-                raise Problem(f"Not a readable image: {cell['path']}. Repair or remove it.") from error
+            except OSError:
+                yield cell["path"]
 
 
 def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
@@ -128,21 +127,9 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
     return {"rows": train, "labels": labels}, {"rows": validation, "labels": validation_labels}, names
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pairs of pixel values (channels, height, width) and a class index."""
-
-    def __init__(self, rows: datasets.Dataset, labels: list[int], column: str, transform: Callable):
-        self.rows, self.labels, self.column, self.transform = rows, labels, column, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict:
-        image = ImageOps.exif_transpose(self.rows[index][self.column]).convert("RGB")
-        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
-
-
-def random_view(image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int) -> Image.Image:
+def random_view(
+    image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int, random: random.Random = random
+) -> Image.Image:
     """A random part of the image, resized to (height, width) and at most 4:3 out of its shape.
 
     Its area is `scale` to 1 of the image's, or what fits into the image of a part so large.

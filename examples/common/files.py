@@ -3,11 +3,13 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import BitImageProcessorPil, PreTrainedModel
 
-from .options import Problem
+from .options import Problem, first_line
 
 
 def check_new(option: str, folder: Path) -> None:
@@ -22,9 +24,16 @@ def check_output(args: argparse.Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise Problem(f"--output {folder} is a file: name a folder that is new or empty.")
     if folder.is_dir() and any(folder.iterdir()):
+        if args.resume:
+            if not (folder / "checkpoints").is_dir() and not (folder / "last").is_dir():
+                raise Problem(f"--output {folder} holds nothing to --resume: name the folder of the stopped run.")
+            return
         if not args.overwrite:
-            raise Problem(f"--output {folder} exists and is not empty: name another folder, or add --overwrite.")
-        if not (folder / "config.json").is_file():
+            raise Problem(
+                f"--output {folder} exists and is not empty: name another folder, or add --overwrite. To go on with a "
+                "run that was stopped there, add --resume."
+            )
+        if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
             raise Problem(f"--output {folder} holds something else than a model: --overwrite will not delete that.")
         if any(Path(source).resolve().is_relative_to(folder.resolve()) for source in (args.data, args.config or "/")):
             raise Problem(f"--output {folder} contains the --data or --config of this run: name another folder.")
@@ -36,17 +45,32 @@ def write_results(folder: Path, results: dict) -> None:
     aside.replace(folder / "results.json")
 
 
-def save_model(folder: Path, model: PreTrainedModel, processor: BitImageProcessorPil, results: dict) -> None:
-    """Write everything aside, then rename: whenever the run is stopped, a folder that is there is complete."""
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: BitImageProcessorPil,
+    results: dict,
+    weights: dict | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write everything aside, then move file by file: wherever the run is stopped, what is there can be loaded.
+
+    Of one run, no file but that of the weights differs in what a model does, and a folder gets its config last.
+    """
     folder = folder.resolve()
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    write_results(aside, results)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, state_dict=weights)
+        processor.save_pretrained(aside)
+        add(aside)
+        write_results(aside, results)
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"Cannot save the model ({first_line(error)}); what {folder} holds is as it was.") from error
+    for file in sorted(aside.rglob("*"), key=lambda file: file.name == "config.json"):
+        if file.is_file():
+            place = folder / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    shutil.rmtree(aside)

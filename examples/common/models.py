@@ -1,9 +1,11 @@
 """Image classifiers and image processors for a data set's classes, and the optimizer's groups of parameters."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import torch
 from PIL import Image
 from transformers import (
@@ -24,9 +26,15 @@ from .options import Problem, first_line
 
 
 def build_model(
-    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+    args: argparse.Namespace,
+    names: list[str],
+    say: Callable[[str], None],
+    adjust: Callable[[PreTrainedConfig], None] = lambda config: None,
 ) -> tuple[PreTrainedModel, BitImageProcessorPil]:
-    """The model, its id2label being the data's classes, and the image processor that goes with it."""
+    """The model, its id2label being the data's classes, and the image processor that goes with it.
+
+    `adjust` may change the config before the model is built.
+    """
     source = args.config or args.model
     if args.config and not Path(args.config).exists():
         raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
@@ -36,6 +44,7 @@ def build_model(
         if not same_labels:  # equal sets keep the checkpoint's order, to which its classifier is trained
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
+        adjust(config)
         if args.config:
             model = AutoModelForImageClassification.from_config(config)
         else:
@@ -128,12 +137,59 @@ def default_processor(config: PreTrainedConfig, crop: float) -> BitImageProcesso
     )
 
 
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices and kernels; none for biases, norms and tables of positions (as in the paper)."""
+def stages_of(model: PreTrainedModel, option: str) -> list[torch.nn.Module]:
+    """The stem and the stages, for an option that needs to know them."""
+    base = model.base_model
+    if not hasattr(base, "embeddings") or not hasattr(getattr(base, "encoder", None), "layers"):
+        raise Problem(f"{option} is for models with stages, as Focal and Swin are; {model.config.model_type} has none.")
+    return [base.embeddings, *base.encoder.layers]
+
+
+def freeze(model: PreTrainedModel, stages: int) -> None:
+    """Fix the stem and the first `stages` stages."""
+    parts = stages_of(model, "--freeze")
+    if stages >= len(parts):
+        raise Problem(f"--freeze {stages} is more stages than the {len(parts) - 1} that the model has.")
+    for part in parts[: stages + 1]:
+        part.requires_grad_(False)
+
+
+def add_adapters(model: PreTrainedModel, rank: int) -> peft.PeftModel:
+    """LoRA beside the linear layers of attention and MLPs; of the rest, only the classifier still learns."""
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "query", "key", "value"}
+    layers = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    if not layers & names:
+        raise Problem(f"--lora knows no layer of {model.config.model_type} to adapt.")
+    settings = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=sorted(layers & names), modules_to_save=["classifier"]
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def decay_groups(
+    model: torch.nn.Module, weight_decay: float, rate: float = 0.0, layer_decay: float = 1.0
+) -> list[dict]:
+    """Weight decay for matrices and kernels; none for biases, norms and tables of positions (as in the paper).
+
+    With `layer_decay` below 1, the learning rate is `rate` for the classifier and its norm, and for each block before
+    them `layer_decay` times that of the block after it; the stem comes before the first block.
+    """
     positions = ("position_embeddings", "relative_position_bias_table")
-    groups: dict[bool, list] = {True: [], False: []}
+    depths = list(model.config.depths) if layer_decay != 1 else []
+    groups: dict[tuple[bool, int], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(".bias") and not any(key in name for key in positions)
-            groups[decays].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+            from_top = sum(depths) + 1
+            if layer_decay == 1 or not (".encoder." in name or ".embeddings." in name):
+                from_top = 0
+            elif place := re.search(r"\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name):
+                stage = int(place[1])
+                block = int(place[2]) if place[2] else depths[stage] - 1
+                from_top = sum(depths[stage:]) - block
+            groups.setdefault((decays, from_top), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        | ({"lr": rate * layer_decay**from_top} if layer_decay != 1 else {})
+        for (decays, from_top), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]

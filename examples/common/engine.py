@@ -1,0 +1,245 @@
+"""The training loop: Accelerate, whatever the engine below it, with checkpoints from which a run goes on exactly."""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .loading import Loader, Order, seed_of
+from .options import Problem, first_line
+
+
+@dataclass
+class Progress:
+    """How far a run is; a part of its checkpoints."""
+
+    epoch: int = 0
+    step: int = 0  # of this epoch
+    loss: float = 0.0  # summed over this epoch's images so far
+    history: list[dict] = field(default_factory=list)
+    best: dict | None = None
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """What a run needs to go on, in FOLDER/step_N: the latest is complete at any time.
+
+    `settings` are what the result follows from: a run does not go on with others.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, settings: dict):
+        self.accelerator, self.folder, self.settings = accelerator, folder, json.loads(json.dumps(settings))
+
+    def latest(self) -> Path | None:
+        return max(self.folder.glob("step_*"), default=None)
+
+    def save(self, step: int) -> None:
+        """Write aside, then rename, and only then remove the one before."""
+        aside = self.folder / "part"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(aside))
+            if self.accelerator.is_main_process:
+                (aside / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        except Exception as error:  # torch and safetensors have their own for a full disk
+            latest = self.latest()
+            kept = f"{latest} is whole: --resume goes on from it" if latest else "there is none yet to go on from"
+            raise Problem(f"Cannot save a checkpoint in {self.folder} ({first_line(error)}); {kept}.") from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            earlier = list(self.folder.glob("step_*"))
+            aside.rename(self.folder / f"step_{step:09}")
+            for folder in earlier:
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> bool:
+        """Go back to the latest one. Returns whether there is one."""
+        latest = self.latest()
+        if latest is None:
+            return False
+        saved = json.loads((latest / "settings.json").read_text())
+        changed = [
+            f"{name} was {saved.get(name)} and is now {self.settings.get(name)}"
+            for name in {**saved, **self.settings}
+            if saved.get(name) != self.settings.get(name)
+        ]
+        if changed:
+            raise Problem(
+                f"{self.folder.parent} cannot go on with other settings: {'; '.join(changed)}. Give the earlier ones "
+                "with --resume, or start anew with --overwrite or another --output."
+            )
+        self.accelerator.load_state(str(latest))
+        return True
+
+    def remove(self) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Training:
+    """A model, all that changes it, and how far it is.
+
+    Args:
+        schedule (`Callable[[Optimizer, int], LRScheduler]`):
+            Makes the learning rate's schedule for the optimizer, given the number of all steps.
+        settings (`dict`):
+            What the result follows from, by the names that users know.
+        ema (`float`, *optional*):
+            Decay of the weights' moving average. It is what `trained` then gives.
+        save_every (`int`, *optional*):
+            Steps between checkpoints within an epoch; one is written after each epoch in any case.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable,
+        order: Order,
+        loader: Loader,
+        *,
+        epochs: int,
+        output: Path,
+        settings: dict,
+        clip: float,
+        ema: float | None = None,
+        save_every: int | None = None,
+    ):
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if ema and sharded:
+            raise Problem(f"--ema keeps whole weights, and {accelerator.distributed_type.value} shards them.")
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks a loader of Accelerate's for this
+            settings_of_deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
+        self.accelerator, self.order, self.loader = accelerator, order, loader
+        self.epochs, self.clip, self.save_every = epochs, clip, save_every
+        self.progress = Progress()
+        # Not prepared: Accelerate would step it once per process, where here a step is one of all processes together.
+        self.scheduler = schedule(optimizer, order.steps * epochs)
+        self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(self.progress, self.scheduler)
+        if self.average:
+            accelerator.register_for_checkpointing(self.average)
+        self.checkpoints = Checkpoints(accelerator, output / "checkpoints", settings)
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """The model to evaluate."""
+        return self.average.module if self.average else self.model
+
+    def weights(self) -> tuple[torch.nn.Module, dict]:
+        """The model to save, and its weights; all processes must call this together."""
+        if self.average:
+            return self.average.module, self.average.module.state_dict()
+        return self.accelerator.unwrap_model(self.model), self.accelerator.get_state_dict(self.model)
+
+    def run(
+        self,
+        loss_function: Callable[[torch.nn.Module, dict], torch.Tensor],
+        evaluate: Callable[[torch.nn.Module], dict],
+        merit: Callable[[dict], tuple],
+        describe: Callable[[dict], str],
+        save: Callable[[dict, bool], None],
+    ) -> None:
+        """Train to the end.
+
+        Args:
+            loss_function: the mean loss over the images of a batch.
+            evaluate: what is measured after an epoch.
+            merit: of what was measured; the greatest is the best.
+            describe: the same in words.
+            save: called by all processes after each epoch with the results so far, and whether the model is the best.
+        """
+        accelerator, progress = self.accelerator, self.progress
+        bar = tqdm(
+            total=self.order.steps * self.epochs,
+            initial=progress.epoch * self.order.steps + progress.step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            smoothing=0.05,
+        )
+        while progress.epoch < self.epochs:
+            started = time.perf_counter()
+            train_loss = self.train_epoch(loss_function, bar)
+            if not math.isfinite(train_loss):
+                raise Problem(
+                    f"The loss became {train_loss} in epoch {progress.epoch + 1}: lower --learning-rate, or leave fp16."
+                )
+            measured = evaluate(self.trained)
+            entry = {"epoch": progress.epoch + 1, "train_loss": train_loss, **measured}
+            progress.history.append(entry)
+            better = progress.best is None or merit(entry) > merit(progress.best)
+            progress.best = entry if better else progress.best
+            save({"best": progress.best, "processes": accelerator.num_processes, "history": progress.history}, better)
+            rate = self.scheduler.get_last_lr()[-1]
+            accelerator.log({"learning_rate": rate, **entry}, step=entry["epoch"] * self.order.steps)
+            if accelerator.is_main_process:
+                bar.write(
+                    f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "
+                    f"{time.perf_counter() - started:.1f} s{'  saved' if better else ''}"
+                )
+            progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+            self.checkpoints.save(progress.epoch * self.order.steps)
+        bar.close()
+
+    def train_epoch(self, loss_function: Callable, bar: tqdm) -> float:
+        """The rest of an epoch. Returns its mean loss."""
+        accelerator, progress, order = self.accelerator, self.progress, self.order
+        self.model.train()
+        order.start(progress.epoch, progress.step)
+        batches = iter(self.loader)
+        total = torch.tensor(progress.loss, device=accelerator.device)
+        for step in range(progress.step, order.steps):
+            # Whatever is drawn in this step, on any device, follows from this: nothing of it needs to be saved.
+            set_seed(seed_of(order.seed, "step", progress.epoch, step, accelerator.process_index))
+            share, seen = order.share(step), 0
+            while seen < share:
+                batch = next(batches)
+                images = len(batch["pixel_values"])
+                seen += images
+                accelerator.sync_gradients = seen == share
+                with contextlib.nullcontext() if seen == share else accelerator.no_sync(self.model):
+                    loss = loss_function(self.model, batch) * images
+                    # Accelerate divides by the number of batches in a step, which here may differ in their sizes.
+                    accelerator.backward(loss * (accelerator.gradient_accumulation_steps / share))
+                total += loss.detach()
+            accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps until it has found its scale
+                self.scheduler.step()
+                if self.average:
+                    self.average.update_parameters(accelerator.unwrap_model(self.model))
+            bar.update()
+            progress.step = step + 1
+            done = progress.epoch * order.steps + progress.step
+            if self.save_every and done % self.save_every == 0 and progress.step < order.steps:
+                progress.loss = accelerator.reduce(total, "mean").item()
+                total.fill_(progress.loss)
+                self.checkpoints.save(done)
+        return accelerator.reduce(total, "sum").item() / order.images
+
+    def unreadable(self) -> list[str]:
+        """The images that could not be read so far, of all processes."""
+        return sorted(set(gather_object(self.loader.broken)))

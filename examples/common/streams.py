@@ -1,0 +1,73 @@
+"""Data sets that are read as they go by, for those that exceed the disk."""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from .batches import check_columns
+from .data import load_splits
+from .loading import seed_of
+from .options import Problem
+
+BUFFER = 1000  # images among which a stream is shuffled
+
+
+class Stream:
+    """Undecoded images with their classes' names, in the order of the shards or shuffled."""
+
+    def __init__(self, rows: datasets.IterableDataset, args: argparse.Namespace, names: list[str]):
+        self.rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
+        self.columns, self.names, self.seed = (args.image_column, args.label_column), names, args.seed
+
+    def labelled(self, rows: datasets.IterableDataset) -> Iterator[tuple[dict, str]]:
+        image, label = self.columns
+        for row in rows:
+            value = row[label]
+            yield row[image], self.names[value] if isinstance(value, int) else str(value)
+
+    def once(self) -> Iterator[tuple[dict, str]]:
+        return self.labelled(self.rows)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[dict, str]]:
+        """Without an end: where it has none left, it begins anew in another order."""
+        for again in itertools.count():
+            seed = seed_of(self.seed, "order", epoch, again)
+            yield from self.labelled(self.rows.shuffle(seed=seed, buffer_size=BUFFER))
+
+
+def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[str]]:
+    """To train on and to validate on, the number of training images, and the classes' names in order."""
+    splits = load_splits(args.data, streaming=True)
+    for split in ("train", args.validation_split):
+        if split not in splits:
+            raise Problem(
+                f"--data {args.data} has no split called {split}, only {', '.join(splits)}; nothing can be held out "
+                "of a stream: see --validation-split."
+            )
+    train, validation = (
+        split if split.features is not None else split._resolve_features()
+        for split in (splits["train"], splits[args.validation_split])
+    )
+    check_columns(args.data, train, args.image_column, args.label_column)
+    feature = train.features[args.label_column]
+    if args.classes:
+        names = [line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()]
+    elif isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    else:
+        raise Problem(
+            f"Column {args.label_column} of --data {args.data} does not tell its classes, and a stream is not read in "
+            "advance: name a file with one class a line by --classes, in the order of their numbers."
+        )
+    if len(names) < 2:
+        raise Problem(
+            f"--data {args.data} has only one class ({names[0]}) to train on: a classifier needs at least two."
+        )
+    known = (train.info.splits or {}).get("train")
+    images = args.train_images or (known and known.num_examples)
+    if not images:
+        raise Problem(f"--data {args.data} does not tell how many images it has: say so by --train-images.")
+    return Stream(train, args, names), Stream(validation, args, names), images, names
