@@ -226,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rand-augment",
         type=not_negative,
         metavar="M",
-        help=f"two random operations of kornia's RandAugment, of strength M below 30 {defaults_of('rand_augment')}",
+        help=f"up to two random operations of RandAugment, of strength M below 10 {defaults_of('rand_augment')}",
     )
     group.add_argument(
         "--color-jitter",
@@ -279,7 +279,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Refuse what contradicts itself, before anything is read."""
-    for name, limit in (("rand_augment", 30), ("label_smoothing", 1), ("drop_path", 1), ("erasing", 1.0001)):
+    for name, limit in (("rand_augment", 10), ("label_smoothing", 1), ("drop_path", 1), ("erasing", 1.0001)):
         value = getattr(args, name)
         if value is not None and value >= limit:
             raise Problem(f"--{name.replace('_', '-')} {value:g} is too much: it must be below {limit:g}.")

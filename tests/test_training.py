@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from common.loading import IGNORED
+from common.models import default_processor
+from common.recipe import Augmentation
 from example_runs import EXAMPLES, TWO_PROCESSES, tiny_config
 from test_finetune import results
 
@@ -62,7 +67,15 @@ class Run:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
         self.process = subprocess.Popen(
-            [*launcher, str(EXAMPLES / "finetune.py"), "--workers", "0", "--learning-rate", "5e-3", *map(str, arguments)],
+            [
+                *launcher,
+                str(EXAMPLES / "finetune.py"),
+                "--workers",
+                "0",
+                "--learning-rate",
+                "5e-3",
+                *map(str, arguments),
+            ],
             env=environment,
             cwd=place,
             stdout=subprocess.PIPE,
@@ -176,3 +189,76 @@ def test_processes_and_batches_divide_the_same_work(place, two_processes):
     assert expected[0] > 1.1 * expected[-2]  # it learns
     assert curve(two_processes) == pytest.approx(expected, abs=1e-5)
     assert curve(place / "two_batches" / "out") == pytest.approx(expected, abs=1e-5)
+
+
+def augmentation(**settings) -> Augmentation:
+    """Of nothing but `settings`, for 8 classes, without normalising."""
+    nothing = dict.fromkeys(("mixup", "cutmix", "rand_augment", "color_jitter", "erasing"), 0.0)
+    processor = default_processor(tiny_config(), crop=1.0)
+    processor.do_normalize = False
+    processor.rescale_factor = 1 / 255
+    return Augmentation(Namespace(**nothing | settings), processor, classes=8)
+
+
+LABELS = torch.arange(8)
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}], ids="+".join)
+def test_targets_are_the_shares_of_the_mixed_images(settings):
+    """Of image k, channel k is one and all others are zero. One image could not be read."""
+    torch.manual_seed(0)
+    mix = augmentation(**settings)
+    images = torch.eye(8)[:, :, None, None].expand(8, 8, 16, 16)
+    seen = []
+    for _ in range(20):
+        pixels, targets = mix(images, LABELS)
+        torch.testing.assert_close(pixels.mean((2, 3)), targets, atol=1e-5, rtol=0)
+        seen.append(targets)
+        blended = ((pixels > 0) & (pixels < 1)).any()
+        assert blended == ("mixup" in settings) or len(settings) == 2
+    seen = torch.stack(seen)
+    assert ((seen > 0) & (seen < 1)).any(-1).float().mean() > 0.5  # most are mixed
+    assert 0.2 < seen.diagonal(dim1=1, dim2=2).mean() < 0.8
+
+    _, targets = mix(images, LABELS.where(LABELS != 3, IGNORED))
+    assert targets[:, 3].eq(0).all()
+    assert targets.sum() < 8
+
+
+def test_each_augmentation_changes_what_it_says():
+    torch.manual_seed(0)
+    ramp = torch.linspace(0.2, 0.8, 32)
+    images = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.full((32, 32), 0.5)]).repeat(
+        8, 1, 1, 1
+    )
+
+    same, targets = augmentation()(images, LABELS)
+    torch.testing.assert_close(same, images)
+    assert targets.equal(torch.eye(8))
+
+    shares = []
+    for _ in range(40):
+        pixels, _ = augmentation(erasing=0.5)(images, LABELS)
+        erased = (pixels == 0).all(1)
+        assert pixels.where(erased[:, None], images).equal(pixels)
+        assert torch.where(erased[:, None], images, pixels).equal(images)
+        shares += [share for share in erased.float().mean((1, 2)).tolist() if share]
+    assert 120 < len(shares) < 200  # half of 320
+    assert 0.01 < min(shares) < 0.06
+    assert 0.25 < max(shares) < 0.36
+
+    jittered, _ = augmentation(color_jitter=0.4)(images, LABELS)
+    assert (jittered - images).abs().amax((1, 2, 3)).min() > 0.01
+    assert jittered.min() >= 0
+    assert jittered.max() <= 1
+
+    unchanged, groups = 0, set()
+    randomly = augmentation(rand_augment=9.0)
+    for _ in range(40):
+        pixels, _ = randomly(images, LABELS)
+        assert pixels.isfinite().all()
+        assert -1e-6 < pixels.min() <= pixels.max() < 1 + 1e-6
+        unchanged += pixels.equal(images)
+        groups.add(round(pixels.mean().item(), 4))
+    assert 2 < unchanged < 22  # a quarter, and what no operation changes
+    assert len(groups) > 12

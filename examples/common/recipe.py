@@ -1,6 +1,7 @@
 """Recipes: what is done to images, labels, weights and the learning rate in training. Augmentation is kornia's."""
 
 import argparse
+import math
 from collections.abc import Callable
 
 import kornia.augmentation as augment
@@ -49,6 +50,7 @@ RECIPES = {"fine-tuning": FINE_TUNING, "paper": PAPER}
 
 # Images for which RandAugment draws the same operations: kornia has one draw for all images that it is given.
 DRAWN_TOGETHER = 8
+SHEAR = math.degrees(math.atan(0.3)) / 180  # of 0.3 pixels a pixel, in kornia's measure
 
 
 def defaults_of(name: str) -> str:
@@ -93,6 +95,24 @@ def schedule(
     )
 
 
+def operations(strength: float, sign: int) -> list:
+    """The original's operations for RandAugment as they are at a strength, whose greatest is 10.
+
+    Colour, contrast, brightness and sharpness grow with `sign` 1 and shrink with -1; kornia itself draws other signs.
+    """
+    share = strength / 10
+    fixed = dict.fromkeys(("color", "contrast", "sharpness"), 1 + 0.9 * share * sign)
+    # Kornia adds brightness, where the original multiplies by a factor of up to 1.9: that would leave white and black.
+    fixed["brightness"] = 1 + 0.3 * share * sign
+    fixed |= {"posterize": 4 - int(4 * share), "solarize": 1 - share, "solarize_add": 0.43 * share}
+    symmetric = {"rotate": 30, "shear_x": SHEAR, "shear_y": SHEAR, "translate_x": 0.45, "translate_y": 0.45}
+    return [
+        *([(name, 0, 1)] for name in ("auto_contrast", "equalize", "invert")),
+        *([(name, value, value)] for name, value in fixed.items()),
+        *([(name, -share * limit, share * limit)] for name, limit in symmetric.items()),
+    ]
+
+
 class Augmentation:
     """Batches of pixels in 0 … 1 to what the model sees, and class indices to targets (batch, classes).
 
@@ -102,7 +122,11 @@ class Augmentation:
     def __init__(self, args: argparse.Namespace, processor: BitImageProcessorPil, classes: int):
         self.classes = classes
         self.mixup, self.cutmix = args.mixup, args.cutmix
-        self.rand_augment = RandAugment(n=2, m=args.rand_augment) if args.rand_augment else None
+        # Of two operations, each is done with a probability of a half, as in the original. Strength is in the policy:
+        # nearly kornia's greatest leaves it as it is.
+        self.rand_augment = args.rand_augment and [
+            [RandAugment(count, 29.999, operations(args.rand_augment, sign)) for sign in (-1, 1)] for count in (1, 2)
+        ]
         jitter = args.color_jitter
         self.color_jitter = augment.ColorJitter(jitter, jitter, jitter) if jitter else None
         shapes = {"scale": (0.02, 1 / 3), "ratio": (0.3, 1 / 0.3)}
@@ -111,6 +135,10 @@ class Augmentation:
         self.mix = augment.RandomMixUpV2(**both)
         self.cut = augment.RandomCutMixV2(beta=args.cutmix or None, use_correct_lambda=True, **both)
         self.processor = processor
+
+    def some_operations(self, pixels: torch.Tensor) -> torch.Tensor:
+        count, sign = int(torch.randint(2, (2,)).sum()), int(torch.randint(2, ()))
+        return self.rand_augment[count - 1][sign](pixels) if count else pixels
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """As the model's image processor does, whose range of pixels is 0 … 255."""
@@ -133,7 +161,7 @@ class Augmentation:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rand_augment:
-            pixels = torch.cat([self.rand_augment(some) for some in pixels.split(DRAWN_TOGETHER)])
+            pixels = torch.cat([self.some_operations(some) for some in pixels.split(DRAWN_TOGETHER)])
         if self.color_jitter:
             pixels = self.color_jitter(pixels)
         pixels = self.normalize(pixels)
