@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from common.loading import IGNORED
-from common.models import default_processor
+from common.models import decay_groups, default_processor, freeze
+from common.options import Problem
 from common.recipe import Augmentation
 from example_runs import EXAMPLES, TWO_PROCESSES, tiny_config
+from focal_hf import FocalForImageClassification
 from test_finetune import results
 
 CLASSES = ("blue", "green", "red")
@@ -40,12 +48,26 @@ def draw_noise(folder: Path, count: int) -> None:
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
 
+def write_tar(file: Path, pictures: Path) -> None:
+    """A WebDataset shard: NUMBER.png beside NUMBER.cls, the index of its class."""
+    with tarfile.open(file, "w") as tar:
+        for number, picture in enumerate(sorted(pictures.glob("*/*.png"), key=lambda picture: picture.name)):
+            label = file.with_suffix(".cls")
+            label.write_text(str(CLASSES.index(picture.parent.name)))
+            tar.add(picture, f"{number}.png")
+            tar.add(label, f"{number}.cls")
+            label.unlink()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with 48 training and 9 validation pictures and configs without and with dropout."""
+    """48 training and 9 validation pictures in folders and as shards, and configs without and with dropout."""
     place = tmp_path_factory.mktemp("training")
-    draw_noise(place / "data" / "train", 16)
-    draw_noise(place / "data" / "validation", 3)
+    (place / "shards").mkdir()
+    (place / "classes.txt").write_text("\n".join(CLASSES))
+    for split, count in (("train", 16), ("validation", 3)):
+        draw_noise(place / "data" / split, count)
+        write_tar(place / "shards" / f"{split}-00000.tar", place / "data" / split)
     tiny_config(drop_path_rate=0.0).save_pretrained(place / "config")
     tiny_config(hidden_dropout_prob=0.1).save_pretrained(place / "dropping")
     return place
@@ -159,7 +181,11 @@ class TestKilled:
         assert "Training is complete" in said
 
 
-PLAIN = ("--config", "config", "--data", "data", "--epochs", 3, "--save-every", 2)
+# A stream of shards, which has an order of its own, too.
+PLAIN = (
+    *("--config", "config", "--data", "shards", "--streaming", "--train-images", 48, "--classes", "classes.txt"),
+    *("--image-column", "png", "--label-column", "cls", "--epochs", 3, "--save-every", 2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +288,112 @@ def test_each_augmentation_changes_what_it_says():
         groups.add(round(pixels.mean().item(), 4))
     assert 2 < unchanged < 22  # a quarter, and what no operation changes
     assert len(groups) > 12
+
+
+@pytest.fixture(scope="module")
+def paper_run(place) -> tuple[Path, str]:
+    """The whole recipe, shortened, on pictures of which one is cut off and one is none, and what was printed."""
+    draw_noise(place / "spoilt" / "train", 8)
+    draw_noise(place / "spoilt" / "validation", 2)
+    whole = (place / "spoilt" / "train" / "red" / "0.png").read_bytes()
+    (place / "spoilt" / "train" / "red" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (place / "spoilt" / "validation" / "green" / "none.png").write_text("no picture")
+    said, _ = Run(
+        *(place, "--recipe", "paper", "--config", "config", "--data", "spoilt", "--output", "paper"),
+        *("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 8, "--report-to", "tensorboard"),
+        *("--class-weights", "balanced", "--gradient-checkpointing", "--layer-decay", 0.9),
+    ).end()
+    return place / "paper", said
+
+
+def test_unreadable_images_are_skipped_and_told(paper_run):
+    folder, said = paper_run
+    assert re.search(r"Skipping what is no readable image \(1\): \S*green/none.png\n", said)
+    assert len(re.findall(r"Skipped 1 training images that cannot be read: \S*red/0.png \(OSError: .*", said)) == 1
+    assert [entry["images"] for entry in results(folder)["history"]] == [6, 6, 6]
+
+
+def test_recipe_of_the_paper(paper_run):
+    config = AutoConfig.from_pretrained(paper_run[0])
+    assert config.drop_path_rate == 0.2
+    # What is told is what was done: tests of each piece are above and below.
+    card = (paper_run[0] / "README.md").read_text()
+    for option, value in (("mixup", 0.8), ("cutmix", 1.0), ("rand-augment", 9.0), ("erasing", 0.25), ("clip", 5.0)):
+        assert f"| `--{option}` | {value} |" in card
+    assert f"| `--learning-rate` | {5e-3} |" in card
+    assert f"| `--min-learning-rate` | {5e-5} |" in card
+
+
+def test_results_are_reported_to_people_and_trackers(paper_run):
+    folder, _ = paper_run
+    written = results(folder)
+    logs = EventAccumulator(str(next((folder / "logs").glob("*")))).Reload()
+    for name in ("train_loss", "loss", "accuracy", "top5_accuracy"):
+        assert [event.value for event in logs.Scalars(name)] == pytest.approx(
+            [entry[name] for entry in written["history"]]
+        )
+    assert [event.step for event in logs.Scalars("loss")] == [3, 6, 9]
+    assert logs.Scalars("learning_rate")[-1].value == pytest.approx(5e-5)
+
+    for place, entry in ((folder, written["best"]), (folder / "last", written["history"][-1])):
+        card = ModelCard.load(place / "README.md")
+        measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert measured == {
+            "accuracy": entry["accuracy"],
+            "top_5_accuracy": entry["top5_accuracy"],
+            "cross_entropy": entry["loss"],
+        }
+        assert card.data.pipeline_tag == "image-classification"
+        for picture in ("curves.png", "confusion.png"):
+            with Image.open(place / picture) as image:
+                assert min(image.size) > 300
+        AutoModelForImageClassification.from_pretrained(place)
+
+
+def test_adapters_are_merged_and_kept(place, paper_run):
+    base, _ = paper_run
+    Run(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1, "--lora", 2, "--ema", 0.5).end()
+    merged = AutoModelForImageClassification.from_pretrained(place / "lora").eval()
+    model = AutoModelForImageClassification.from_pretrained(base).eval()
+    before = model.state_dict()
+    changed = {name for name, values in merged.state_dict().items() if not values.equal(before[name])}
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "classifier")
+    }
+    adapted = PeftModel.from_pretrained(model, place / "lora" / "adapter").eval()
+    pixels = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(pixel_values=pixels).logits, merged(pixels).logits)
+
+
+def test_frozen_stages_do_not_learn():
+    model = FocalForImageClassification(tiny_config(num_labels=3))
+    freeze(model, 1)
+    names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert names == {
+        name for name, _ in model.named_parameters() if ".embeddings." in name or ".encoder.layers.0." in name
+    }
+    with pytest.raises(Problem, match="--freeze 3 is more stages than the 2 that the model has"):
+        freeze(model, 3)
+
+
+def test_learning_rate_decays_from_block_to_block():
+    model = FocalForImageClassification(tiny_config(depths=(2, 1), num_labels=3))
+    rates = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in decay_groups(model, weight_decay=0.1, rate=1.0, layer_decay=0.5):
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            rates.setdefault(
+                re.sub(r"((blocks\.\d|downsample|norm|embeddings|classifier)\.).*", r"\1", name), set()
+            ).add(group["lr"])
+    assert not names
+    assert rates == {
+        "classifier.": {1.0},
+        "focal.layernorm.": {1.0},
+        "focal.encoder.layers.1.blocks.0.": {0.5},
+        "focal.encoder.layers.0.downsample.": {0.25},
+        "focal.encoder.layers.0.blocks.1.": {0.25},
+        "focal.encoder.layers.0.blocks.0.": {0.125},
+        "focal.embeddings.": {0.0625},
+    }
