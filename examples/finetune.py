@@ -28,7 +28,16 @@ from common.files import check_output, save_model, write_results
 from common.loading import IGNORED, Images, InTurn, Loader, Order, shuffled
 from common.models import add_adapters, build_model, decay_groups, freeze, input_size, stages_of
 from common.options import Problem, first_line, fraction, positive, stop
-from common.recipe import RECIPES, Augmentation, classification_loss, complete, defaults_of, schedule, set_drop_path
+from common.recipe import (
+    RECIPES,
+    Augmentation,
+    balanced_weights,
+    classification_loss,
+    complete,
+    defaults_of,
+    schedule,
+    set_drop_path,
+)
 from common.reports import draw_confusion, draw_curves, write_card
 from common.streams import read_streams
 
@@ -476,8 +485,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     class_weights = None
     if args.class_weights:
-        counts = torch.bincount(torch.tensor([config.label2id[name] for name in train_data["labels"]]))
-        class_weights = (counts.sum() / (len(names) * counts.clamp(min=1))).to(accelerator.device)
+        labels = [config.label2id[name] for name in train_data["labels"]]
+        class_weights = balanced_weights(labels, len(names)).to(accelerator.device)
     augmentation = Augmentation(args, processor, len(names))
     confusion, told = None, set()
 

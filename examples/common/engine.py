@@ -25,7 +25,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # of this epoch
-    loss: float = 0.0  # summed over this epoch's images so far
+    sums: tuple[float, float] = (0.0, 0.0)  # of this epoch so far: losses over images, gradients' norms over steps
     history: list[dict] = field(default_factory=list)
     best: dict | None = None
 
@@ -181,13 +181,14 @@ class Training:
         )
         while progress.epoch < self.epochs:
             started = time.perf_counter()
-            train_loss = self.train_epoch(loss_function, bar)
+            train_loss, gradient_norm = self.train_epoch(loss_function, bar)
             if not math.isfinite(train_loss):
                 raise Problem(
                     f"The loss became {train_loss} in epoch {progress.epoch + 1}: lower --learning-rate, or leave fp16."
                 )
             measured = evaluate(self.trained)
-            entry = {"epoch": progress.epoch + 1, "train_loss": train_loss, **measured}
+            trained = {"epoch": progress.epoch + 1, "train_loss": train_loss, "gradient_norm": gradient_norm}
+            entry = trained | measured
             progress.history.append(entry)
             better = progress.best is None or merit(entry) > merit(progress.best)
             progress.best = entry if better else progress.best
@@ -199,17 +200,17 @@ class Training:
                     f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "
                     f"{time.perf_counter() - started:.1f} s{'  saved' if better else ''}"
                 )
-            progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+            progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, (0.0, 0.0)
             self.checkpoints.save(progress.epoch * self.order.steps)
         bar.close()
 
-    def train_epoch(self, loss_function: Callable, bar: tqdm) -> float:
-        """The rest of an epoch. Returns its mean loss."""
+    def train_epoch(self, loss_function: Callable, bar: tqdm) -> tuple[float, float]:
+        """The rest of an epoch. Returns its mean loss and mean norm of gradients."""
         accelerator, progress, order = self.accelerator, self.progress, self.order
         self.model.train()
         order.start(progress.epoch, progress.step)
         batches = iter(self.loader)
-        total = torch.tensor(progress.loss, device=accelerator.device)
+        loss_sum, norm_sum = torch.tensor(progress.sums, device=accelerator.device)
         for step in range(progress.step, order.steps):
             # Whatever is drawn in this step, on any device, follows from this: nothing of it needs to be saved.
             set_seed(seed_of(order.seed, "step", progress.epoch, step, accelerator.process_index))
@@ -223,8 +224,8 @@ class Training:
                     loss = loss_function(self.model, batch) * images
                     # Accelerate divides by the number of batches in a step, which here may differ in their sizes.
                     accelerator.backward(loss * (accelerator.gradient_accumulation_steps / share))
-                total += loss.detach()
-            accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                loss_sum += loss.detach()
+            norm_sum += accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps until it has found its scale
@@ -235,10 +236,11 @@ class Training:
             progress.step = step + 1
             done = progress.epoch * order.steps + progress.step
             if self.save_every and done % self.save_every == 0 and progress.step < order.steps:
-                progress.loss = accelerator.reduce(total, "mean").item()
-                total.fill_(progress.loss)
+                # Of this process, the checkpoint has but a share.
+                loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
+                progress.sums = loss_sum.item(), norm_sum.item()
                 self.checkpoints.save(done)
-        return accelerator.reduce(total, "sum").item() / order.images
+        return accelerator.reduce(loss_sum, "sum").item() / order.images, norm_sum.item() / order.steps
 
     def unreadable(self) -> list[str]:
         """The images that could not be read so far, of all processes."""

@@ -113,6 +113,12 @@ def operations(strength: float, sign: int) -> list:
     ]
 
 
+def balanced_weights(labels: list[int], classes: int) -> torch.Tensor:
+    """A weight for each class, in inverse proportion to its number of images; 1 where all have as many."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes)
+    return len(labels) / (classes * counts.clamp(min=1))
+
+
 class Augmentation:
     """Batches of pixels in 0 … 1 to what the model sees, and class indices to targets (batch, classes).
 
