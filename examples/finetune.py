@@ -556,7 +556,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
     if args.push_to_hub and accelerator.is_main_process:
-        HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.output, ignore_patterns=["last/*", "logs/*"])
+        try:
+            HfApi().upload_folder(
+                repo_id=args.push_to_hub, folder_path=args.output, ignore_patterns=["last/*", "logs/*"]
+            )
+        except Exception as error:
+            raise Problem(
+                f"Cannot upload {args.output} ({first_line(error)}). It is complete: hf upload {args.push_to_hub} "
+                f"{args.output} uploads it."
+            ) from error
         say(f"It is on the Hub as {args.push_to_hub}.")
 
 
@@ -566,10 +574,10 @@ def prepare_model(args: argparse.Namespace, model: PreTrainedModel) -> torch.nn.
         freeze(model, args.freeze)
     if args.layer_decay != 1:
         stages_of(model, "--layer-decay")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.lora:
         model = add_adapters(model, args.lora)
+    if args.gradient_checkpointing:  # after that: peft would ask patches, which are tuples, for gradients
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
         model.compile()
     return model

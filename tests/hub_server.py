@@ -1,5 +1,9 @@
-"""A small server in the Hub's place: answers what transformers and datasets ask when they load something by name."""
+"""A small server in the Hub's place: answers what transformers and datasets ask when they load something by name.
 
+It also takes what is uploaded.
+"""
+
+import base64
 import contextlib
 import hashlib
 import json
@@ -12,7 +16,7 @@ REVISION = "0" * 40
 
 @contextlib.contextmanager
 def serve(folder: Path, repository: str, kind: str = "models"):
-    """Serves `folder` as `repository`; gives the address for the environment variable HF_ENDPOINT.
+    """Serves `folder` as `repository`, and uploads go there; gives the address for the variable HF_ENDPOINT.
 
     `kind` is "models" or "datasets".
     """
@@ -51,6 +55,29 @@ def serve(folder: Path, repository: str, kind: str = "models"):
                     return self.answer(200, body, ETag=etag, X_Repo_Commit=REVISION)
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=REVISION)
 
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            path = self.path.split("?")[0].strip("/")
+            if path == "api/repos/create":
+                return self.answer_json({"url": f"{address}/{repository}"})
+            if path == "api/validate-yaml":
+                return self.answer_json({"errors": [], "warnings": []})
+            if path == f"{api}/preupload/main":
+                files = json.loads(body)["files"]
+                return self.answer_json(
+                    {"files": [file | {"uploadMode": "regular", "shouldIgnore": False} for file in files]}
+                )
+            if path == f"{api}/commit/main":
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        file = folder / line["value"]["path"]
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        file.write_bytes(base64.b64decode(line["value"]["content"]))
+                return self.answer_json(
+                    {"commitUrl": f"{address}/{repository}/commit/{REVISION}", "commitOid": REVISION}
+                )
+            return self.answer(404)
+
         def entry(self, item):
             size, digest = (0, "") if item.is_dir() else (item.stat().st_size, item.read_bytes())
             return {
@@ -63,10 +90,11 @@ def serve(folder: Path, repository: str, kind: str = "models"):
         do_HEAD = do_GET
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield address
     finally:
         server.shutdown()
         thread.join()

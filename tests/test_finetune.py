@@ -241,6 +241,19 @@ def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_p
     assert "starts anew" not in run.stdout
 
 
+def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    (tmp_path / "hub_side").mkdir()
+    with serve(tmp_path / "hub_side", "org/mine") as address:
+        options = ("--config", config, "--data", data, "--output", tmp_path / "out", "--epochs", 1)
+        run = finetune(*options, "--push-to-hub", "org/mine", hub=address)
+    assert run.returncode == 0, run.stderr
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hub_side").iterdir()} == expected
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= expected.keys()
+    assert 'model="org/mine"' in expected["README.md"].decode()
+
+
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
     class FullDisk:
         def save_pretrained(self, folder: Path):

@@ -354,7 +354,10 @@ def test_results_are_reported_to_people_and_trackers(paper_run):
 
 def test_adapters_are_merged_and_kept(place, paper_run):
     base, _ = paper_run
-    Run(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1, "--lora", 2, "--ema", 0.5).end()
+    Run(
+        *(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
+        *("--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
+    ).end()
     merged = AutoModelForImageClassification.from_pretrained(place / "lora").eval()
     model = AutoModelForImageClassification.from_pretrained(base).eval()
     before = model.state_dict()
