@@ -9,6 +9,7 @@ import functools
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, gather_object, set_seed
 from huggingface_hub import HfApi
 from PIL import Image
-from transformers import BitImageProcessorPil, PreTrainedModel
+from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from common.data import random_view, read_data, unreadable_pictures
@@ -39,7 +40,7 @@ from common.recipe import (
     set_drop_path,
 )
 from common.reports import draw_confusion, draw_curves, write_card
-from common.streams import read_streams
+from common.streams import Stream, read_streams
 
 EXAMPLES = """\
 examples:
@@ -339,12 +340,48 @@ def listed(rows: datasets.Dataset, labels: list[int], column: str, index: int) -
 
 def streamed(label2id: dict[str, int], row: tuple[dict, str]) -> tuple[dict, int]:
     cell, name = row
-    if name not in label2id:
-        raise Problem(f"The stream has a class that --classes or the data's own list does not name: {name}.")
     return cell, label2id[name]
 
 
-def report_unreadable(args: argparse.Namespace, data: dict, say) -> None:
+def make_loaders(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: tuple[dict, dict] | tuple[Stream, Stream],
+    images: int,
+    config: PreTrainedConfig,
+    processor: BitImageProcessorPil,
+) -> tuple[Order, Loader, Loader]:
+    """The order of training and the batches to train on and to validate on, of `data` for both."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    if args.streaming:
+        keys, in_turn = data[0].epoch, data[1].once
+        fetchers = [functools.partial(streamed, config.label2id)] * 2
+    else:
+        keys, in_turn = shuffled(images, args.seed), functools.partial(range, len(data[1]["labels"]))
+        fetchers = []
+        for part in data:
+            rows = part["rows"].cast_column(args.image_column, datasets.Image(decode=False))
+            labels = [config.label2id[name] for name in part["labels"]]
+            fetchers.append(functools.partial(listed, rows, labels, args.image_column))
+
+    size = input_size(config)
+    views = (
+        functools.partial(training_view, size, args, processor.resample),
+        functools.partial(central_view, processor),
+    )
+    order = Order(keys, images, args.batch_size, args.accumulate, processes, rank, args.seed)
+    every = InTurn(in_turn, args.batch_size, processes, rank)
+    train_loader, validation_loader = (
+        Loader(
+            Images(fetch, view, blank=torch.zeros_like(view(Image.new("RGB", size[::-1]), random.Random(0)))),
+            *(batches, args.workers, accelerator.device, args.strict),
+        )
+        for fetch, view, batches in zip(fetchers, views, (order, every), strict=True)
+    )
+    return order, train_loader, validation_loader
+
+
+def report_unreadable(args: argparse.Namespace, data: dict, say: Callable[[str], None]) -> None:
     """What can be known of a local folder before training."""
     broken = [*unreadable_pictures(data["rows"], args.image_column)]
     if broken and args.strict:
@@ -360,10 +397,9 @@ def report_unreadable(args: argparse.Namespace, data: dict, say) -> None:
 def evaluate(
     accelerator: Accelerator, model: torch.nn.Module, loader: Loader, classes: int
 ) -> tuple[dict, torch.Tensor]:
-    """Accuracies and mean loss, each image counted once; and (classes, classes) counts of true and predicted ones."""
+    """Accuracies and mean loss, each image counted once; and (images, 2) true and predicted classes."""
     model.eval()
-    sums = torch.zeros(4, device=accelerator.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.long, device=accelerator.device)
+    sums, answers = torch.zeros(4, device=accelerator.device), []
     for batch in loader:
         labels = batch["labels"]
         with accelerator.autocast():  # an average of the weights has not been prepared for it
@@ -373,7 +409,7 @@ def evaluate(
         hits = best == labels[:, None]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), counts.sum(), loss])
-        confusion += torch.bincount(labels[counts] * classes + best[counts, 0], minlength=classes**2)
+        answers.append(torch.stack([labels, best[:, 0]], 1)[counts].cpu())
     correct, among_five, images, loss = accelerator.reduce(sums, "sum").tolist()
     if not images:
         raise Problem("Not one of the validation images can be read.")
@@ -384,12 +420,12 @@ def evaluate(
         "images": int(images),
         "loss": loss / images,
     }
-    return measured, accelerator.reduce(confusion, "sum").view(classes, classes).cpu()
+    return measured, torch.cat(gather_object([torch.cat(answers)]))
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
-    processes, rank = accelerator.num_processes, accelerator.process_index
+    processes = accelerator.num_processes
     complete(args, args.batch_size * args.accumulate * processes)
     check_options(args, accelerator)
     check_output(args)
@@ -414,35 +450,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     set_seed(args.seed)
     with accelerator.local_main_process_first():
         model, processor = build_model(args, names, say, functools.partial(set_drop_path, args))
-    config, size = model.config, input_size(model.config)
+    config = model.config
     model = prepare_model(args, model)
 
-    # Where the images are: their keys in order, and how one is fetched.
-    if args.streaming:
-        keys, in_turn = train_data.epoch, validation_data.once
-        fetchers = [functools.partial(streamed, config.label2id)] * 2
-    else:
-        keys, in_turn = shuffled(images, args.seed), functools.partial(range, len(validation_data["labels"]))
-        fetchers = []
-        for data in (train_data, validation_data):
-            rows = data["rows"].cast_column(args.image_column, datasets.Image(decode=False))
-            labels = [config.label2id[name] for name in data["labels"]]
-            fetchers.append(functools.partial(listed, rows, labels, args.image_column))
-    order = Order(keys, images, args.batch_size, args.accumulate, processes, rank, args.seed)
-    views = (
-        functools.partial(training_view, size, args, processor.resample),
-        functools.partial(central_view, processor),
+    order, train_loader, validation_loader = make_loaders(
+        *(args, accelerator, (train_data, validation_data), images, config, processor)
     )
-    train_loader, validation_loader = (
-        Loader(
-            Images(fetch, view, blank=torch.zeros_like(view(Image.new("RGB", size[::-1]), random.Random(0)))),
-            *(batches, args.workers, accelerator.device, args.strict),
-        )
-        for fetch, view, batches in zip(
-            fetchers, views, (order, InTurn(in_turn, args.batch_size, processes, rank)), strict=True
-        )
-    )
-
     optimizer = torch.optim.AdamW(
         decay_groups(model, args.weight_decay, args.learning_rate, args.layer_decay), lr=args.learning_rate
     )
@@ -476,7 +489,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say(
         f"{config.model_type}, {parameters / 1e6:.2f} M parameters"
         + (f" ({learning / 1e6:.2f} M learn)" if learning < parameters else "")
-        + f", {len(names)} classes; {images} training images of {size[0]} x {size[1]} pixels; "
+        + f", {len(names)} classes; {images} training images of {' x '.join(map(str, input_size(config)))} pixels; "
         f"{processes} process(es) on {accelerator.device.type}{engine}, precision {accelerator.mixed_precision}; "
         f"{args.epochs} epochs, {order.steps * args.epochs} steps."
     )
@@ -488,11 +501,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         labels = [config.label2id[name] for name in train_data["labels"]]
         class_weights = balanced_weights(labels, len(names)).to(accelerator.device)
     augmentation = Augmentation(args, processor, len(names))
-    confusion, told = None, set()
+    answers, told = None, set()
 
     def measure(model: torch.nn.Module) -> dict:
-        nonlocal confusion
-        measured, confusion = evaluate(accelerator, model, validation_loader, len(names))
+        nonlocal answers
+        measured, answers = evaluate(accelerator, model, validation_loader, len(names))
         return measured
 
     def describe(measured: dict) -> str:
@@ -503,7 +516,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     def add_reports(folder: Path, results: dict) -> None:
         draw_curves(folder / "curves.png", results["history"])
-        draw_confusion(folder / "confusion.png", confusion, [config.id2label[index] for index in range(len(names))])
+        draw_confusion(folder / "confusion.png", answers, [config.id2label[index] for index in range(len(names))])
         on_hub = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
         if not Path(args.data).expanduser().exists():
             on_hub["datasets"] = args.data
@@ -546,7 +559,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         save=save,
     )
     results = json.loads((args.output / "results.json").read_text())
-    if confusion is None:  # this process found all epochs done
+    if answers is None:  # this process found all epochs done
         measure(training.trained)
     write(args.output / "last", results)
     if accelerator.is_main_process:
@@ -556,16 +569,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
     if args.push_to_hub and accelerator.is_main_process:
-        try:
-            HfApi().upload_folder(
-                repo_id=args.push_to_hub, folder_path=args.output, ignore_patterns=["last/*", "logs/*"]
-            )
-        except Exception as error:
-            raise Problem(
-                f"Cannot upload {args.output} ({first_line(error)}). It is complete: hf upload {args.push_to_hub} "
-                f"{args.output} uploads it."
-            ) from error
-        say(f"It is on the Hub as {args.push_to_hub}.")
+        push(args, say)
+
+
+def push(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    repository = args.push_to_hub
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=args.output, ignore_patterns=["last/*", "logs/*"])
+    except Exception as error:
+        raise Problem(
+            f"Cannot upload {args.output}, which is complete: {first_line(error)}. To try again: "
+            f"hf upload {repository} {args.output}"
+        ) from error
+    say(f"It is on the Hub as {repository}.")
 
 
 def prepare_model(args: argparse.Namespace, model: PreTrainedModel) -> torch.nn.Module:

@@ -26,7 +26,11 @@ class Stream:
         image, label = self.columns
         for row in rows:
             value = row[label]
-            yield row[image], self.names[value] if isinstance(value, int) else str(value)
+            if isinstance(value, int) and 0 <= value < len(self.names):
+                value = self.names[value]
+            if value not in self.names:
+                raise Problem(f"The stream has a label that its classes do not include: {value}. See --classes.")
+            yield row[image], value
 
     def once(self) -> Iterator[tuple[dict, str]]:
         return self.labelled(self.rows)
