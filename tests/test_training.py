@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,10 +23,11 @@ from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from common.loading import IGNORED
+from common.loading import IGNORED, Order, shuffled
 from common.models import decay_groups, default_processor, freeze
 from common.options import Problem
 from common.recipe import Augmentation, balanced_weights
+from common.streams import Stream
 from example_runs import EXAMPLES, TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from test_finetune import results
@@ -445,3 +447,38 @@ def test_contradictions_are_told_before_training(place):
         assert message in complained
         assert "epoch" not in said
     assert not (place / "no").exists()
+
+
+def numbered_stream(labels: list[int]) -> Stream:
+    cells = [{"path": str(number), "bytes": None} for number in range(len(labels))]
+    rows = datasets.Dataset.from_dict(
+        {"image": cells, "label": labels},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
+    )
+    columns = Namespace(image_column="image", label_column="label", seed=0)
+    return Stream(rows.to_iterable_dataset(num_shards=2), columns, names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "keys", [shuffled(23, seed=1), numbered_stream([0, 1] * 11 + [0]).epoch], ids=["list", "stream"]
+)
+def test_order_shows_every_image_once_and_starts_anywhere(keys):
+    orders = [Order(keys, 23, batch_size=3, accumulate=2, processes=2, rank=rank, seed=1) for rank in (0, 1)]
+    passes = [list(order) for order in orders]
+    for batches in passes:
+        assert [len(batch) for batch in batches] == [3, 3, 3, 2]
+    seen = [item for batches in passes for batch in batches for item in batch]
+    assert len({str(item.key) for item in seen}) == len({item.seed for item in seen}) == 22  # 23 images on 2 processes
+
+    for order, batches in zip(orders, passes, strict=True):
+        order.start(0, 1)
+        assert list(order) == batches[2:]
+        order.start(1, 0)
+        assert [item.key for item in next(iter(order))] != [item.key for item in batches[0]]
+
+
+def test_stream_names_an_unknown_label():
+    assert [name for _, name in numbered_stream([0, 1, 1]).once()] == ["cat", "dog", "dog"]
+    for label in (-1, 2):
+        with pytest.raises(Problem, match=f"a label that its classes do not include: {label}."):
+            list(numbered_stream([0, label]).once())
