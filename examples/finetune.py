@@ -522,7 +522,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             on_hub["datasets"] = args.data
         name = args.push_to_hub or args.output.resolve().name
         write_card(
-            *(folder / "README.md", name, config.model_type, Path(args.data).name, args.model),
+            *(folder / "README.md", name, config.model_type, args.data, args.model),
             *(results["history"][-1], settings, on_hub),
         )
 

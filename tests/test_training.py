@@ -322,6 +322,8 @@ def test_recipe_of_the_paper(paper_run):
     assert config.drop_path_rate == 0.2
     # What is told is what was done: tests of each piece are above and below.
     card = (paper_run[0] / "README.md").read_text()
+    assert "from scratch" in card
+    assert "| `--model` |" not in card  # which was not given
     for option, value in (("mixup", 0.8), ("cutmix", 1.0), ("rand-augment", 9.0), ("erasing", 0.25), ("clip", 5.0)):
         assert f"| `--{option}` | {value} |" in card
     assert f"| `--learning-rate` | {5e-3} |" in card
@@ -360,6 +362,9 @@ def test_adapters_are_merged_and_kept(place, paper_run):
         *(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
         *("--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
     ).end()
+    card = (place / "lora" / "README.md").read_text()
+    assert "from paper with Focal's" in card
+    assert str(place) not in card  # a path on this machine is no one else's concern
     merged = AutoModelForImageClassification.from_pretrained(place / "lora").eval()
     model = AutoModelForImageClassification.from_pretrained(base).eval()
     before = model.state_dict()

@@ -58,9 +58,16 @@ def draw_confusion(file: Path, answers: torch.Tensor, names: list[str]) -> None:
 def write_card(
     file: Path, name: str, model_type: str, data: str, base: str | None, best: dict, settings: dict, on_hub: dict
 ) -> None:
-    """A model card with the results as metadata, as the Hub shows them."""
+    """A model card with the results as metadata, as the Hub shows them. Of local paths it has the last part alone."""
+    settings = {
+        option: Path(str(value)).name if Path(str(value)).exists() else value
+        for option, value in settings.items()
+        if value is not None and value is not False
+    }
+    data, base = (Path(source).name if source and Path(source).exists() else source for source in (data, base))
+    split = settings["--validation-split"]
     results = [
-        EvalResult("image-classification", data, data, metric, best[key], metric_name=shown, dataset_split="validation")
+        EvalResult("image-classification", data, data, metric, best[key], metric_name=shown, dataset_split=split)
         for key, metric, shown in (
             ("accuracy", "accuracy", "Top-1 accuracy"),
             ("top5_accuracy", "top_5_accuracy", "Top-5 accuracy"),
