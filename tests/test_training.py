@@ -424,7 +424,7 @@ CONTRADICTIONS = {
     "--warmup-epochs 20 is longer than --epochs 5.": ("--recipe", "paper", "--epochs", 5),
     "--min-learning-rate 0.1 is above --learning-rate 0.01.": ("--min-learning-rate", 0.1, "--learning-rate", 0.01),
     "--rand-augment 10 is too much: it must be below 10.": ("--rand-augment", 10),
-    "--train-images and --classes are for --streaming: leave them out, or add that.": ("--train-images", 9),
+    "--train-images is for --streaming: leave it out, or add that.": ("--train-images", 9),
     "--class-weights counts the images of each class, which --streaming cannot": (
         *("--streaming", "--class-weights", "balanced"),
     ),

@@ -5,11 +5,12 @@ import glob
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
 from PIL import Image, ImageOps
+from transformers import BitImageProcessorPil
 
 from .options import Problem, first_line
 
@@ -79,6 +80,18 @@ def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
                 yield cell["path"]
 
 
+def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:
+    """What can be known of a local folder before training."""
+    if Path(args.data).expanduser().is_dir():
+        for data in parts:
+            broken = [*unreadable_pictures(data["rows"], args.image_column)]
+            if broken and args.strict:
+                raise Problem(f"Not a readable image: {broken[0]}. Repair or remove it, or leave out --strict.")
+            if broken:
+                shown = ", ".join(broken[:5]) + (" …" if broken[5:] else "")
+                say(f"Skipping what is no readable image ({len(broken)}): {shown}")
+
+
 def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
     """The rows and labels to train on, the same to validate on, and the classes' names in order."""
     splits = load_splits(args.data)
@@ -141,3 +154,8 @@ def random_view(
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     image = image.resize((size[1], size[0]), resample, box=box)
     return ImageOps.mirror(image) if flip and random.random() < 0.5 else image
+
+
+def central_view(processor: BitImageProcessorPil, image: Image.Image, draw: random.Random | None = None) -> dict:
+    """What the model's image processor makes of it."""
+    return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}

@@ -133,7 +133,7 @@ class Training:
             settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
         self.accelerator, self.order, self.loader = accelerator, order, loader
         self.epochs, self.clip, self.save_every = epochs, clip, save_every
-        self.progress = Progress()
+        self.progress, self.told = Progress(), set()
         # Not prepared: Accelerate would step it once per process, where here a step is one of all processes together.
         self.scheduler = schedule(optimizer, order.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
@@ -242,6 +242,10 @@ class Training:
                 self.checkpoints.save(done)
         return accelerator.reduce(loss_sum, "sum").item() / order.images, norm_sum.item() / order.steps
 
-    def unreadable(self) -> list[str]:
-        """The images that could not be read so far, of all processes."""
-        return sorted(set(gather_object(self.loader.broken)))
+    def tell_unreadable(self) -> None:
+        """Say which images could not be read, of all processes, since this was last said."""
+        new = [name for name in sorted(set(gather_object(self.loader.broken))) if name not in self.told]
+        if new:
+            self.told.update(new)
+            shown = ", ".join(new[:5]) + (" …" if new[5:] else "")
+            self.accelerator.print(f"Skipped {len(new)} training images that cannot be read: {shown}")

@@ -4,6 +4,7 @@ What is drawn for an image (its place in an epoch, its crop, whether it is mirro
 and that place alone. So neither the number of processes changes it, nor that of their workers, nor a break.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -90,10 +91,10 @@ class InTurn:
         self.keys, self.batch_size, self.processes, self.rank = keys, batch_size, processes, rank
 
     def __iter__(self) -> Iterator[list[Item]]:
-        keys = iter(self.keys())
+        keys = enumerate(self.keys())
         while together := list(itertools.islice(keys, self.batch_size * self.processes)):
-            share = [Item(key) for key in together[self.rank :: self.processes]]
-            yield share or [Item(together[0], counts=False)]
+            share = [Item(key, seed_of(place)) for place, key in together[self.rank :: self.processes]]
+            yield share or [Item(together[0][1], counts=False)]
 
 
 def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
@@ -106,41 +107,47 @@ def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
     return keys
 
 
+def listed(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[int], tuple[dict, int]]:
+    """Fetches an image that is not decoded, and its class index."""
+    return functools.partial(_row, rows.cast_column(column, datasets.Image(decode=False)), labels, column)
+
+
+def _row(rows: datasets.Dataset, labels: list[int], column: str, index: int) -> tuple[dict, int]:
+    return rows[index][column], labels[index]
+
+
 class Images(torch.utils.data.Dataset):
-    """Pixel values, a class index, and what was wrong with an image that cannot be read.
+    """What a model takes for an image, a class index, and what was wrong with an image that cannot be read.
+
+    For such an image, what the model takes is that of a black one, with the label `IGNORED`.
 
     Args:
         fetch (`Callable`):
             Given a key, the undecoded image, `{"path": …, "bytes": …}`, and its class index.
         view (`Callable`):
-            Given an image and a `random.Random`, the pixel values (channels, height, width) to show.
-        blank (`torch.Tensor`):
-            The pixel values that stand for an image that cannot be read; its label is `IGNORED`.
+            Given an image and a `random.Random`, tensors for the model by their names: `pixel_values` (channels,
+            height, width) and what belongs to them.
     """
 
     decoder = datasets.Image(mode="RGB")
 
-    def __init__(
-        self, fetch: Callable, view: Callable[[Image.Image, random.Random], torch.Tensor], blank: torch.Tensor
-    ):
-        self.fetch, self.view, self.blank = fetch, view, blank
+    def __init__(self, fetch: Callable, view: Callable[[Image.Image, random.Random], dict]):
+        self.fetch, self.view = fetch, view
 
     def __getitem__(self, item: Item) -> dict:
         cell, label = self.fetch(item.key)
         try:
             image = self.decoder.decode_example(cell)
         except Exception as error:  # whatever a decoder says to damaged bytes
-            return {"pixel_values": self.blank, "labels": IGNORED, "broken": f"{cell['path']} ({first_line(error)})"}
-        pixel_values = self.view(image, random.Random(item.seed))
-        return {"pixel_values": pixel_values, "labels": label if item.counts else IGNORED, "broken": None}
+            black = self.view(Image.new("RGB", (64, 64)), random.Random(item.seed))
+            return black | {"labels": IGNORED, "broken": f"{cell['path']} ({first_line(error)})"}
+        inputs = self.view(image, random.Random(item.seed))
+        return inputs | {"labels": label if item.counts else IGNORED, "broken": None}
 
 
 def collate(samples: list[dict]) -> dict:
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-        "broken": [sample["broken"] for sample in samples if sample["broken"]],
-    }
+    broken = [sample.pop("broken") for sample in samples]
+    return torch.utils.data.default_collate(samples) | {"broken": [name for name in broken if name]}
 
 
 class Loader:

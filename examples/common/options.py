@@ -1,11 +1,14 @@
-"""Command lines: kinds of values, and what only the user can put right."""
+"""Command lines: kinds of values, options that scripts share, and what only the user can put right."""
 
 import argparse
 import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+from accelerate.utils import LoggerType
 
 
 class Problem(Exception):
@@ -31,6 +34,148 @@ def fraction(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model (one of the two)").add_mutually_exclusive_group(required=True)
+    group.add_argument("--model", metavar="NAME", help="checkpoint to start from: a folder or a name on the Hub")
+    group.add_argument("--config", metavar="PATH", help="train from scratch: a config.json, or a folder with one")
+
+
+def data_options(parser: argparse.ArgumentParser, pictures: str) -> argparse._ArgumentGroup:
+    """Where the images are, in folders such as `pictures`."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME",
+        help=f"a folder {pictures}, a folder of Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar, or a "
+        "data set's name on the Hub",
+    )
+    group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
+    group.add_argument("--validation-split", default="validation", metavar="NAME", help="default: validation")
+    group.add_argument(
+        "--validation-fraction",
+        type=fraction,
+        default=0.1,
+        metavar="F",
+        help="share of the training images held out where the data has no such split (default: 0.1)",
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at an image that cannot be read; without it, such are skipped and told",
+    )
+    group.add_argument(
+        "--streaming", action="store_true", help="read shards as they go by, without a copy on this disk"
+    )
+    group.add_argument(
+        "--train-images",
+        type=positive(int),
+        metavar="N",
+        help="with --streaming: images of an epoch, if the data does not tell",
+    )
+    return group
+
+
+def result_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("result")
+    group.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="where the best model goes; the last to FOLDER/last",
+    )
+    again = group.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace the model that FOLDER holds")
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the latest checkpoint in FOLDER, as if there had been no break; start if there is none",
+    )
+    group.add_argument(
+        "--save-every",
+        type=positive(int),
+        metavar="N",
+        help="steps between checkpoints; there is one after each epoch in any case",
+    )
+    group.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        choices=[kind.value for kind in LoggerType if kind != LoggerType.ALL],
+        help=f"trackers: {', '.join(kind.value for kind in LoggerType if kind != LoggerType.ALL)}",
+    )
+    group.add_argument("--push-to-hub", metavar="REPO", help="upload FOLDER when it is done, as USER/NAME")
+
+
+def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
+    """How the weights change. `told` gives the default of an option in words, for its help."""
+    not_negative = positive(float, or_zero=True)
+    group.add_argument("--epochs", type=positive(int), metavar="N", help=told("epochs"))
+    group.add_argument(
+        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
+    )
+    group.add_argument(
+        "--accumulate", type=positive(int), default=1, metavar="N", help="batches per optimizer step (default: 1)"
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=positive(float),
+        metavar="LR",
+        help=f"the highest, reached after the warm-up {told('learning_rate')}",
+    )
+    group.add_argument(
+        "--min-learning-rate", type=not_negative, metavar="LR", help=f"the last {told('min_learning_rate')}"
+    )
+    group.add_argument(
+        "--warmup-epochs", type=not_negative, metavar="N", help=f"may have a fraction {told('warmup_epochs')}"
+    )
+    group.add_argument("--weight-decay", type=not_negative, metavar="WD", help=told("weight_decay"))
+    group.add_argument("--clip", type=positive(float), metavar="NORM", help=f"largest gradient norm {told('clip')}")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def view_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
+    """What part of a picture is shown in training."""
+    group.add_argument(
+        "--crop-scale",
+        type=fraction,
+        metavar="F",
+        help=f"the smallest share of a picture's area that a random crop keeps {told('crop_scale')}",
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the pictures; switch off for digits, letters or signs (default: on)",
+    )
+
+
+def preparing_options(parser: argparse.ArgumentParser) -> None:
+    """How images are prepared in evaluation, and by whom."""
+    group = parser.add_argument_group("images in evaluation")
+    group.add_argument(
+        "--crop",
+        type=fraction,
+        default=0.875,
+        metavar="F",
+        help="the share of the shorter side that the central crop keeps, for a model that brings no image processor; "
+        "1.0 where the subject fills the picture (default: 0.875)",
+    )
+
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument(
+        "--workers",
+        type=positive(int, or_zero=True),
+        default=4,
+        metavar="N",
+        help="helpers of each process that read images, or 0 (default: 4)",
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
 
 
 def first_line(error: Exception) -> str:

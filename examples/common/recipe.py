@@ -47,6 +47,11 @@ PAPER = FINE_TUNING | {
     "cutmix": 1.0,
 }
 RECIPES = {"fine-tuning": FINE_TUNING, "paper": PAPER}
+FOLLOWING = {  # in words, what is None in a recipe
+    "learning_rate": "5e-5 with --model, 5e-4 with --config; paper: 5e-4 for every 512 images of a step",
+    "min_learning_rate": "0; paper: a hundredth of the highest",
+    "warmup_epochs": "a tenth of --epochs; paper: 20",
+}
 
 # Images for which RandAugment draws the same operations: kornia has one draw for all images that it is given.
 DRAWN_TOGETHER = 8
@@ -55,20 +60,22 @@ SHEAR = math.degrees(math.atan(0.3)) / 180  # of 0.3 pixels a pixel, in kornia's
 
 def defaults_of(name: str) -> str:
     """The default of an option, for its help."""
+    if name in FOLLOWING:
+        return f"(default: {FOLLOWING[name]})"
     values = [recipe[name] for recipe in RECIPES.values()]
     if values[0] == values[1]:
         return f"(default: {values[0]:g})"
     return f"(default: {values[0]:g}; paper: {values[1]:g})"
 
 
-def complete(args: argparse.Namespace, step_size: int) -> None:
+def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
     """Fill in what the command line leaves to the recipe, given the number of images in a step."""
-    for name, value in RECIPES[args.recipe].items():
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.learning_rate is None:
         rate = 5e-5 if args.model else 5e-4
-        args.learning_rate = 5e-4 * step_size / 512 if args.recipe == "paper" else rate
+        args.learning_rate = 5e-4 * step_size / 512 if recipe is PAPER else rate
     if args.min_learning_rate is None:
         args.min_learning_rate = args.learning_rate / 100
     if args.warmup_epochs is None:

@@ -1,0 +1,185 @@
+"""How a training script begins and ends, whatever it trains."""
+
+import argparse
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, ProjectConfiguration
+from huggingface_hub import HfApi
+from transformers.utils import logging
+
+from .engine import Training
+from .files import check_output
+from .loading import Images, InTurn, Loader, Order
+from .models import decay_groups, input_size
+from .options import Problem, first_line, stop
+from .recipe import schedule
+from .reports import draw_curves
+
+# What a run may change when it goes on: the result does not follow from it.
+FREE = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
+
+
+def run_script(args: argparse.Namespace, train: Callable[[argparse.Namespace, Accelerator], None]) -> None:
+    """Train; what only the user can put right ends as one line."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accumulate,
+        log_with=args.report_to or None,
+        project_config=ProjectConfiguration(str(args.output), logging_dir=str(args.output / "logs")),
+    )
+    logging.disable_progress_bar()  # its bars, one for every file saved, would break up the bar of the training
+    if not accelerator.is_local_main_process:
+        datasets.disable_progress_bars()
+    try:
+        train(args, accelerator)
+    except Problem as problem:
+        stop(problem, accelerator.is_main_process)
+    accelerator.end_training()
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself in the options that scripts share."""
+    if args.warmup_epochs > args.epochs:
+        raise Problem(f"--warmup-epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}.")
+    if args.min_learning_rate > args.learning_rate:
+        raise Problem(
+            f"--min-learning-rate {args.min_learning_rate:g} is above --learning-rate {args.learning_rate:g}."
+        )
+    if args.train_images and not args.streaming:
+        raise Problem("--train-images is for --streaming: leave it out, or add that.")
+    available = [tracker.value for tracker in get_available_trackers()]
+    for tracker in args.report_to:
+        if tracker not in available:
+            raise Problem(f"--report-to {tracker}: that tracker is not installed here. Install it, or name another.")
+
+
+def may_begin(args: argparse.Namespace, accelerator: Accelerator) -> bool:
+    """Whether there is something left to train, and places for the result."""
+    check_output(args)
+    if args.resume and (args.output / "last").is_dir() and not (args.output / "checkpoints").is_dir():
+        accelerator.print(f"Training is complete: {args.output} holds the best model, {args.output / 'last'} the last.")
+        return False
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            HfApi().create_repo(args.push_to_hub, exist_ok=True)
+        except Exception as error:
+            raise Problem(f"Cannot make --push-to-hub {args.push_to_hub}: {first_line(error)}") from error
+    return True
+
+
+def make_loaders(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    keys: Callable,
+    images: int,
+    in_turn: Callable,
+    fetchers: Sequence[Callable],
+    views: Sequence[Callable],
+) -> tuple[Order, Loader, Loader]:
+    """The order of training, its images, and those to validate on.
+
+    Args:
+        keys, images: as in [`Order`], for training.
+        in_turn: as in [`InTurn`], for validation.
+        fetchers, views: as in [`Images`], for training and for validation.
+    """
+    place = accelerator.num_processes, accelerator.process_index
+    order = Order(keys, images, args.batch_size, args.accumulate, *place, args.seed)
+    batches = order, InTurn(in_turn, args.batch_size, *place)
+    return order, *(
+        Loader(Images(fetch, view), parts, args.workers, accelerator.device, args.strict)
+        for fetch, view, parts in zip(fetchers, views, batches, strict=True)
+    )
+
+
+def settings_of(args: argparse.Namespace, accelerator: Accelerator, images: int) -> dict:
+    """What the result follows from, by the names that users know."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    return options | {
+        "the number of processes": accelerator.num_processes,
+        "the precision": accelerator.mixed_precision,
+        "the number of training images": images,
+    }
+
+
+def begin(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    order: Order,
+    loader: Loader,
+    settings: dict,
+    about: str,
+    ema: float | None = None,
+    layer_decay: float = 1.0,
+) -> Training:
+    """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`."""
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, args.weight_decay, args.learning_rate, layer_decay), lr=args.learning_rate
+    )
+    training = Training(
+        *(accelerator, model, optimizer, functools.partial(schedule, args), order, loader),
+        epochs=args.epochs,
+        output=args.output,
+        settings=settings,
+        clip=args.clip,
+        ema=ema,
+        save_every=args.save_every,
+    )
+    resumed = args.resume and training.checkpoints.load()
+    if args.overwrite and accelerator.is_main_process:
+        shutil.rmtree(args.output, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if args.report_to:
+        written = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(args.output.resolve().name, written)
+
+    alone = accelerator.distributed_type == DistributedType.NO
+    engine = "" if alone else f" ({accelerator.distributed_type.value})"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    size = input_size(model.config)
+    accelerator.print(
+        f"{model.config.model_type}, {parameters / 1e6:.2f} M parameters"
+        + (f" ({learning / 1e6:.2f} M learn)" if learning < parameters else "")
+        + f", {about}; {settings['the number of training images']} training images of {size[0]} x {size[1]} pixels; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}{engine}, "
+        f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {order.steps * args.epochs} steps."
+    )
+    if resumed:
+        accelerator.print(f"Going on after step {training.progress.step} of epoch {training.progress.epoch + 1}.")
+    return training
+
+
+def read_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def finish(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> None:
+    """After the last model is saved."""
+    results = read_results(args.output)
+    if accelerator.is_main_process:
+        draw_curves(args.output / "curves.png", results["history"])
+    training.checkpoints.remove()
+    accelerator.wait_for_everyone()
+
+
+def upload(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    repository = args.push_to_hub
+    if not repository or not accelerator.is_main_process:
+        return
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=args.output, ignore_patterns=["last/*", "logs/*"])
+    except Exception as error:
+        raise Problem(
+            f"Cannot upload {args.output}, which is complete: {first_line(error)}. To try again: "
+            f"hf upload {repository} {args.output}"
+        ) from error
+    accelerator.print(f"It is on the Hub as {repository}.")
