@@ -47,6 +47,7 @@ from common.runs import (
     finish,
     make_loaders,
     may_begin,
+    names_on_hub,
     read_results,
     run_script,
     settings_of,
@@ -322,13 +323,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     def add_reports(folder: Path, results: dict) -> None:
         draw_curves(folder / "curves.png", results["history"])
         draw_confusion(folder / "confusion.png", answers, [config.id2label[index] for index in range(len(names))])
-        on_hub = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
-        if not Path(args.data).expanduser().exists():
-            on_hub["datasets"] = args.data
         name = args.push_to_hub or args.output.resolve().name
         write_card(
             *(folder / "README.md", name, config.model_type, args.data, args.model),
-            *(results["history"][-1], settings, on_hub),
+            *(results["history"][-1], settings, names_on_hub(args)),
         )
 
     def write(folder: Path, results: dict) -> None:
@@ -363,7 +361,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if answers is None:  # this process found all epochs done
         measure(training.trained)
     write(args.output / "last", results)
-    finish(args, accelerator, training)
+    finish(args, accelerator, training, results)
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
     upload(args, accelerator)

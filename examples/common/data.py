@@ -47,8 +47,10 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
         raise Problem(f"Cannot read --data {name} {where}: {first_line(error)}") from error
 
 
-def label_names(split: datasets.Dataset, column: str) -> list[str]:
-    """The class of every row, as text."""
+def label_names(split: datasets.Dataset, column: str | None) -> list[str]:
+    """The class of every row, as text; without such a column, one class for all."""
+    if column is None:
+        return [""] * len(split)
     feature = split.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return [feature.names[index] for index in split[column]]
@@ -93,13 +95,16 @@ def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Call
 
 
 def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
-    """The rows and labels to train on, the same to validate on, and the classes' names in order."""
+    """The rows and labels to train on, the same to validate on, and the classes' names in order.
+
+    Where `args.label_column` is None, all images have one class, whatever the data says.
+    """
     splits = load_splits(args.data)
     if "train" not in splits:
         raise Problem(f"--data {args.data} has no split called train, only {', '.join(splits)}.")
     train = splits["train"]
     for option, column in (("--image-column", args.image_column), ("--label-column", args.label_column)):
-        if column not in train.column_names:
+        if column is not None and column not in train.column_names:
             raise Problem(
                 f"--data {args.data} has no column {column}; its columns are {', '.join(train.column_names)}. "
                 f"Name the right one with {option}."
@@ -108,9 +113,9 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
         raise Problem(f"Column {args.image_column} of --data {args.data} holds no images: see --image-column.")
 
     labels = label_names(train, args.label_column)
-    feature = train.features[args.label_column]
+    feature = train.features.get(args.label_column)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(labels))
-    if len(set(labels)) < 2:
+    if args.label_column is not None and len(set(labels)) < 2:
         raise Problem(
             f"--data {args.data} has only one class ({labels[0]}) to train on: a classifier needs at least two, "
             f"each in a folder of its own, as in {args.data}/train/CLASS/*.png."
@@ -132,8 +137,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
             raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
         say(
             f"No split called {args.validation_split}: holding out {len(held)} of {len(labels)} training images, "
-            f"{args.validation_fraction:.0%} of each class (seed {args.seed})."
-            + (f" Not used: {', '.join(others)} (see --validation-split)." if others else "")
+            f"{args.validation_fraction:.0%} of {'all' if args.label_column is None else 'each class'} "
+            f"(seed {args.seed})." + (f" Not used: {', '.join(others)} (see --validation-split)." if others else "")
         )
         validation, validation_labels = train.select(held), [labels[row] for row in held]
         train, labels = train.select(rows), [labels[row] for row in rows]

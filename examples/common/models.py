@@ -18,11 +18,74 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 import focal_hf  # noqa: F401  # makes the Auto classes know "focal"
 
 from .options import Problem, first_line
+
+
+def load_model(
+    args: argparse.Namespace,
+    kind: type,
+    what: str,
+    head: tuple[str, ...],
+    say: Callable[[str], None],
+    adjust: Callable[[PreTrainedConfig], None],
+) -> tuple[PreTrainedModel, dict]:
+    """The model of `--config` or `--model`, and what transformers tells about loading it.
+
+    Args:
+        kind: an Auto class.
+        what: the same in words.
+        head: what the names of weights begin with that a checkpoint of another kind has not.
+        say: is told about other weights that the checkpoint and the model do not have in common.
+        adjust: may change the config before the model is built.
+    """
+    source = args.config or args.model
+    if args.config and not Path(args.config).exists():
+        raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the weights that differ: what matters of it is said below
+    try:
+        config = AutoConfig.from_pretrained(source)
+        adjust(config)
+        if args.config:
+            model, loading = kind.from_config(config), {}
+        else:
+            model, loading = kind.from_pretrained(
+                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            )
+    except Exception as error:
+        option = "--config" if args.config else "--model"
+        raise Problem(f"Cannot build {what} from {option} {source}: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if getattr(config, "num_channels", 3) != 3:
+        raise Problem(f"{source} takes {config.num_channels} channels; this script feeds colour images (3 channels).")
+
+    lacking = {*loading.get("missing_keys", ()), *(name for name, *_ in loading.get("mismatched_keys", ()))}
+    for names, said in (
+        (
+            [name for name in lacking if not name.startswith(head)],
+            "lacks weights of the model, or has them in another shape; these start anew",
+        ),
+        (loading.get("unexpected_keys", ()), "has weights that the model does not use"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
+            say(f"{source} {said}: {shown}.")
+    return model, loading
+
+
+def load_processor(args: argparse.Namespace, config: PreTrainedConfig, say: Callable) -> BitImageProcessorPil:
+    """The image processor of the checkpoint, or one for the config."""
+    if args.model:
+        try:
+            return AutoImageProcessor.from_pretrained(args.model)
+        except OSError:
+            say(f"{args.model} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
+    return default_processor(config, args.crop)
 
 
 def build_model(
@@ -31,44 +94,33 @@ def build_model(
     say: Callable[[str], None],
     adjust: Callable[[PreTrainedConfig], None] = lambda config: None,
 ) -> tuple[PreTrainedModel, BitImageProcessorPil]:
-    """The model, its id2label being the data's classes, and the image processor that goes with it.
+    """The classifier, its id2label being the data's classes, and the image processor that goes with it.
 
     `adjust` may change the config before the model is built.
     """
-    source = args.config or args.model
-    if args.config and not Path(args.config).exists():
-        raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
-    try:
-        config = AutoConfig.from_pretrained(source)
+    same_labels = False
+
+    def set_labels(config: PreTrainedConfig) -> None:
+        nonlocal same_labels
         same_labels = args.model and set(config.id2label.values()) == set(names)
         if not same_labels:  # equal sets keep the checkpoint's order, to which its classifier is trained
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
         adjust(config)
-        if args.config:
-            model = AutoModelForImageClassification.from_config(config)
-        else:
-            model, loading = AutoModelForImageClassification.from_pretrained(
-                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-            )
-    except Exception as error:
-        option = "--config" if args.config else "--model"
-        raise Problem(f"Cannot build an image classifier from {option} {source}: {first_line(error)}") from error
-    if getattr(config, "num_channels", 3) != 3:
-        raise Problem(f"{source} takes {config.num_channels} channels; this script feeds colour images (3 channels).")
 
-    if args.model and not same_labels:
-        if not loading["mismatched_keys"] and not loading["missing_keys"]:  # as many classes, but other ones
-            torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)
-            torch.nn.init.zeros_(model.classifier.bias)
-        say(f"{source} knows other classes: its classifier starts anew, with the {len(names)} classes of the data.")
-
+    model, loading = load_model(
+        *(args, AutoModelForImageClassification, "an image classifier", ("classifier.",)), say, set_labels
+    )
     if args.model:
-        try:
-            return model, AutoImageProcessor.from_pretrained(source)
-        except OSError:
-            say(f"{source} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
-    return model, default_processor(config, args.crop)
+        if any(name.startswith("classifier.") for name in loading["missing_keys"]):  # after pre-training
+            say(f"{args.model} has no classifier: one starts anew, with the {len(names)} classes of the data.")
+        elif not same_labels:
+            if not any(name.startswith("classifier.") for name, *_ in loading["mismatched_keys"]):  # as many, but other
+                torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)
+                torch.nn.init.zeros_(model.classifier.bias)
+            told = f"with the {len(names)} classes of the data"
+            say(f"{args.model} knows other classes: its classifier starts anew, {told}.")
+    return model, load_processor(args, model.config, say)
 
 
 def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: curves, a confusion matrix and a model card."""
+"""What a run leaves for people to read: curves, a confusion matrix, reconstructions and a model card."""
 
 from pathlib import Path
 
@@ -10,16 +10,18 @@ from matplotlib.ticker import MaxNLocator
 DRAWN, TOLD = 1000, 40  # classes of which there is a confusion matrix, and with names
 
 
+CURVES = {
+    "loss": {"train_loss": "training", "loss": "validation"},
+    "validation accuracy": {"accuracy": "top-1", "top5_accuracy": "top-5"},
+}
+
+
 def draw_curves(file: Path, history: list[dict]) -> None:
-    """Losses and accuracies over the epochs."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    """Losses over the epochs, and accuracies where there are any."""
+    shown = {title: curves for title, curves in CURVES.items() if curves.keys() & history[0].keys()}
+    figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     epochs = [entry["epoch"] for entry in history]
-    for axes, title, curves in zip(
-        figure.subplots(1, 2),
-        ("loss", "validation accuracy"),
-        ({"train_loss": "training", "loss": "validation"}, {"accuracy": "top-1", "top5_accuracy": "top-5"}),
-        strict=True,
-    ):
+    for axes, (title, curves) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         for name, label in curves.items():
             if name in history[0]:
                 axes.plot(
@@ -29,6 +31,19 @@ def draw_curves(file: Path, history: list[dict]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def draw_reconstructions(file: Path, rows: dict[str, list[torch.Tensor]]) -> None:
+    """Pictures (channels, height, width) in 0 … 1, a row for each name."""
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(0.6 + 1.5 * columns, 1.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, pictures) in zip(grid, rows.items(), strict=True):
+        line[0].set_ylabel(name)
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
+            axes.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=120)
 
 
@@ -58,13 +73,8 @@ def draw_confusion(file: Path, answers: torch.Tensor, names: list[str]) -> None:
 def write_card(
     file: Path, name: str, model_type: str, data: str, base: str | None, best: dict, settings: dict, on_hub: dict
 ) -> None:
-    """A model card with the results as metadata, as the Hub shows them. Of local paths it has the last part alone."""
-    settings = {
-        option: Path(str(value)).name if Path(str(value)).exists() else value
-        for option, value in settings.items()
-        if value is not None and value is not False
-    }
-    data, base = (Path(source).name if source and Path(source).exists() else source for source in (data, base))
+    """A model card with the results as metadata, as the Hub shows them."""
+    data, base = public(data), public(base)
     split = settings["--validation-split"]
     results = [
         EvalResult("image-classification", data, data, metric, best[key], metric_name=shown, dataset_split=split)
@@ -84,14 +94,7 @@ def write_card(
         eval_results=results,
         **on_hub,
     )
-    table = "\n".join(f"| `{option}` | {value} |" for option, value in settings.items())
-    ModelCard(
-        f"""---
-{metadata.to_yaml()}
----
-
-# {name}
-
+    text = f"""\
 An image classifier ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
 `examples/finetune.py`.
 
@@ -110,10 +113,52 @@ pipeline("image-classification", model="{name}")("picture.jpg")
 ```
 
 {shown}
+"""
+    save_card(file, name, metadata, text, settings)
 
+
+def write_pretraining_card(
+    file: Path, name: str, model_type: str, data: str, base: str | None, entry: dict, settings: dict, on_hub: dict
+) -> None:
+    """A model card for a model that is to be fine-tuned."""
+    data, base = public(data), public(base)
+    metadata = ModelCardData(
+        library_name="transformers", tags=["masked-image-modeling", "simmim", model_type], model_name=name, **on_hub
+    )
+    text = f"""A model ({model_type}) that reconstructs hidden parts of images, pre-trained with
+[SimMIM](https://arxiv.org/abs/2111.09886) on {data} {"from " + base if base else "from scratch"} with Focal's
+`examples/pretrain_mim.py`. Fine-tune it:
+
+    accelerate launch examples/finetune.py --model {name} --data my_images --output my_model
+
+| | |
+|---|---|
+| mean absolute error of hidden pixels, normalised | {entry["loss"]:.4f} ({entry["images"]} validation images) |
+| epoch | {entry["epoch"]} |
+
+![Curves](curves.png)
+![Reconstructions](reconstructions.png)
+"""
+    save_card(file, name, metadata, text, settings)
+
+
+def public(value: object) -> object:
+    """Of a local path the last part alone: where it was is no one else's concern."""
+    return Path(str(value)).name if Path(str(value)).exists() else value
+
+
+def save_card(file: Path, name: str, metadata: ModelCardData, text: str, settings: dict) -> None:
+    given = {option: public(value) for option, value in settings.items() if value is not None and value is not False}
+    table = "\n".join(f"| `{option}` | {value} |" for option, value in given.items())
+    content = f"""---
+{metadata.to_yaml()}
+---
+
+# {name}
+
+{text}
 | setting | |
 |---|---|
 {table}
-""",
-        ignore_metadata_errors=True,
-    ).save(file)
+"""
+    ModelCard(content, ignore_metadata_errors=True).save(file)

@@ -162,9 +162,14 @@ def read_results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def finish(args: argparse.Namespace, accelerator: Accelerator, training: Training) -> None:
+def names_on_hub(args: argparse.Namespace) -> dict:
+    """What of model and data is on the Hub, as model cards have it."""
+    names = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
+    return names if Path(args.data).expanduser().exists() else names | {"datasets": args.data}
+
+
+def finish(args: argparse.Namespace, accelerator: Accelerator, training: Training, results: dict) -> None:
     """After the last model is saved."""
-    results = read_results(args.output)
     if accelerator.is_main_process:
         draw_curves(args.output / "curves.png", results["history"])
     training.checkpoints.remove()

@@ -16,7 +16,10 @@ BUFFER = 1000  # images among which a stream is shuffled
 
 
 class Stream:
-    """Undecoded images with their classes' names, in the order of the shards or shuffled."""
+    """Undecoded images with their classes' names, in the order of the shards or shuffled.
+
+    Without a column of labels, all have the class "".
+    """
 
     def __init__(self, rows: datasets.IterableDataset, args: argparse.Namespace, names: list[str]):
         self.rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
@@ -25,7 +28,7 @@ class Stream:
     def labelled(self, rows: datasets.IterableDataset) -> Iterator[tuple[dict, str]]:
         image, label = self.columns
         for row in rows:
-            value = row[label]
+            value = row[label] if label else ""
             if isinstance(value, int) and 0 <= value < len(self.names):
                 value = self.names[value]
             if value not in self.names:
@@ -42,21 +45,9 @@ class Stream:
             yield from self.labelled(self.rows.shuffle(seed=seed, buffer_size=BUFFER))
 
 
-def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[str]]:
-    """To train on and to validate on, the number of training images, and the classes' names in order."""
-    splits = load_splits(args.data, streaming=True)
-    for split in ("train", args.validation_split):
-        if split not in splits:
-            raise Problem(
-                f"--data {args.data} has no split called {split}, only {', '.join(splits)}; nothing can be held out "
-                "of a stream: see --validation-split."
-            )
-    train, validation = (
-        split if split.features is not None else split._resolve_features()
-        for split in (splits["train"], splits[args.validation_split])
-    )
-    check_columns(args.data, train, args.image_column, args.label_column)
-    feature = train.features[args.label_column]
+def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> list[str]:
+    """In the order of their indices."""
+    feature = rows.features[args.label_column]
     if args.classes:
         names = [line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()]
     elif isinstance(feature, datasets.ClassLabel):
@@ -70,6 +61,27 @@ def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[st
         raise Problem(
             f"--data {args.data} has only one class ({names[0]}) to train on: a classifier needs at least two."
         )
+    return names
+
+
+def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[str]]:
+    """To train on and to validate on, the number of training images, and the classes' names in order.
+
+    Where `args.label_column` is None, all images have one class, whatever the data says.
+    """
+    splits = load_splits(args.data, streaming=True)
+    for split in ("train", args.validation_split):
+        if split not in splits:
+            raise Problem(
+                f"--data {args.data} has no split called {split}, only {', '.join(splits)}; nothing can be held out "
+                "of a stream: see --validation-split."
+            )
+    train, validation = (
+        split if split.features is not None else split._resolve_features()
+        for split in (splits["train"], splits[args.validation_split])
+    )
+    check_columns(args.data, train, args.image_column, args.label_column)
+    names = [""] if args.label_column is None else class_names(args, train)
     known = (train.info.splits or {}).get("train")
     images = args.train_images or (known and known.num_examples)
     if not images:
