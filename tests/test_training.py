@@ -79,7 +79,14 @@ def place(tmp_path_factory) -> Path:
 class Run:
     """Training in processes of its own."""
 
-    def __init__(self, place: Path, *arguments: object, launcher: tuple | list = (sys.executable,), largest_file=None):
+    def __init__(
+        self,
+        place: Path,
+        *arguments: object,
+        script: str = "finetune.py",
+        launcher: tuple | list = (sys.executable,),
+        largest_file: int | None = None,
+    ):
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(place / "cache"),
@@ -92,15 +99,7 @@ class Run:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
         self.process = subprocess.Popen(
-            [
-                *launcher,
-                str(EXAMPLES / "finetune.py"),
-                "--workers",
-                "0",
-                "--learning-rate",
-                "5e-3",
-                *map(str, arguments),
-            ],
+            [*launcher, str(EXAMPLES / script), "--workers", "0", "--learning-rate", "5e-3", *map(str, arguments)],
             env=environment,
             cwd=place,
             stdout=subprocess.PIPE,

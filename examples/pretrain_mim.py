@@ -1,0 +1,330 @@
+"""Pre-train Focal, or Swin, on images without labels: parts of them are hidden, and it learns to fill them in (SimMIM).
+
+Xie et al. 2021, https://arxiv.org/abs/2111.09886. What it saves is what finetune.py starts from. See `--help` and
+examples/README.md.
+"""
+
+import argparse
+import functools
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from transformers import AutoModelForMaskedImageModeling, BitImageProcessorPil, PreTrainedConfig
+
+from common.data import central_view, random_view, read_data, report_unreadable
+from common.files import save_model, write_results
+from common.loading import IGNORED, Loader, listed, shuffled
+from common.models import input_size, load_model, load_processor
+from common.options import (
+    Problem,
+    data_options,
+    fraction,
+    model_options,
+    positive,
+    preparing_options,
+    result_options,
+    training_options,
+    view_options,
+)
+from common.recipe import complete
+from common.reports import draw_curves, draw_reconstructions, write_pretraining_card
+from common.runs import (
+    begin,
+    check_training,
+    finish,
+    make_loaders,
+    may_begin,
+    names_on_hub,
+    read_results,
+    run_script,
+    settings_of,
+    upload,
+)
+from common.streams import read_streams
+
+EXAMPLES = """\
+examples:
+  pre-train on a folder of pictures, in classes or not, the network described by a config.json ("model_type": "focal"),
+  then fine-tune on those that have labels:
+    accelerate launch examples/pretrain_mim.py --config my_config.json --data all_my_images --output pretrained
+    accelerate launch examples/finetune.py --model pretrained --data my_images --output my_model
+
+  go on after it was stopped, as if it had not been:
+    accelerate launch examples/pretrain_mim.py --config my_config.json --data all_my_images --output pretrained --resume
+
+  small pictures, of 32 pixels with patches of 2:
+    accelerate launch examples/pretrain_mim.py --config my_config.json --data thumbnails --output pretrained \\
+        --mask-patch 8
+
+  as the paper does, on eight GPUs:
+    accelerate launch --num_processes 8 --mixed_precision bf16 examples/pretrain_mim.py --config my_config.json \\
+        --data imagenet --output pretrained --batch-size 256 --learning-rate 8e-4
+"""
+
+# The paper's, but for the learning rate: its 8e-4 are for steps of 2048 images.
+PRE_TRAINING = {
+    "epochs": 100,
+    "learning_rate": 5e-4,
+    "min_learning_rate": 0.0,
+    "warmup_epochs": None,
+    "weight_decay": 0.05,
+    "clip": 5.0,
+    "crop_scale": 0.67,
+}
+SHOWN = 8  # validation images whose reconstructions are drawn
+
+
+def parse_arguments() -> argparse.Namespace:
+    def told(name: str) -> str:
+        value = PRE_TRAINING[name]
+        return "(default: a tenth of --epochs)" if value is None else f"(default: {value:g})"
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(label_column=None)
+    model_options(parser)
+    data_options(parser, "FOLDER/**/*.png, or FOLDER/train/**/*.png with FOLDER/validation/**/*.png")
+    result_options(parser)
+
+    group = parser.add_argument_group("hiding")
+    group.add_argument(
+        "--mask-patch",
+        type=positive(int),
+        default=32,
+        metavar="PIXELS",
+        help="side of the squares that are hidden, in whole patches of the model (default: 32)",
+    )
+    group.add_argument(
+        "--mask-ratio", type=fraction, default=0.6, metavar="F", help="share of them that is hidden (default: 0.6)"
+    )
+
+    training_options(parser.add_argument_group("training"), told)
+    view_options(parser.add_argument_group("images in training"), told)
+    preparing_options(parser)
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def hidden_squares(args: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
+    """How many squares of an image are hidden, and how many there are."""
+    squares = (height // args.mask_patch) * (width // args.mask_patch)
+    return math.ceil(args.mask_ratio * squares), squares
+
+
+def check_masks(args: argparse.Namespace, config: PreTrainedConfig, height: int, width: int) -> None:
+    """Refuse squares that do not fit, or that leave nothing to see."""
+    patch, sizes = config.patch_size, f"images of {height} x {width} pixels in patches of {config.patch_size}"
+    fitting = [side for side in range(patch, min(height, width) + 1, patch) if not (height % side or width % side)]
+    if args.mask_patch not in fitting:
+        advice = f"choose one of {', '.join(map(str, fitting))}" if fitting else "no size does; use another image_size"
+        raise Problem(f"--mask-patch {args.mask_patch} does not divide {sizes}: {advice}.")
+    hidden, squares = hidden_squares(args, height, width)
+    if hidden == squares:
+        raise Problem(
+            f"--mask-patch {args.mask_patch} and --mask-ratio {args.mask_ratio:g} hide {hidden} of {squares} squares, "
+            f"which is all of {sizes}: lower one."
+        )
+
+
+def with_mask(
+    args: argparse.Namespace, patch: int, view: Callable, image: Image.Image, draw: random.Random
+) -> dict[str, torch.Tensor]:
+    """A view, and which of its patches are hidden: the same in either from the same draw."""
+    inputs = view(image, draw)
+    height, width = inputs["pixel_values"].shape[-2:]
+    hidden, squares = hidden_squares(args, height, width)
+    mask = torch.zeros(squares, dtype=torch.bool)
+    mask[draw.sample(range(squares), hidden)] = True
+    mask, repeats = mask.view(height // args.mask_patch, -1), args.mask_patch // patch
+    return inputs | {"bool_masked_pos": mask.repeat_interleave(repeats, 0).repeat_interleave(repeats, 1).flatten()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def training_view(
+    args: argparse.Namespace,
+    size: tuple[int, int],
+    processor: BitImageProcessorPil,
+    image: Image.Image,
+    draw: random.Random,
+) -> dict[str, torch.Tensor]:
+    image = random_view(image, size, args.crop_scale, args.flip, processor.resample, draw)
+    pixels = processor(image, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels[0]}
+
+
+def unlabelled(row: tuple[dict, str]) -> tuple[dict, int]:
+    return row[0], 0
+
+
+def to_picture(processor: BitImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixel values (channels, height, width) back to 0 … 1."""
+    if processor.do_normalize:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    return pixels / (255 * processor.rescale_factor) if processor.do_rescale else pixels / 255
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def reconstruct(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss over the images of a batch, and their reconstructions. One that does not count has no loss."""
+    counts = batch["labels"] != IGNORED
+    outputs = model(pixel_values=batch["pixel_values"], bool_masked_pos=batch["bool_masked_pos"] & counts[:, None])
+    return outputs.loss * counts.float().mean(), outputs.reconstruction
+
+
+@torch.no_grad()  # not inference_mode: tensors that a model caches there could not be used in training later
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, loader: Loader
+) -> tuple[dict, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Mean loss, each image counted once; and pixel values, mask and reconstruction of some that this process has."""
+    model.eval()
+    sums = torch.zeros(2, device=accelerator.device)
+    shown = []
+    for batch in loader:
+        counts = batch["labels"] != IGNORED
+        loss, reconstruction = reconstruct(model, batch)
+        sums += torch.stack([loss * len(counts), counts.sum()])
+        of_batch = batch["pixel_values"], batch["bool_masked_pos"], reconstruction.float()
+        shown += zip(*(tensor[counts][: SHOWN - len(shown)].cpu() for tensor in of_batch), strict=True)
+    loss, images = accelerator.reduce(sums, "sum").tolist()
+    if not images:
+        raise Problem("Not one of the validation images can be read.")
+    return {"loss": loss / images, "images": int(images)}, shown
+
+
+def set_stride(config: PreTrainedConfig) -> None:
+    """The decoder's pixels per token, which follow from the network; a classifier's config may say something else."""
+    if hasattr(config, "depths"):
+        config.encoder_stride = config.patch_size * 2 ** (len(config.depths) - 1)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    say = accelerator.print
+    complete(args, PRE_TRAINING, args.batch_size * args.accumulate * accelerator.num_processes)
+    check_training(args)
+    if not may_begin(args, accelerator):
+        return
+
+    set_seed(args.seed)
+    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+        model, _ = load_model(
+            *(args, AutoModelForMaskedImageModeling, "a model for masked images", ("decoder.",)), say, set_stride
+        )
+        processor = load_processor(args, model.config, say)
+    config, size = model.config, input_size(model.config)
+    views = [
+        functools.partial(with_mask, args, config.patch_size, view)
+        for view in (
+            functools.partial(training_view, args, size, processor),
+            functools.partial(central_view, processor),
+        )
+    ]
+    for height, width in {size, tuple(central_view(processor, Image.new("RGB", size))["pixel_values"].shape[-2:])}:
+        check_masks(args, config, height, width)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        model.compile()
+
+    with accelerator.local_main_process_first():
+        if args.streaming:
+            train_data, validation_data, images, _ = read_streams(args)
+        else:
+            train_data, validation_data, _ = read_data(args, say)
+            images = len(train_data["labels"])
+    if args.streaming:
+        keys, in_turn, fetchers = train_data.epoch, validation_data.once, [unlabelled] * 2
+    else:
+        if accelerator.is_local_main_process:
+            report_unreadable(args, (train_data, validation_data), say)
+        keys = shuffled(images, args.seed)
+        # In one order for all times, but not that of the folders, so that the first ones are of all kinds.
+        in_turn = functools.partial(shuffled(len(validation_data["labels"]), 0), 0)
+        fetchers = [
+            listed(data["rows"], [0] * len(data["labels"]), args.image_column) for data in (train_data, validation_data)
+        ]
+    order, train_loader, validation_loader = make_loaders(args, accelerator, keys, images, in_turn, fetchers, views)
+
+    settings = settings_of(args, accelerator, images)
+    hidden, squares = hidden_squares(args, *size)
+    about = f"{hidden} of {squares} squares of {args.mask_patch} pixels hidden"
+    training = begin(args, accelerator, model, order, train_loader, settings, about)
+    shown = None
+
+    def measure(model: torch.nn.Module) -> dict:
+        nonlocal shown
+        measured, shown = evaluate(accelerator, model, validation_loader)
+        return measured
+
+    def draw(folder: Path) -> None:
+        rows = {"picture": [], "shown": [], "filled in": [], "reconstructed": []}
+        for pixels, mask, reconstruction in shown:
+            mask = mask.view(pixels.shape[1] // config.patch_size, -1).repeat_interleave(config.patch_size, 0)
+            mask = mask.repeat_interleave(config.patch_size, 1)
+            picture, reconstruction = to_picture(processor, pixels), to_picture(processor, reconstruction)
+            hidden_grey = picture.where(~mask, torch.tensor(0.5))
+            for row, content in zip(
+                rows.values(), (picture, hidden_grey, picture.where(~mask, reconstruction), reconstruction), strict=True
+            ):
+                row.append(content)
+        if shown:
+            draw_reconstructions(folder / "reconstructions.png", rows)
+
+    def write(folder: Path, results: dict) -> None:
+        module, weights = training.weights()
+
+        def add_reports(folder: Path) -> None:
+            draw_curves(folder / "curves.png", results["history"])
+            draw(folder)
+            name = args.push_to_hub or args.output.resolve().name
+            write_pretraining_card(
+                *(folder / "README.md", name, config.model_type, args.data, args.model),
+                *(results["history"][-1], settings, names_on_hub(args)),
+            )
+
+        if accelerator.is_main_process:
+            save_model(folder, module, processor, results, weights, add_reports)
+
+    def save(results: dict, better: bool) -> None:
+        if better:
+            write(args.output, results)
+        elif accelerator.is_main_process:
+            draw(args.output)
+            write_results(args.output, results)
+        training.tell_unreadable()
+
+    training.run(
+        lambda model, batch: reconstruct(model, batch)[0],
+        measure,
+        merit=lambda entry: -entry["loss"],
+        describe=lambda measured: f"validation loss {measured['loss']:.4f}",
+        save=save,
+    )
+    results = read_results(args.output)
+    if shown is None:  # this process found all epochs done
+        measure(training.trained)
+    write(args.output / "last", results)
+    finish(args, accelerator, training, results)
+    best = results["best"]
+    say(
+        f"Best: epoch {best['epoch']}, validation loss {best['loss']:.4f}. The model is in {args.output}; start "
+        f"finetune.py from it with --model {args.output}."
+    )
+    upload(args, accelerator)
+
+
+if __name__ == "__main__":
+    run_script(parse_arguments(), train)
