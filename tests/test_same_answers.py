@@ -521,7 +521,7 @@ def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
     assert len(seen) == len(blocks)
     for block, (head_index, values, output, weights) in zip(blocks, seen, strict=True):
         rows, cols, heads, keys = head_index.shape
-        side = output.shape[1] // rows
+        side = block.window_size
         assert weights.shape == (len(IMAGES) * rows * cols, heads, side**2, keys)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         places = values.unflatten(-1, (heads, block.head_dim)).flatten(1, 2)[:, head_index]
