@@ -29,7 +29,7 @@ from transformers.utils import logging
 from common.batches import Batches, check_columns, load_split
 from common.files import check_new, write_results
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, positive, stop
+from common.options import Problem, batch_size_option, positive, stop, workers_option
 
 EXAMPLES = """\
 examples:
@@ -100,16 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
-    )
-    group.add_argument(
-        "--workers",
-        type=positive(int, or_zero=True),
-        default=4,
-        metavar="N",
-        help="helpers of each process that read images, or 0 (default: 4)",
-    )
+    batch_size_option(group)
+    workers_option(group)
     return parser.parse_args()
 
 

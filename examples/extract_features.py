@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from common.batches import Batches, check_columns, load_split
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, first_line, positive, stop
+from common.options import Problem, batch_size_option, first_line, positive, stop, workers_option
 
 EXAMPLES = """\
 examples:
@@ -98,16 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
-    )
-    group.add_argument(
-        "--workers",
-        type=positive(int, or_zero=True),
-        default=4,
-        metavar="N",
-        help="helpers of each process that read images, or 0 (default: 4)",
-    )
+    batch_size_option(group)
+    workers_option(group)
     args = parser.parse_args()
     if "pooled" in args.features and len(args.features) > 1:
         parser.error("argument --features: either pooled or stages, not both")

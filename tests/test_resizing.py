@@ -11,24 +11,15 @@ from transformers.testing_utils import CaptureLogger, LoggingLevel
 from transformers.utils import logging
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
+from test_model import BOTH, randomized
 
 FIRST = "encoder.layers.0.blocks.0.attention.neighborhood"
-BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
 
 
 def config(attention_type="focal", **changes):
     options = {"image_size": 64, "embed_dim": 8, "depths": (1, 2), "num_heads": (2, 2), "window_size": 4, "topk": 9}
     options |= {"focal_levels": (2, 2), "focal_windows": (3, 3), "expand_sizes": (2, 2), "encoder_stride": 8}
     return FocalConfig(attention_type=attention_type, num_labels=5, **options | changes)
-
-
-def randomized(model):
-    """With weights under which every part matters."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
 
 
 def saved(model, folder):

@@ -111,13 +111,27 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--push-to-hub", metavar="REPO", help="upload FOLDER when it is done, as USER/NAME")
 
 
+def batch_size_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
+    )
+
+
+def workers_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--workers",
+        type=positive(int, or_zero=True),
+        default=4,
+        metavar="N",
+        help="helpers of each process that read images, or 0 (default: 4)",
+    )
+
+
 def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
     """How the weights change. `told` gives the default of an option in words, for its help."""
     not_negative = positive(float, or_zero=True)
     group.add_argument("--epochs", type=positive(int), metavar="N", help=told("epochs"))
-    group.add_argument(
-        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
-    )
+    batch_size_option(group)
     group.add_argument(
         "--accumulate", type=positive(int), default=1, metavar="N", help="batches per optimizer step (default: 1)"
     )
@@ -167,13 +181,7 @@ def preparing_options(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("speed and memory")
-    group.add_argument(
-        "--workers",
-        type=positive(int, or_zero=True),
-        default=4,
-        metavar="N",
-        help="helpers of each process that read images, or 0 (default: 4)",
-    )
+    workers_option(group)
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
 
