@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -105,9 +104,38 @@ def test_lora_trains_saves_loads_and_merges(attention_type, tmp_path):
     torch.testing.assert_close(logits(merged, images), trained, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def with_torchao(tmp_path_factory):
+    """An environment in which torchao can be imported. In others it is not installed, for it prints when it is."""
+    folder = tmp_path_factory.mktemp("torchao")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "torchao"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"pip cannot get torchao: {run.stderr.strip()}")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
+    return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_with_torchao_installed(with_torchao):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "int8_weights_by_torchao",
+    ]
+    run = subprocess.run([*command, __file__], env=with_torchao, capture_output=True, text=True, cwd=ROOT)
+    assert " 2 passed" in run.stdout, run.stdout + run.stderr
+
+
 @BOTH
 def test_int8_weights_by_torchao(attention_type, tmp_path):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="test_with_torchao_installed runs this")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -249,25 +277,20 @@ def test_pipelines_in_batches(attention_type, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.11", reason="transformers' exporters need torch 2.11")
-def test_examples_of_the_documentation_run(tmp_path):
+def test_examples_of_the_documentation_run(tmp_path, with_torchao):
     """One after another in one process, as they are printed."""
     pytest.importorskip("onnxruntime")
-    blocks = re.findall(r"(<!--[^\n]*-->\n)?```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
     assert len(blocks) == 9
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        assert blocks.pop([bool(note) for note, _ in blocks].index(True))[0] == "<!-- needs torchao -->\n"
-        warnings.warn("The example with torchao is not run: it is not installed.", stacklevel=1)
     prepare(tmp_path, "focal")
     script = tmp_path / "examples.py"
-    script.write_text("\n".join(code for _, code in blocks))
+    script.write_text("\n".join(blocks))
     run = subprocess.run(
         [sys.executable, script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=with_torchao,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "torch.Size([1, 2])" in run.stdout
