@@ -45,7 +45,8 @@ def build(config, block):
     attention = FocalAttention(config, 0, config.block_geometry(0, block)).double().eval()
     with torch.no_grad():
         for parameter in attention.parameters():
-            parameter.normal_()
+            # So that scores are within what the -100 of the original hides.
+            parameter.normal_(std=0.5)
     return attention
 
 
