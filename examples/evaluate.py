@@ -5,7 +5,6 @@ Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See
 
 import argparse
 import csv
-import datetime
 import math
 import re
 import time
@@ -20,16 +19,15 @@ matplotlib.use("Agg")  # draws into a file, on machines without a screen too
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
-from transformers.utils import logging
 
-from common.batches import Batches, check_columns, load_split
+from common.batches import Batches, check_columns, load_split, run_apart
 from common.files import check_new, write_results
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, batch_size_option, positive, stop, workers_option
+from common.options import Problem, batch_size_option, image_size_option, workers_option
 
 EXAMPLES = """\
 examples:
@@ -60,12 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help="a folder or a name on the Hub")
-    group.add_argument(
-        "--image-size",
-        type=positive(int),
-        metavar="N",
-        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
-    )
+    image_size_option(group)
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -330,34 +323,22 @@ def report(folder: Path, rows: np.ndarray, results: dict, labels: list[str], sum
     write_results(folder, results)
 
 
-def main() -> None:
-    args = parse_arguments()
-    # Waiting is no failure here: a process whose pictures are all measured waits for the slowest.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
-    logging.disable_progress_bar()
-    if not accelerator.is_local_main_process:
-        datasets.disable_progress_bars()
-    try:
-        rows, results, labels = measure(args, accelerator)
-        if accelerator.is_main_process:
-            unreadable = results["unreadable"]
-            for item in unreadable:
-                print(f"Not a readable image, left out: {item}")
-            top5 = "" if results["top5"] is None else f"top-5 {100 * results['top5']:.2f} %, "
-            summary = f"{args.model} on {args.data}: top-1 {100 * results['top1']:.2f} %, {top5}loss "
-            summary += (
-                f"{results['loss']:.4f}; {results['images']} images of {' x '.join(map(str, results['image_size']))}"
-            )
-            print(
-                f"{summary} pixels, {results['images_per_second']} a second, {results['processes']} process(es)"
-                f"{f'; {len(unreadable)} left out' if unreadable else ''}."
-            )
-            if args.report:
-                report(args.report, rows, results, labels, summary + " pixels")
-    except Problem as problem:
-        stop(problem, accelerator.is_main_process)
-    accelerator.end_training()
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    rows, results, labels = measure(args, accelerator)
+    if accelerator.is_main_process:
+        unreadable = results["unreadable"]
+        for item in unreadable:
+            print(f"Not a readable image, left out: {item}")
+        top5 = "" if results["top5"] is None else f"top-5 {100 * results['top5']:.2f} %, "
+        summary = f"{args.model} on {args.data}: top-1 {100 * results['top1']:.2f} %, {top5}loss "
+        summary += f"{results['loss']:.4f}; {results['images']} images of {' x '.join(map(str, results['image_size']))}"
+        print(
+            f"{summary} pixels, {results['images_per_second']} a second, {results['processes']} process(es)"
+            f"{f'; {len(unreadable)} left out' if unreadable else ''}."
+        )
+        if args.report:
+            report(args.report, rows, results, labels, summary + " pixels")
 
 
 if __name__ == "__main__":
-    main()
+    run_apart(parse_arguments(), evaluate)

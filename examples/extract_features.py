@@ -5,7 +5,6 @@ interruption: it goes on with the files that are not there yet. See `--help` and
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
@@ -15,15 +14,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from common.batches import Batches, check_columns, load_split
+from common.batches import Batches, check_columns, load_split, run_apart
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, batch_size_option, first_line, positive, stop, workers_option
+from common.options import Problem, batch_size_option, first_line, image_size_option, positive, workers_option
 
 EXAMPLES = """\
 examples:
@@ -59,12 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         help="pooled, what the classifier of the model gets (default), or stages such as stage2 stage4: the mean of "
         "each one's map, as the model's backbone gives it",
     )
-    group.add_argument(
-        "--image-size",
-        type=positive(int),
-        metavar="N",
-        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
-    )
+    image_size_option(group)
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -289,20 +283,6 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     accelerator.print(f"Features of {images} images are in {args.output}{left_out}.")
 
 
-def main() -> None:
-    args = parse_arguments()
-    # Waiting is no failure here: a process that has written its files waits for the slowest.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a missing weight is an error, and that a classifier is left out no news
-    if not accelerator.is_local_main_process:
-        datasets.disable_progress_bars()
-    try:
-        extract(args, accelerator)
-    except Problem as problem:
-        stop(problem, accelerator.is_main_process)
-    accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    logging.set_verbosity_error()  # a missing weight is an error, and that a classifier is left out no news
+    run_apart(parse_arguments(), extract)

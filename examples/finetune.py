@@ -49,7 +49,7 @@ from common.runs import (
     may_begin,
     names_on_hub,
     read_results,
-    run_script,
+    run_training,
     settings_of,
     upload,
 )
@@ -383,4 +383,4 @@ def prepare_model(args: argparse.Namespace, model: PreTrainedModel) -> torch.nn.
 
 
 if __name__ == "__main__":
-    run_script(parse_arguments(), train)
+    run_training(parse_arguments(), train)

@@ -42,7 +42,7 @@ from common.runs import (
     may_begin,
     names_on_hub,
     read_results,
-    run_script,
+    run_training,
     settings_of,
     upload,
 )
@@ -327,4 +327,4 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    run_script(parse_arguments(), train)
+    run_training(parse_arguments(), train)

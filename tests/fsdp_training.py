@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from test_distributed import STEPS, batch, model_and_optimizer
+from test_distributed import STEPS, batch, build, optimizer_of
 
 folder, attention_type = Path(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
@@ -23,15 +22,14 @@ rank, processes = dist.get_rank(), dist.get_world_size()
 
 def sharded():
     """The model, in the blocks that it declares, and its optimizer."""
-    torch.manual_seed(0)
-    model, _ = model_and_optimizer(attention_type)
+    model = build(attention_type)
     mesh = dist.init_device_mesh("cpu", (processes,))
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh)
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(blocks) + 1 > 3
     assert all(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer_of(model)
 
 
 def train(model, optimizer, steps):

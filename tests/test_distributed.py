@@ -19,11 +19,14 @@ def batch(step):
     return torch.randn(4, 3, 36, 40, generator=generator), torch.arange(4)
 
 
-def model_and_optimizer(attention_type):
+def build(attention_type):
     torch.manual_seed(0)
     config = tiny(attention_type, drop_path_rate=0.0, use_absolute_embeddings=True, use_shift=True)
-    model = FocalForImageClassification(config).train()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return FocalForImageClassification(config).train()
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
 @BOTH
@@ -39,7 +42,8 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
 
-    model, optimizer = model_and_optimizer(attention_type)
+    model = build(attention_type)
+    optimizer = optimizer_of(model)
     losses = []
     for step in range(STEPS):
         images, labels = batch(step)

@@ -1,15 +1,26 @@
 """Batches that several processes share out among them, of any data set."""
 
+import argparse
+import datetime
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import BaseImageProcessor
 
 from .data import load_splits
-from .options import Problem, first_line
+from .options import Problem, first_line, run_script
+
+
+def run_apart(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accelerator], None]) -> None:
+    """A script whose processes share the pictures out and meet at the end."""
+    # Waiting is no failure here: a process that is done waits for the slowest.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
+    run_script(accelerator, functools.partial(act, args, accelerator))
 
 
 def load_split(

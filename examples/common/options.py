@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+import datasets
+from accelerate import Accelerator
 from accelerate.utils import LoggerType
+from transformers.utils import logging
 
 
 class Problem(Exception):
@@ -111,6 +113,15 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--push-to-hub", metavar="REPO", help="upload FOLDER when it is done, as USER/NAME")
 
 
+def image_size_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        metavar="N",
+        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
+    )
+
+
 def batch_size_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
@@ -192,11 +203,18 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def stop(problem: Problem, is_main_process: bool) -> NoReturn:
-    """Show the problem and end this process."""
-    # All processes meet the same problem and one should report it. It ends the others by failing; where it is not the
-    # one in trouble, the others speak for themselves.
-    if not is_main_process:
-        time.sleep(5)
-    print(f"error: {problem}", file=sys.stderr, flush=True)
-    sys.exit(1)
+def run_script(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """What a script does in each of its processes; what only the user can put right ends it with one line."""
+    logging.disable_progress_bar()  # its bars, one for every file, would break up those of the script
+    if not accelerator.is_local_main_process:
+        datasets.disable_progress_bars()
+    try:
+        act()
+    except Problem as problem:
+        # All processes meet the same problem and one should report it. It ends the others by failing; where it is not
+        # the one in trouble, the others speak for themselves.
+        if not accelerator.is_main_process:
+            time.sleep(5)
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    accelerator.end_training()

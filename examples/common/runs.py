@@ -7,19 +7,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from huggingface_hub import HfApi
-from transformers.utils import logging
 
 from .engine import Training
 from .files import check_output
 from .loading import Images, InTurn, Loader, Order
 from .models import decay_groups, input_size
-from .options import Problem, first_line, stop
+from .options import Problem, first_line, run_script
 from .recipe import schedule
 from .reports import draw_curves
 
@@ -27,21 +25,13 @@ from .reports import draw_curves
 FREE = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
 
 
-def run_script(args: argparse.Namespace, train: Callable[[argparse.Namespace, Accelerator], None]) -> None:
-    """Train; what only the user can put right ends as one line."""
+def run_training(args: argparse.Namespace, train: Callable[[argparse.Namespace, Accelerator], None]) -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.accumulate,
         log_with=args.report_to or None,
         project_config=ProjectConfiguration(str(args.output), logging_dir=str(args.output / "logs")),
     )
-    logging.disable_progress_bar()  # its bars, one for every file saved, would break up the bar of the training
-    if not accelerator.is_local_main_process:
-        datasets.disable_progress_bars()
-    try:
-        train(args, accelerator)
-    except Problem as problem:
-        stop(problem, accelerator.is_main_process)
-    accelerator.end_training()
+    run_script(accelerator, functools.partial(train, args, accelerator))
 
 
 def check_training(args: argparse.Namespace) -> None:
