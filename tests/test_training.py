@@ -355,16 +355,20 @@ def test_results_are_reported_to_people_and_trackers(paper_run):
         AutoModelForImageClassification.from_pretrained(place)
 
 
-def test_adapters_are_merged_and_kept(place, paper_run):
+def test_adapters_are_merged_and_kept_in_mixed_precision_too(place, paper_run):
     base, _ = paper_run
-    Run(
+    launcher = Path(sys.executable).with_name("accelerate"), "launch", "--mixed_precision", "bf16"
+    said, _ = Run(
         *(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
         *("--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
+        launcher=[*launcher, "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"],
     ).end()
+    assert "precision bf16" in said
     card = (place / "lora" / "README.md").read_text()
     assert "from paper with Focal's" in card
     assert str(place) not in card  # a path on this machine is no one else's concern
     merged = AutoModelForImageClassification.from_pretrained(place / "lora").eval()
+    assert merged.dtype == torch.float32
     model = AutoModelForImageClassification.from_pretrained(base).eval()
     before = model.state_dict()
     changed = {name for name, values in merged.state_dict().items() if not values.equal(before[name])}
