@@ -9,7 +9,7 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling
-from test_model import BOTH, pixels, randomized, tiny
+from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
 BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
@@ -89,6 +89,25 @@ def test_few_graphs_for_images_of_many_sizes(attention_type, graphs):
             images = pixels(2, 3, height, width)
             torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
     assert graphs() <= {"focal": 1, "topk": 4}[attention_type]
+
+
+@needs_compile
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
+def test_inductor_trains_on_images_of_changing_size(graphs):
+    """Beside convolutions, its graphs for sizes that are not known take no maps that are views and kept for later."""
+    stages = {"embed_dim": 4, "depths": (1, 1), "num_heads": (1, 1), "focal_levels": (2, 2), "focal_windows": (3, 3)}
+    stages |= {"expand_sizes": (1, 1), "mlp_ratio": 1.0, "drop_path_rate": 0.0}
+    config = tiny("focal", **stages, problem_type="single_label_classification")
+    model = randomized(FocalForImageClassification(config)).train()
+    compiled = torch.compile(model, fullgraph=True)
+    labels = torch.tensor([1, 4])
+    for height, width in SIZES[:2]:
+        found, expected = (
+            torch.autograd.grad(called(pixels(2, 3, height, width), labels=labels).loss, list(model.parameters()))
+            for called in (compiled, model)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def called(exported, images):

@@ -6,9 +6,7 @@ adapts, quantises or compiles a model should have to know.
 
 import copy
 import io
-import os
 import pickle
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -24,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from focal_hf import FocalForImageClassification, cpu_attention_focal, modeling_focal
 from focal_hf.modeling_focal import FocalAttention
 from test_attention import build, one_stage_configs
-from test_model import BOTH, pixels, randomized, tiny
+from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
 
 IMAGES = pixels(2, 3, 40, 52)  # maps of 10 by 13 tokens: no multiples of the window, and not the size in the config
 LABELS = torch.tensor([1, 4])
@@ -530,9 +528,6 @@ def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
         torch.testing.assert_close(mixed, output)
     last = [sum(model.config.depths[: stage + 1]) - 1 for stage in range(len(model.config.depths))]
     assert all(torch.equal(given, seen[block][3]) for given, block in zip(attentions, last, strict=True))
-
-
-NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
 
 
 @BOTH

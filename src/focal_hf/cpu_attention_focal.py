@@ -4,6 +4,7 @@ An operator of its own, so that compiled graphs call it too. Its backward pass g
 windows gather would be several times as large as all else that is kept for it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, cut_windows, picked
+from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, picked
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
@@ -83,9 +84,11 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
                 yield Piece(here, places, head_index, bias.flatten(0, 1)[: len(head_index)])
 
 
-def all_windows(maps: torch.Tensor, rows: int) -> torch.Tensor:
-    """(images, height, width, channels) to (images · rows, cols, side, side, channels), as a view if contiguous."""
-    return cut_windows(maps.flatten(0, 1)[None], maps.shape[1] // rows)[0]
+def all_windows(tokens: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """(images, tokens, channels) to (images · rows, cols, side, side, channels), as a view if contiguous."""
+    images, length, channels = tokens.shape
+    side = math.isqrt(length // (rows * cols))
+    return tokens.reshape(images * rows, side, cols, side, channels).transpose(1, 2)
 
 
 def by_head(windows: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -126,7 +129,7 @@ def attention_in_pieces(
     """Args and output as `FocalAttention.attend` has them, the neighbourhood taken to pieces."""
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    queries, outputs = (all_windows(maps, len(index)) for maps in (query, output))
+    queries, outputs = (all_windows(tokens, *index.shape[:2]) for tokens in (query, output))
     for piece in pieces(neighborhood, key, head_dim):
         attended = nn.functional.scaled_dot_product_attention(
             by_head(queries[piece.here], head_dim),
@@ -166,8 +169,8 @@ def attention_in_pieces_backward(
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
     gradients = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value, *sources)]
     grad_query, grad_key, grad_value, *grad_sources = gradients
-    windows = [all_windows(maps, len(index)) for maps in (query, output, grad_output)]
-    grad_queries = all_windows(grad_query, len(index))
+    windows = [all_windows(tokens, *index.shape[:2]) for tokens in (query, output, grad_output)]
+    grad_queries = all_windows(grad_query, *index.shape[:2])
     for here, places, head_index, bias in pieces(neighborhood, key, head_dim):
         q, out, grad_out = (by_head(maps[here], head_dim) for maps in windows)
         k, v = picked(key, head_index, head_dim), picked(value, head_index, head_dim)
@@ -218,5 +221,4 @@ attention_in_pieces.register_autograd(_backward, setup_context=_keep)
 @register_flop_formula(getattr(torch.ops, NAMESPACE).attention_in_pieces)
 def _operations(query_shape, key_shape, value_shape, index_shape, *args, out_shape=None, **kwargs) -> int:
     """For `torch.utils.flop_counter`, which does not look into operators: two products of queries and picked keys."""
-    images, height, width, channels = query_shape
-    return 4 * images * height * width * channels * index_shape[-1]
+    return 4 * math.prod(query_shape) * index_shape[-1]

@@ -174,7 +174,7 @@ def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def half(dimensions: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a map after downsampling."""
-    return (dimensions[0] + 1) // 2, (dimensions[1] + 1) // 2
+    return -(-dimensions[0] // 2), -(-dimensions[1] // 2)
 
 
 def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:
@@ -457,12 +457,11 @@ class FocalAttention(nn.Module):
         neighborhood = self.neighborhood(maps)
 
         tokens = maps.flatten(1, 2)
-        query = self.q_proj(tokens).unflatten(1, maps.shape[1:3])
+        query = self.q_proj(tokens)
         if self.pooling is not None:
             tokens = torch.cat([tokens, self.pooling(cut_windows(maps, self.window_size))], dim=1)
         output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
-        # As tokens: bitsandbytes' linear layers take no more dimensions.
-        output = self.o_proj(output.flatten(1, 2)).unflatten(1, maps.shape[1:3])
+        output = self.o_proj(output).unflatten(1, maps.shape[1:3])
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
@@ -479,13 +478,13 @@ class FocalAttention(nn.Module):
         """Where queries, the tokens' keys and values, the index and the bias meet.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, height, width, channels)`):
+            query (`torch.Tensor` of shape `(batch, height · width, channels)`):
                 Of the map's tokens.
             key, value (`torch.Tensor` of shape `(batch, tokens, channels)`):
                 Of the map's and the pooled tokens, among which the neighbourhood picks.
 
         Returns:
-            The output (batch, height, width, channels) and, with eager attention, the weights (batch · windows, heads,
+            The output (batch, height · width, channels) and, with eager attention, the weights (batch · windows, heads,
             queries, keys).
         """
         batch, heads = query.shape[0], self.num_heads
@@ -500,7 +499,8 @@ class FocalAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         everything = slice(None), slice(None)
-        windows = cut_windows(query, self.window_size)  # (batch, rows, cols, side, side, channels)
+        sides = [length * self.window_size for length in index.shape[:2]]
+        windows = cut_windows(query.unflatten(1, sides), self.window_size)  # (batch, rows, cols, side, side, channels)
         first = torch.arange(batch, device=index.device) * (key.shape[1] * heads)
         head_index = first[:, None, None, None] + index.flatten(0, 1)  # (batch, windows, heads, keys)
         # Windows of all heads stand side by side, where heads do elsewhere: so images share a bias as it is.
