@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 
 from .options import Problem, first_line
@@ -144,10 +145,10 @@ class Images(torch.utils.data.Dataset):
         inputs = self.view(image, random.Random(item.seed))
         return inputs | {"labels": label if item.counts else IGNORED, "broken": None}
 
-
-def collate(samples: list[dict]) -> dict:
-    broken = [sample.pop("broken") for sample in samples]
-    return torch.utils.data.default_collate(samples) | {"broken": [name for name in broken if name]}
+    @staticmethod
+    def collate(samples: list[dict]) -> dict:
+        broken = [sample.pop("broken") for sample in samples]
+        return torch.utils.data.default_collate(samples) | {"broken": [name for name in broken if name]}
 
 
 class Loader:
@@ -158,7 +159,7 @@ class Loader:
         self.loader = torch.utils.data.DataLoader(
             images,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=images.collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -171,4 +172,4 @@ class Loader:
                 if self.strict:
                     raise Problem(f"Not a readable image: {name}. Repair or remove it, or leave out --strict.")
                 self.broken.append(name)
-            yield {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+            yield send_to_device(batch, self.device, non_blocking=True)

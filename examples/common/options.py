@@ -44,15 +44,15 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="PATH", help="train from scratch: a config.json, or a folder with one")
 
 
-def data_options(parser: argparse.ArgumentParser, pictures: str) -> argparse._ArgumentGroup:
-    """Where the images are, in folders such as `pictures`."""
+def data_options(parser: argparse.ArgumentParser, pictures: str, streams: bool = True) -> argparse._ArgumentGroup:
+    """Where the images are, in folders such as `pictures`, and whether the script takes streams of them."""
     group = parser.add_argument_group("data")
+    shards = "Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar" if streams else "Parquet files"
     group.add_argument(
         "--data",
         required=True,
         metavar="NAME",
-        help=f"a folder {pictures}, a folder of Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar, or a "
-        "data set's name on the Hub",
+        help=f"a folder {pictures}, a folder of {shards}, or a data set's name on the Hub",
     )
     group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
     group.add_argument("--validation-split", default="validation", metavar="NAME", help="default: validation")
@@ -68,6 +68,9 @@ def data_options(parser: argparse.ArgumentParser, pictures: str) -> argparse._Ar
         action="store_true",
         help="stop at an image that cannot be read; without it, such are skipped and told",
     )
+    if not streams:
+        parser.set_defaults(streaming=False, train_images=None)
+        return group
     group.add_argument(
         "--streaming", action="store_true", help="read shards as they go by, without a copy on this disk"
     )
@@ -190,7 +193,10 @@ def preparing_options(parser: argparse.ArgumentParser) -> None:
         help="the share of the shorter side that the central crop keeps, for a model that brings no image processor; "
         "1.0 where the subject fills the picture (default: 0.875)",
     )
+    speed_options(parser)
 
+
+def speed_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed and memory")
     workers_option(group)
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")

@@ -72,6 +72,7 @@ def make_loaders(
     in_turn: Callable,
     fetchers: Sequence[Callable],
     views: Sequence[Callable],
+    kind: type[Images] = Images,
 ) -> tuple[Order, Loader, Loader]:
     """The order of training, its images, and those to validate on.
 
@@ -79,12 +80,13 @@ def make_loaders(
         keys, images: as in [`Order`], for training.
         in_turn: as in [`InTurn`], for validation.
         fetchers, views: as in [`Images`], for training and for validation.
+        kind: what loads the images.
     """
     place = accelerator.num_processes, accelerator.process_index
     order = Order(keys, images, args.batch_size, args.accumulate, *place, args.seed)
     batches = order, InTurn(in_turn, args.batch_size, *place)
     return order, *(
-        Loader(Images(fetch, view), parts, args.workers, accelerator.device, args.strict)
+        Loader(kind(fetch, view), parts, args.workers, accelerator.device, args.strict)
         for fetch, view, parts in zip(fetchers, views, batches, strict=True)
     )
 
@@ -109,11 +111,16 @@ def begin(
     about: str,
     ema: float | None = None,
     layer_decay: float = 1.0,
+    groups: list[dict] | None = None,
+    pixels: str | None = None,
 ) -> Training:
-    """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`."""
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, args.weight_decay, args.learning_rate, layer_decay), lr=args.learning_rate
-    )
+    """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
+
+    `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are the size of the images in words, if it is
+    not the one that the model's config has.
+    """
+    groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     training = Training(
         *(accelerator, model, optimizer, functools.partial(schedule, args), order, loader),
         epochs=args.epochs,
@@ -135,11 +142,11 @@ def begin(
     engine = "" if alone else f" ({accelerator.distributed_type.value})"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    size = input_size(model.config)
+    pixels = pixels or "{} x {}".format(*input_size(model.config))
     accelerator.print(
         f"{model.config.model_type}, {parameters / 1e6:.2f} M parameters"
         + (f" ({learning / 1e6:.2f} M learn)" if learning < parameters else "")
-        + f", {about}; {settings['the number of training images']} training images of {size[0]} x {size[1]} pixels; "
+        + f", {about}; {settings['the number of training images']} training images of {pixels} pixels; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}{engine}, "
         f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {order.steps * args.epochs} steps."
     )

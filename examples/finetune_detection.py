@@ -1,0 +1,244 @@
+"""Fine-tune a detector with a Focal, Swin or other backbone on images with boxes, as COCO has them or the Hub.
+
+Any detector of transformers, such as RT-DETR, D-FINE or Deformable DETR. See `--help` and examples/README.md.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from common.data import report_unreadable
+from common.detection import (
+    ObjectImages,
+    View,
+    average_precision,
+    build_detector,
+    detection_loss,
+    draw_detections,
+    ground_truth,
+    inputs_of,
+    inside,
+    predict,
+    rate_groups,
+    read_objects,
+    sides,
+    stride_of,
+    training_sizes,
+    write_detection_card,
+)
+from common.files import save_model, write_results
+from common.loading import listed, shuffled
+from common.options import (
+    Problem,
+    data_options,
+    fraction,
+    image_size_option,
+    model_options,
+    positive,
+    result_options,
+    speed_options,
+    training_options,
+    view_options,
+)
+from common.recipe import complete
+from common.reports import draw_curves
+from common.runs import (
+    begin,
+    check_training,
+    finish,
+    make_loaders,
+    may_begin,
+    names_on_hub,
+    read_results,
+    run_training,
+    settings_of,
+    upload,
+)
+
+EXAMPLES = """\
+examples:
+  a classifier, or a model pre-trained by pretrain_mim.py, becomes the backbone of a new RT-DETR:
+    accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector
+
+  go on after it was stopped, as if it had not been:
+    accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector --resume
+
+  COCO itself, with another head:
+    accelerate launch examples/finetune_detection.py --model focal-tiny --head deformable_detr --data coco \\
+        --train-split train2017 --validation-split val2017 --output my_detector --epochs 50
+
+  a detector, its sizes described by a config.json, from scratch; small images:
+    accelerate launch examples/finetune_detection.py --config my_config.json --data my_scenes --output my_detector \\
+        --image-size 128 --smallest-size 96
+
+  a data set from the Hub:
+    accelerate launch examples/finetune_detection.py --model focal-tiny --data cppe-5 --validation-split test \\
+        --output my_detector
+"""
+
+# Of DETR and those after it, but for the epochs: on COCO they take 50 to 72.
+DETECTION = {
+    "epochs": 50,
+    "learning_rate": 1e-4,
+    "min_learning_rate": 0.0,
+    "warmup_epochs": None,
+    "weight_decay": 1e-4,
+    "clip": 0.1,
+    "crop_scale": 0.3,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    def told(name: str) -> str:
+        value = DETECTION[name]
+        return "(default: a tenth of --epochs)" if value is None else f"(default: {value:g})"
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model_options(parser)
+    parser.add_argument(
+        "--head",
+        default="rt_detr",
+        metavar="NAME",
+        help="where --model is no detector: the type of the new head, or a config.json of a detector, whose backbone "
+        "is replaced (default: rt_detr)",
+    )
+    pictures = "with FOLDER/annotations/instances_SPLIT.json in COCO's format and FOLDER/SPLIT/*.png"
+    group = data_options(parser, pictures, streams=False)
+    group.add_argument("--objects-column", default="objects", metavar="NAME", help="default: objects")
+    group.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
+    result_options(parser)
+
+    group = parser.add_argument_group("training")
+    training_options(group, told)
+    group.set_defaults(batch_size=8)
+    group.add_argument(
+        "--backbone-rate",
+        type=fraction,
+        metavar="F",
+        help="learning rate of the backbone relative to that of the head (default: 0.1; 1 with --config)",
+    )
+
+    group = parser.add_argument_group("images")
+    image_size_option(group)
+    group.add_argument(
+        "--smallest-size",
+        type=positive(int),
+        metavar="N",
+        help="in training the shorter side is drawn from N up to that (default: 0.6 of it)",
+    )
+    view_options(group, told)
+    speed_options(parser)
+    return parser.parse_args()
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    say = accelerator.print
+    complete(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
+    if args.backbone_rate is None:
+        args.backbone_rate = 0.1 if args.model else 1.0
+    check_training(args)
+    if not may_begin(args, accelerator):
+        return
+
+    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+        train_data, validation_data, names = read_objects(args, say)
+    if accelerator.is_local_main_process:
+        report_unreadable(args, (train_data, validation_data), say)
+    images = len(train_data["labels"])
+
+    set_seed(args.seed)
+    with accelerator.local_main_process_first():
+        model, processor = build_detector(args, names, say)
+    config, inputs = model.config, inputs_of(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        model.compile()
+
+    side = min(sides(processor).values())
+    smallest = args.smallest_size or round(0.6 * side)
+    if smallest > side:
+        raise Problem(f"--smallest-size {smallest} is above the {side} pixels of --image-size.")
+    kind = type("BatchedImages", (ObjectImages,), {"step": stride_of(model)})
+    sizes = training_sizes(processor, smallest, kind.step)
+    views = (
+        View(processor, config.label2id, sizes, args),
+        View(processor, config.label2id, [sides(processor)]),
+    )
+    order, train_loader, validation_loader = make_loaders(
+        *(args, accelerator, shuffled(images, args.seed), images),
+        functools.partial(range, len(validation_data["labels"])),
+        [listed(data["rows"], data["labels"], args.image_column) for data in (train_data, validation_data)],
+        views,
+        kind,
+    )
+    objects = sum(int(inside(image)[1].sum()) for image in train_data["labels"])
+    settings = settings_of(args, accelerator, images)
+    training = begin(
+        *(args, accelerator, model, order, train_loader, settings),
+        about=f"{len(names)} classes, {objects} objects",
+        groups=rate_groups(model, args),
+        pixels=f"{smallest} to {side}" if smallest < side else str(side),
+    )
+    truth, predictions = ground_truth(validation_data["labels"], config.label2id), None
+
+    def measure(model: torch.nn.Module) -> dict:
+        nonlocal predictions
+        predictions = predict(accelerator, model, inputs, processor, validation_loader)
+        if not predictions:
+            raise Problem("Not one of the validation images can be read.")
+        return average_precision(truth, predictions, config.id2label)
+
+    def draw(folder: Path) -> None:
+        draw_detections(folder / "detections.png", validation_data, args.image_column, predictions, config.id2label)
+
+    def write(folder: Path, results: dict) -> None:
+        module, weights = training.weights()
+
+        def add_reports(folder: Path) -> None:
+            draw_curves(folder / "curves.png", results["history"])
+            draw(folder)
+            name = args.push_to_hub or args.output.resolve().name
+            write_detection_card(
+                *(folder / "README.md", name, config.model_type, args.data, args.model),
+                *(results["history"][-1], settings, names_on_hub(args)),
+            )
+
+        if accelerator.is_main_process:
+            save_model(folder, module, processor, results, weights, add_reports)
+
+    def save(results: dict, better: bool) -> None:
+        if better:
+            write(args.output, results)
+        elif accelerator.is_main_process:
+            write_results(args.output, results)
+        training.tell_unreadable()
+
+    training.run(
+        detection_loss(model, objects / images),
+        measure,
+        merit=lambda entry: (entry["ap"] or 0, entry["ap50"] or 0),
+        describe=lambda measured: f"AP {measured['ap'] or 0:.4f}  AP50 {measured['ap50'] or 0:.4f}",
+        save=save,
+    )
+    results = read_results(args.output)
+    if predictions is None:  # this process found all epochs done
+        measure(training.trained)
+    write(args.output / "last", results)
+    finish(args, accelerator, training, results)
+    best = results["best"]
+    say(
+        f"Best: epoch {best['epoch']}, AP {best['ap'] or 0:.4f}, AP50 {best['ap50'] or 0:.4f}. "
+        f"The model is in {args.output}."
+    )
+    upload(args, accelerator)
+
+
+if __name__ == "__main__":
+    run_training(parse_arguments(), train)
