@@ -35,6 +35,7 @@ from transformers import (
     RTDetrImageProcessorPil,
 )
 from transformers.backbone_utils import BackboneMixin
+from transformers.loss import loss_for_object_detection
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.utils import logging
 
@@ -276,7 +277,7 @@ def random_part(
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """Half of the images cropped, half mirrored: the image, the boxes, and which of them are still there."""
     left_over = np.ones(len(boxes), bool)
-    if draw.random() < 0.5:
+    if args.crop_scale < 1 and draw.random() < 0.5:
         area = image.width * image.height * draw.uniform(args.crop_scale, 1)
         ratio = image.width / image.height * math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
         width = min(image.width, max(1, round(math.sqrt(area * ratio))))
@@ -433,9 +434,10 @@ def new_head(
     logging.set_verbosity_error()
     try:
         model = AutoModelForObjectDetection.from_config(config)
-        backbone, loading = AutoBackbone.from_pretrained(
-            args.model, out_indices=config.backbone_config.out_indices, output_loading_info=True, dtype=torch.float32
+        backbone, loading = type(backbone_of(model)).from_pretrained(
+            args.model, config=config.backbone_config, output_loading_info=True, dtype=torch.float32
         )
+        begin_anew(model)
         backbone_of(model).load_state_dict(backbone.state_dict())
     except Exception as error:
         raise Problem(
@@ -448,6 +450,13 @@ def new_head(
         say(f"{args.model} lacks weights of the backbone; these start anew: {', '.join(sorted(lacking)[:5])}.")
     say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
     return model
+
+
+def begin_anew(model: PreTrainedModel) -> None:
+    """Batch norms of a head start as their papers' do; transformers gives them weights near 0, which hardly learn."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
 
 
 def build_detector(
@@ -470,6 +479,8 @@ def build_detector(
         raise Problem(f"Cannot read --model {args.model}: {first_line(error)}") from error
     if config is None or type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING:
         model, _ = load_model(args, AutoModelForObjectDetection, "a detector", (), say, set_labels)
+        if args.config:
+            begin_anew(model)
     else:
         model = new_head(args, config, dict(enumerate(names)), say)
 
@@ -504,30 +515,30 @@ def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ("pixel_values", "pixel_mask") if name in known)
 
 
-def counts_alone(model: PreTrainedModel) -> bool:
-    """Whether the loss is divided by the objects of this process's batch; others look at all processes.
+def divide_by_own_objects() -> None:
+    """Have DETR and its like divide their loss by the objects of their batch, as the RT-DETR family does.
 
-    That is transformers' loss of the RT-DETR family: `RTDetrLoss` and what inherits from it.
+    With several processes, transformers takes the mean number of objects of all, and divides it by the number of
+    processes once more: the loss would grow with that.
     """
-    return getattr(model.config, "model_type", "") in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
+    loss_for_object_detection.is_accelerate_available = lambda: False
 
 
 def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
     """The model's own loss, such that a step does not depend on how its images are shared out.
 
-    Where the model divides by the objects of a batch, a batch here counts by its objects: the loss is then divided by
-    those that its images have on average, `objects` an image.
+    The model divides by the objects of a batch. Here a batch counts by its objects, so that they are divided by those
+    that its images have on average, `objects` an image.
     """
-    names, alone = inputs_of(model), counts_alone(model)
+    names = inputs_of(model)
+    divide_by_own_objects()
 
     def loss(trained: torch.nn.Module, batch: dict) -> torch.Tensor:
         loss = trained(**{name: batch[name] for name in names}, labels=batch["labels"]).loss
-        count = sum(len(target["class_labels"]) for target in batch["labels"])
-        if alone:
-            loss = loss * (max(1, count) / (objects * len(batch["labels"])))
-        if not count:  # DDP waits for a gradient of every parameter, and those of boxes would have none
-            loss = loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
-        return loss
+        count = max(1, sum(len(target["class_labels"]) for target in batch["labels"]))
+        loss = loss * (count / (objects * len(batch["labels"])))
+        # DDP waits for a gradient of every parameter: Swin's last norm has none, nor what learns from objects alone.
+        return loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
 
     return loss
 

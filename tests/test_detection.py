@@ -1,0 +1,432 @@
+"""examples/finetune_detection.py: real processes that learn to find plain rectangles, and what their parts do."""
+
+import contextlib
+import copy
+import io
+import json
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from transformers import (
+    AutoModelForObjectDetection,
+    DeformableDetrConfig,
+    DeformableDetrImageProcessorPil,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessorPil,
+    SwinConfig,
+    SwinForImageClassification,
+    pipeline,
+)
+
+from common.detection import (
+    ObjectImages,
+    View,
+    average_precision,
+    backbone_of,
+    build_detector,
+    detection_loss,
+    ground_truth,
+    read_objects,
+    training_sizes,
+)
+from common.loading import Item
+from common.options import Problem
+from example_runs import COLOURS, TWO_PROCESSES, run_examples_in_turn, tiny_config
+from focal_hf import FocalForImageClassification
+from test_finetune import results
+from test_training import Run, assert_same
+
+SCRIPT = "finetune_detection.py"
+NAMES = [*COLOURS]
+STAGES = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "patch_size": 4, "embed_dim": 16, "window_size": 4}
+LEVELS = {"focal_levels": (2,) * 3, "focal_windows": (3, 3, 1), "expand_sizes": (1,) * 3}
+SMALL = {
+    **{"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 1, "num_queries": 12},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+}
+RT_DETR = SMALL | {
+    **{"encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3, "hidden_expansion": 0.5, "initializer_range": 0.1},
+    **{"num_denoising": 10, "encoder_in_channels": [16, 32, 64], "feat_strides": [4, 8, 16]},
+}
+# Half of the pictures cropped, half mirrored, in several sizes.
+OPTIONS = (
+    *("--config", "rt_detr", "--data", "scenes", "--image-size", 64, "--batch-size", 8, "--clip", 1),
+    *("--epochs", 12, "--learning-rate", 3e-3, "--save-every", 3),
+)
+
+
+def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
+    """Pictures of 64 x 48 pixels with up to two rectangles, and what COCO's format says of them."""
+    draw, noise = random.Random(split), np.random.default_rng(count)
+    (folder / split).mkdir(parents=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for number in range(count):
+        pixels = noise.integers(90, 170, (48, 64, 3), dtype=np.uint8)
+        for _ in range(draw.randint(0, 2)):
+            width, height, label = draw.randint(12, 28), draw.randint(12, 28), draw.randrange(3)
+            left, top = draw.randint(0, 64 - width), draw.randint(0, 48 - height)
+            pixels[top : top + height, left : left + width] = COLOURS[NAMES[label]]
+            box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+            # Numbers of categories begin where they like, and have gaps.
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 2 * label + 7} | box)
+        Image.fromarray(pixels).save(folder / split / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+    categories = [{"id": 2 * label + 7, "name": name} for label, name in enumerate(NAMES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return content
+
+
+def read(folder: Path, **options) -> tuple[dict, dict, list[str], list[str]]:
+    """What `read_objects` reads, and what it says."""
+    said = []
+    args = Namespace(
+        **{"data": str(folder), "train_split": "train", "validation_split": "validation", "seed": 0}
+        | {"image_column": "image", "objects_column": "objects", "validation_fraction": 0.25}
+        | options
+    )
+    return *read_objects(args, said.append), said
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("detection")
+    draw_scenes(place / "scenes", "train", 98)
+    draw_scenes(place / "scenes", "validation", 13)
+    whole = (place / "scenes" / "train" / "5.png").read_bytes()
+    (place / "scenes" / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
+    backbone = tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
+    RTDetrConfig(backbone_config=backbone, **RT_DETR).save_pretrained(place / "rt_detr")
+    DeformableDetrConfig(
+        **{"backbone_config": backbone, "use_timm_backbone": False, "encoder_layers": 1, "dropout": 0.0},
+        **{"num_feature_levels": 3, "activation_dropout": 0.0, "attention_dropout": 0.0},
+        **SMALL | {"decoder_layers": 2},
+    ).save_pretrained(place / "deformable")
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> tuple[Path, str]:
+    """What a run wrote that was never interrupted, and what it said."""
+    said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT).end()
+    return place / "whole" / "out", said
+
+
+def test_learns_to_find_rectangles(place, trained):
+    folder, said = trained
+    assert "Skipped 1 training images that cannot be read: " in said
+    assert "98 training images of 38 to 64 pixels" in said
+    best = results(folder)["best"]
+    assert best["images"] == 13
+    assert best["ap50"] > 0.35
+    assert [*best["classes"]] == NAMES
+    assert best["ap"] == pytest.approx(np.mean([*best["classes"].values()]))
+    card = (folder / "README.md").read_text()
+    assert str(place) not in card
+    assert "pipeline_tag: object-detection" in card
+    with Image.open(folder / "detections.png") as drawn:
+        assert drawn.width > 2 * drawn.height  # six pictures beside each other, what was found below the truth
+
+    detector = pipeline("object-detection", model=str(folder))
+    assert isinstance(detector.model, RTDetrForObjectDetection)
+    content = json.loads((place / "scenes" / "annotations" / "instances_validation.json").read_text())
+    answers = []
+    for image in content["images"]:
+        for found in detector(str(place / "scenes" / "validation" / image["file_name"]), threshold=0.0):
+            left, top, right, bottom = (found["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
+            box = {"bbox": [left, top, right - left, bottom - top], "score": found["score"]}
+            answers.append({"image_id": image["id"], "category_id": 2 * NAMES.index(found["label"]) + 7} | box)
+    # The pipeline rounds boxes to whole pixels.
+    assert official(content, answers)[1] == pytest.approx(best["ap50"], abs=0.05)
+
+
+def test_killed_goes_on_to_the_same_bytes(place, trained):
+    options = (*OPTIONS, "--output", "killed/out")
+    folder = place / "killed" / "out"
+    Run(place, *options, script=SCRIPT).kill_after(folder / "checkpoints", random.randrange(3, 140, 3))
+    said, _ = Run(place, *options, "--resume", script=SCRIPT).end()
+    assert "Going on after step" in said
+    assert_same(folder, trained[0])
+
+
+def test_processes_divide_the_same_work(place):
+    """A detector without batch norms, and pictures of one size: nothing depends on what else is in a batch.
+
+    It hardly learns, so that no box is matched to another object because of a rounding.
+    """
+    options = ("--config", "deformable", "--data", "scenes", "--image-size", 64, "--smallest-size", 64)
+    options += ("--epochs", 1, "--learning-rate", 1e-7, "--crop-scale", 1)
+    Run(place, *options, "--output", "one", "--batch-size", 8, script=SCRIPT).end()
+    Run(place, *options, "--output", "two", "--batch-size", 4, launcher=TWO_PROCESSES, script=SCRIPT).end()
+    assert results(place / "two")["processes"] == 2
+    (one,), (two,) = (results(place / name)["history"] for name in ("one", "two"))
+    assert two["images"] == one["images"] == 13
+    for name in ("train_loss", "gradient_norm", "ap"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4)
+
+
+def test_loss_of_a_batch_is_the_mean_of_its_parts(place, trained):
+    """However images with more and fewer objects are shared out among batches and processes."""
+    model = AutoModelForObjectDetection.from_pretrained(trained[0]).eval()
+    loss = detection_loss(model, objects=1.2)
+    draw = torch.Generator().manual_seed(0)
+    labels = [
+        {"class_labels": torch.arange(count) % 3, "boxes": torch.rand(count, 4, generator=draw) * 0.5 + 0.2}
+        for count in (3, 0, 1, 5)
+    ]
+    pixels = torch.randn(4, 3, 64, 64, generator=draw)
+    batch = {"pixel_values": pixels, "pixel_mask": torch.ones(4, 64, 64, dtype=torch.long), "labels": labels}
+    parts = [{name: values[part] for name, values in batch.items()} for part in (slice(0, 1), slice(2, 4))]
+    parts += [{name: values[1:2] for name, values in batch.items()}]
+    weights = [1, 2, 1]
+    divided = sum(weight * loss(model, part) for weight, part in zip(weights, parts, strict=True)) / 4
+    torch.testing.assert_close(divided, loss(model, batch))
+
+
+def official(content: dict, answers: list[dict]) -> list[float]:
+    """What pycocotools gives for COCO's format as it is."""
+    truth = COCO()
+    truth.dataset = copy.deepcopy(content)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(answers), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def test_average_precision_is_that_of_pycocotools(place, tmp_path):
+    content = draw_scenes(tmp_path, "train", 30)
+    content["annotations"][0]["iscrowd"] = 1
+    content["annotations"][1]["bbox"][0] = -3
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    draw_scenes(tmp_path, "validation", 2)
+    data, _, names, said = read(tmp_path)
+    assert said[0] == "Training data: 1 boxes stick out of their images: cut off there."
+    assert said[1] == "Training data: 1 boxes are of crowds: not trained on."
+    id2label = dict(enumerate(names))
+    truth = ground_truth(data["labels"], {name: label for label, name in id2label.items()})
+
+    draw = np.random.default_rng(0)
+    predictions, answers = {}, []
+    for image in content["images"]:
+        found = [one for one in content["annotations"] if one["image_id"] == image["id"] and draw.random() < 0.8]
+        boxes = [np.array(one["bbox"]) + draw.normal(0, 1.5, 4) for one in found]
+        labels = [(one["category_id"] - 7) // 2 if draw.random() < 0.8 else int(draw.integers(3)) for one in found]
+        scores = draw.random(len(found))
+        corners = [[*box[:2], *(box[:2] + box[2:])] for box in boxes]
+        predictions[image["id"]] = {"boxes": np.reshape(corners, (-1, 4)), "labels": labels, "scores": scores}
+        for box, label, score in zip(boxes, labels, scores.tolist(), strict=True):
+            category = {"image_id": image["id"], "category_id": 2 * label + 7}
+            answers.append(category | {"bbox": box.tolist(), "score": score})
+    measured = average_precision(truth, predictions, id2label)
+    expected = official(content, answers)
+    assert 0.2 < measured["ap"] < 0.9
+    for name, value in zip(("ap", "ap50", "ap75", "ap_small"), expected, strict=False):
+        assert measured[name] == pytest.approx(value, abs=1e-9)
+    assert expected[4:6] == [-1, -1]
+    assert measured["ap_medium"] is measured["ap_large"] is None
+    assert np.mean([*measured["classes"].values()]) == pytest.approx(measured["ap"])
+
+    perfect = {}
+    for index, image in enumerate(data["labels"]):
+        boxes = np.reshape(image["bbox"], (-1, 4))
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        labels = [names.index(name) for name in image["name"]]
+        perfect[index] = {"boxes": corners, "labels": labels, "scores": np.ones(len(labels))}
+    assert average_precision(truth, perfect, id2label)["ap"] == pytest.approx(1)
+    nothing = {index: {"boxes": np.zeros((0, 4)), "labels": [], "scores": []} for index in perfect}
+    assert average_precision(truth, nothing, id2label)["ap"] == 0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    width=st.integers(40, 90),
+    height=st.integers(40, 90),
+    place=st.tuples(*[st.floats(0, 0.6)] * 2),
+    size=st.tuples(*[st.floats(0.3, 0.9)] * 2),
+    seed=st.integers(0, 2**32),
+    shorter=st.sampled_from([None, 64]),
+)
+def test_boxes_stay_around_their_pixels(width, height, place, size, seed, shorter):
+    """Cropped, mirrored, resized with or without its shape, padded to the batch: a box fits its red rectangle."""
+    left, top = (round(share * side) for share, side in zip(place, (width, height), strict=True))
+    right, bottom = min(width, left + round(size[0] * width)), min(height, top + round(size[1] * height))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[top:bottom, left:right] = (255, 0, 0)
+    target = {
+        "bbox": [[left, top, right - left, bottom - top]],
+        "name": ["red"],
+        "iscrowd": [0],
+        "size": (width, height),
+    }
+    sizes = {"shortest_edge": shorter, "longest_edge": 100} if shorter else {"height": 64, "width": 96}
+    kind = DeformableDetrImageProcessorPil if shorter else RTDetrImageProcessorPil
+    processor = kind(size=sizes, do_normalize=False)
+    args = Namespace(crop_scale=0.3, flip=True)
+    view = View(processor, {"red": 0}, training_sizes(processor, 32, 8), args)
+    samples = [
+        view(Image.fromarray(pixels), target, random.Random(seed + number))
+        | {"size": torch.tensor([height, width]), "index": number, "broken": None}
+        for number in range(2)
+    ]
+    images = type("Padded", (ObjectImages,), {"step": 32})(None, None)
+    batch = images.collate(samples)
+    rows, columns = batch["pixel_values"].shape[-2:]
+    assert rows % 32 == columns % 32 == 0
+    for image, mask, labels in zip(batch["pixel_values"], batch["pixel_mask"], batch["labels"], strict=True):
+        assert not image[:, mask == 0].any()
+        found = (image[0] > 0.5).nonzero()
+        for centre_x, centre_y, box_width, box_height in labels["boxes"].tolist():
+            low, high = found.amin(0), found.amax(0) + 1
+            box = [
+                centre_x - box_width / 2,
+                centre_y - box_height / 2,
+                centre_x + box_width / 2,
+                centre_y + box_height / 2,
+            ]
+            drawn = [low[1] / columns, low[0] / rows, high[1] / columns, high[0] / rows]
+            assert np.abs(np.array(box) - drawn).max() * max(rows, columns) <= 1.5
+
+
+@pytest.mark.parametrize("kind", ["focal", "swin"])
+def test_classifier_becomes_the_backbone(place, tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "focal":
+        classifier = FocalForImageClassification(tiny_config(**STAGES, **LEVELS, image_size=64))
+    else:
+        classifier = SwinForImageClassification(SwinConfig(**STAGES, image_size=64))
+    classifier.save_pretrained(tmp_path / "classifier")
+    args = Namespace(model=str(tmp_path / "classifier"), config=None, head=str(place / "rt_detr"), image_size=96)
+    said = []
+    model, processor = build_detector(args, NAMES, said.append)
+    assert said == [f"{args.model} is the backbone; the head (rt_detr) starts anew, with the data's classes."]
+    assert (model.config.id2label, dict(processor.size)["height"]) == (dict(enumerate(NAMES)), 96)
+    weights, backbone = classifier.base_model.state_dict(), backbone_of(model).state_dict()
+    same = [name for name in backbone if any(name.endswith(other) for other in weights)]
+    assert len(same) > 0.9 * len(weights) - 4
+    assert not any("hidden_states_norms" in name for name in same)
+    for name in same:
+        (other,) = [other for other in weights if name.endswith(other)]
+        torch.testing.assert_close(backbone[name], weights[other])
+    model.train()
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+    batch = {"pixel_values": torch.randn(1, 3, 96, 96), "pixel_mask": torch.ones(1, 96, 96), "labels": labels}
+    detection_loss(model, 1)(model, batch).backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_data_set_with_a_column_of_objects_is_read_as_coco_is(place, tmp_path):
+    coco, _, names, _ = read(place / "scenes")
+    category = datasets.ClassLabel(names=NAMES)
+    objects = datasets.List({"bbox": datasets.List(datasets.Value("float64"), 4), "category": category})
+    rows = {"image": [], "objects": []}
+    for row, image in zip(coco["rows"].cast_column("image", datasets.Image(decode=False)), coco["labels"], strict=True):
+        rows["image"].append({"path": None, "bytes": Path(row["image"]["path"]).read_bytes()})
+        found = zip(image["bbox"], image["name"], strict=True)
+        rows["objects"].append([{"bbox": box, "category": NAMES.index(name)} for box, name in found])
+    features = datasets.Features({"image": datasets.Image(), "objects": objects})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train-00000.parquet")
+    train, held, found, said = read(tmp_path)
+    assert found == names == NAMES
+    assert said[0].startswith("No split called validation: holding out 24 of 98 training images, 25% of all (seed 0).")
+    rest = [row for row in range(98) if row not in {image["id"] for image in held["labels"]}]
+    assert train["labels"] == [coco["labels"][row] for row in rest]
+
+
+def change(content: dict, kind: str) -> None:
+    """Make an annotation file wrong."""
+    images, annotations = content["images"], content["annotations"]
+    if kind == "lost":
+        images[3]["file_name"] = "lost.png"
+    elif kind == "category":
+        annotations[2]["category_id"] = 99
+    elif kind == "nan":
+        annotations[2]["bbox"][2] = float("nan")
+    elif kind == "twice":
+        images[4]["file_name"] = images[3]["file_name"]
+    elif kind == "unlisted":
+        annotations[2]["image_id"] = 77
+    elif kind == "three":
+        annotations[2]["bbox"].pop()
+
+
+WRONG = {
+    "lost": "lists lost.png, and there is no ",
+    "category": "has category 99, which is not listed.",
+    "nan": ", nan, ",
+    "twice": "has two images with the file 3.png: remove one.",
+    "unlisted": "is of image 77, which is not listed.",
+    "three": "expected four numbers, [left, top, width, height].",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_annotations_are_found_before_training(tmp_path, kind):
+    content = draw_scenes(tmp_path, "train", 8)
+    change(content, kind)
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    with pytest.raises(Problem) as error:
+        read(tmp_path)
+    assert WRONG[kind] in str(error.value)
+    assert "instances_train.json" in str(error.value)
+
+
+def test_errors_are_one_line(place):
+    lines = [
+        (
+            ["--config", "rt_detr", "--data", "scenes", "--train-split", "train2017"],
+            "no split called train2017, only tr",
+        ),
+        (
+            ["--config", "rt_detr", "--data", "rt_detr"],
+            "--data rt_detr has no annotations: expected images in rt_detr/",
+        ),
+        (["--config", "nothing", "--data", "scenes"], "No such file or folder: --config nothing."),
+        (["--model", "rt_detr", "--data", "scenes"], "Cannot build a detector from --model rt_detr"),
+        (
+            ["--config", "rt_detr", "--data", "scenes", "--image-size", 64, "--smallest-size", 65],
+            "--smallest-size 65 is above the 64 pixels of --image-size.",
+        ),
+    ]
+    answers = run_examples_in_turn(SCRIPT, [[*line, "--output", "none"] for line, _ in lines], place)
+    for (line, expected), (status, _, complained) in zip(lines, answers, strict=True):
+        errors = [text for text in complained.splitlines() if text.startswith("error: ")]
+        assert status == 1, (line, complained)
+        assert len(errors) == 1
+        assert expected in errors[0]
+    assert not (place / "none").exists()
+
+
+def test_unreadable_and_turned_pictures(tmp_path):
+    """EXIF data may turn a picture; the annotations' size tells whether they know."""
+    draw_scenes(tmp_path, "train", 4)
+    draw_scenes(tmp_path, "validation", 1)
+    data, _, names, _ = read(tmp_path)
+    processor = RTDetrImageProcessorPil(size={"height": 48, "width": 64})
+    view = View(processor, {name: label for label, name in enumerate(names)}, [{"height": 48, "width": 64}])
+    file = tmp_path / "train" / "0.jpg"
+    image = Image.open(tmp_path / "train" / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(file, exif=exif)
+    for size, broken in (((64, 48), False), ((48, 64), False), ((64, 50), True)):
+        target = data["labels"][0] | {"size": size}
+        images = ObjectImages(lambda key, target=target: ({"path": str(file), "bytes": None}, target), view)
+        sample = images[Item(0)]
+        assert bool(sample["broken"]) == broken
+        assert sample["index"] == (-1 if broken else 0)
+        assert sample["size"].tolist() == ([64, 64] if broken else [*size[::-1]])
