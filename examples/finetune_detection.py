@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         "is replaced (default: rt_detr)",
     )
     pictures = "with FOLDER/annotations/instances_SPLIT.json in COCO's format and FOLDER/SPLIT/*.png"
-    group = data_options(parser, pictures, streams=False)
+    group = data_options(parser, pictures, streaming=False)
     group.add_argument("--objects-column", default="objects", metavar="NAME", help="default: objects")
     group.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
     result_options(parser)

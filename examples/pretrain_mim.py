@@ -33,7 +33,7 @@ from common.options import (
     view_options,
 )
 from common.recipe import complete
-from common.reports import draw_curves, draw_reconstructions, write_pretraining_card
+from common.reports import draw_curves, draw_reconstructions, to_picture, write_pretraining_card
 from common.runs import (
     begin,
     check_training,
@@ -165,14 +165,6 @@ def training_view(
 
 def unlabelled(row: tuple[dict, str]) -> tuple[dict, int]:
     return row[0], 0
-
-
-def to_picture(processor: BitImageProcessorPil, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixel values (channels, height, width) back to 0 … 1."""
-    if processor.do_normalize:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        pixels = pixels * std + mean
-    return pixels / (255 * processor.rescale_factor) if processor.do_rescale else pixels / 255
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -194,7 +194,8 @@ class Training:
             progress.best = entry if better else progress.best
             save({"best": progress.best, "processes": accelerator.num_processes, "history": progress.history}, better)
             rate = self.scheduler.get_last_lr()[-1]
-            accelerator.log({"learning_rate": rate, **entry}, step=entry["epoch"] * self.order.steps)
+            numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+            accelerator.log({"learning_rate": rate, **numbers}, step=entry["epoch"] * self.order.steps)
             if accelerator.is_main_process:
                 bar.write(
                     f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "

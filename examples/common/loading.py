@@ -137,13 +137,16 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, item: Item) -> dict:
         cell, label = self.fetch(item.key)
-        try:
-            image = self.decoder.decode_example(cell)
-        except Exception as error:  # whatever a decoder says to damaged bytes
-            black = self.view(Image.new("RGB", (64, 64)), random.Random(item.seed))
-            return black | {"labels": IGNORED, "broken": f"{cell['path']} ({first_line(error)})"}
+        image, broken = self.decode(cell)
         inputs = self.view(image, random.Random(item.seed))
-        return inputs | {"labels": label if item.counts else IGNORED, "broken": None}
+        return inputs | {"labels": label if item.counts and not broken else IGNORED, "broken": broken}
+
+    def decode(self, cell: dict) -> tuple[Image.Image, str | None]:
+        """The image, or a black one and what is wrong."""
+        try:
+            return self.decoder.decode_example(cell), None
+        except Exception as error:  # whatever a decoder says to damaged bytes
+            return Image.new("RGB", (64, 64)), f"{cell['path']} ({first_line(error)})"
 
     @staticmethod
     def collate(samples: list[dict]) -> dict:

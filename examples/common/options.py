@@ -44,10 +44,10 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="PATH", help="train from scratch: a config.json, or a folder with one")
 
 
-def data_options(parser: argparse.ArgumentParser, pictures: str, streams: bool = True) -> argparse._ArgumentGroup:
-    """Where the images are, in folders such as `pictures`, and whether the script takes streams of them."""
+def data_options(parser: argparse.ArgumentParser, pictures: str, streaming: bool = True) -> argparse._ArgumentGroup:
+    """Where the images are, in folders such as `pictures`, and whether they may be read as a stream."""
+    shards = "Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar" if streaming else "Parquet files"
     group = parser.add_argument_group("data")
-    shards = "Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar" if streams else "Parquet files"
     group.add_argument(
         "--data",
         required=True,
@@ -68,7 +68,7 @@ def data_options(parser: argparse.ArgumentParser, pictures: str, streams: bool =
         action="store_true",
         help="stop at an image that cannot be read; without it, such are skipped and told",
     )
-    if not streams:
+    if not streaming:
         parser.set_defaults(streaming=False, train_images=None)
         return group
     group.add_argument(
@@ -125,9 +125,13 @@ def image_size_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def batch_size_option(group: argparse._ArgumentGroup) -> None:
+def batch_size_option(group: argparse._ArgumentGroup, default: int = 64) -> None:
     group.add_argument(
-        "--batch-size", type=positive(int), default=64, metavar="N", help="images per process (default: 64)"
+        "--batch-size",
+        type=positive(int),
+        default=default,
+        metavar="N",
+        help=f"images per process (default: {default})",
     )
 
 
@@ -141,11 +145,11 @@ def workers_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
+def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str], batch_size: int = 64) -> None:
     """How the weights change. `told` gives the default of an option in words, for its help."""
     not_negative = positive(float, or_zero=True)
     group.add_argument("--epochs", type=positive(int), metavar="N", help=told("epochs"))
-    batch_size_option(group)
+    batch_size_option(group, batch_size)
     group.add_argument(
         "--accumulate", type=positive(int), default=1, metavar="N", help="batches per optimizer step (default: 1)"
     )
@@ -174,6 +178,10 @@ def view_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> 
         metavar="F",
         help=f"the smallest share of a picture's area that a random crop keeps {told('crop_scale')}",
     )
+    flip_option(group)
+
+
+def flip_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,

@@ -8,9 +8,11 @@ import kornia.augmentation as augment
 import torch
 from kornia.augmentation.auto import RandAugment
 from transformers import (
+    BaseImageProcessor,
     BitImageProcessorPil,
     PreTrainedConfig,
     get_cosine_with_min_lr_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
 )
 
 from .loading import IGNORED
@@ -82,10 +84,14 @@ def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
         args.warmup_epochs = args.epochs / 10
 
 
+def drop_path_by_size(config: PreTrainedConfig) -> float:
+    return 0.5 if config.embed_dim > 96 else 0.3 if sum(config.depths) > 12 else 0.2
+
+
 def set_drop_path(args: argparse.Namespace, config: PreTrainedConfig) -> None:
     """Stochastic depth; the paper has that of Focal-Tiny, Small and Base, here by the size of the model."""
     if args.drop_path is None and args.recipe == "paper":
-        args.drop_path = 0.5 if config.embed_dim > 96 else 0.3 if sum(config.depths) > 12 else 0.2
+        args.drop_path = drop_path_by_size(config)
     if args.drop_path is not None:
         config.drop_path_rate = args.drop_path
 
@@ -100,6 +106,14 @@ def schedule(
         steps,
         min_lr_rate=args.min_learning_rate / args.learning_rate,
     )
+
+
+def linear_schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear from 0 in the warm-up, then linear down to the least."""
+    warmup = round(args.warmup_epochs / args.epochs * steps)
+    return get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=args.min_learning_rate, power=1.0)
 
 
 def operations(strength: float, sign: int) -> list:
@@ -124,6 +138,18 @@ def balanced_weights(labels: list[int], classes: int) -> torch.Tensor:
     """A weight for each class, in inverse proportion to its number of images; 1 where all have as many."""
     counts = torch.bincount(torch.tensor(labels), minlength=classes)
     return len(labels) / (classes * counts.clamp(min=1))
+
+
+def normalize(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in 0 … 1 as the model's image processor would give them, whose range is 0 … 255."""
+    pixels = pixels * (255 * (processor.rescale_factor if processor.do_rescale else 1))
+    if not processor.do_normalize:
+        return pixels
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return (pixels - mean) / std
 
 
 class Augmentation:
@@ -153,18 +179,6 @@ class Augmentation:
         count, sign = int(torch.randint(2, (2,)).sum()), int(torch.randint(2, ()))
         return self.rand_augment[count - 1][sign](pixels) if count else pixels
 
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As the model's image processor does, whose range of pixels is 0 … 255."""
-        processor = self.processor
-        pixels = pixels * (255 * (processor.rescale_factor if processor.do_rescale else 1))
-        if not processor.do_normalize:
-            return pixels
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None]
-            for values in (processor.image_mean, processor.image_std)
-        )
-        return (pixels - mean) / std
-
     def one_hot(self, labels: torch.Tensor) -> torch.Tensor:
         """Zeros for an image that does not count."""
         counts = labels != IGNORED
@@ -177,7 +191,7 @@ class Augmentation:
             pixels = torch.cat([self.some_operations(some) for some in pixels.split(DRAWN_TOGETHER)])
         if self.color_jitter:
             pixels = self.color_jitter(pixels)
-        pixels = self.normalize(pixels)
+        pixels = normalize(self.processor, pixels)
         if self.erase:  # after normalising, so that what is erased has the mean colour
             pixels = self.erase(pixels)
         if self.cutmix and (not self.mixup or torch.rand(()) < 0.5):

@@ -6,6 +6,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from transformers import BaseImageProcessor
 
 DRAWN, TOLD = 1000, 40  # classes of which there is a confusion matrix, and with names
 
@@ -14,6 +15,7 @@ CURVES = {
     "loss": {"train_loss": "training", "loss": "validation"},
     "validation accuracy": {"accuracy": "top-1", "top5_accuracy": "top-5"},
     "validation AP of boxes": {"ap": "AP", "ap50": "AP50", "ap75": "AP75"},
+    "validation": {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"},
 }
 
 
@@ -33,6 +35,14 @@ def draw_curves(file: Path, history: list[dict]) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=120)
+
+
+def to_picture(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixel values (channels, height, width) back to 0 … 1."""
+    if processor.do_normalize:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    return pixels / (255 * processor.rescale_factor) if processor.do_rescale else pixels / 255
 
 
 def draw_reconstructions(file: Path, rows: dict[str, list[torch.Tensor]]) -> None:

@@ -109,6 +109,8 @@ def begin(
     loader: Loader,
     settings: dict,
     about: str,
+    *,
+    decay: Callable = schedule,
     ema: float | None = None,
     layer_decay: float = 1.0,
     groups: list[dict] | None = None,
@@ -116,13 +118,13 @@ def begin(
 ) -> Training:
     """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
 
-    `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are the size of the images in words, if it is
-    not the one that the model's config has.
+    `decay` is the learning rate's schedule; `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are the
+    size of the training images in words, if it is not the one that the model's config has.
     """
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     training = Training(
-        *(accelerator, model, optimizer, functools.partial(schedule, args), order, loader),
+        *(accelerator, model, optimizer, functools.partial(decay, args), order, loader),
         epochs=args.epochs,
         output=args.output,
         settings=settings,
