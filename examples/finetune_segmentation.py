@@ -1,0 +1,430 @@
+"""Train UperNet on Focal, or another backbone of transformers, to tell the class of every pixel.
+
+Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and examples/README.md.
+"""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, set_seed
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
+from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor
+
+from common.files import check_new, save_model, write_results
+from common.loading import InTurn, Loader, Order, shuffled
+from common.models import load_trained
+from common.options import (
+    Problem,
+    data_options,
+    flip_option,
+    model_options,
+    positive,
+    result_options,
+    speed_options,
+    training_options,
+)
+from common.recipe import complete, linear_schedule
+from common.reports import draw_curves
+from common.runs import (
+    begin,
+    check_training,
+    finish,
+    may_begin,
+    names_on_hub,
+    read_results,
+    run_training,
+    settings_of,
+    upload,
+)
+from common.segmentation import (
+    NO_CLASS,
+    Scenes,
+    build_segmenter,
+    check_scenes,
+    choose_splits,
+    draw_scenes,
+    fix_unused,
+    probabilities,
+    read_pairs,
+    segmentation_loss,
+    segmentation_processor,
+    set_size,
+    training_view,
+    whole_view,
+    write_segmentation_card,
+)
+
+EXAMPLES = """\
+examples:
+  start from a checkpoint (a classifier, a pre-trained or a segmentation model; a folder or a name on the Hub):
+    accelerate launch examples/finetune_segmentation.py --model focal-tiny --data my_images --output my_model
+
+  go on after it was stopped, as if it had not been:
+    accelerate launch examples/finetune_segmentation.py --model focal-tiny --data my_images --output my_model --resume
+
+  ADE20K as the paper has it, on eight GPUs:
+    accelerate launch --num_processes 8 examples/finetune_segmentation.py --model focal-tiny \\
+        --data ADEChallengeData2016 --reduce-labels --output my_model --batch-size 2
+
+  measure a finished model, seen through windows at several scales, each as it is and mirrored:
+    accelerate launch examples/finetune_segmentation.py --evaluate-only --model my_model --data my_images \\
+        --output report --window 512 --stride 341 --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip-test
+
+  scenes of digits, which make_scenes.py writes, from scratch:
+    python examples/make_scenes.py scenes
+    accelerate launch examples/finetune_segmentation.py --config my_config.json --data scenes --output my_model \\
+        --crop-size 128 --head-channels 32 --learning-rate 1e-3 --epochs 30 --no-flip
+"""
+
+# The paper's, as Swin's in mmsegmentation: 160,000 steps of 16 images are 127 epochs of ADE20K's 20,210.
+SEGMENTATION = {
+    "epochs": 127,
+    "learning_rate": 6e-5,
+    "min_learning_rate": 0.0,
+    "warmup_epochs": None,
+    "weight_decay": 0.01,
+    "clip": math.inf,
+}
+WARMUP = 1500 / 160_000  # of all epochs
+SHOWN = 6  # validation images that are drawn
+
+
+def parse_arguments() -> argparse.Namespace:
+    def told(name: str) -> str:
+        if name == "warmup_epochs":
+            return "(default: 1500 of 160,000 parts of --epochs)"
+        value = SEGMENTATION[name]
+        return "(default: none)" if value == math.inf else f"(default: {value:g})"
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    not_negative, above_zero = positive(float, or_zero=True), positive(float)
+
+    model_options(parser)
+    pictures = "FOLDER/train/*.jpg with maps FOLDER/annotations/train/*.png, and the same of FOLDER/validation"
+    group = data_options(parser, pictures, streaming=False)
+    group.add_argument(
+        "--map-column",
+        default="annotation",
+        metavar="NAME",
+        help="of a data set that is no folder of images (default: annotation)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="the classes' names, one a line, in the order of their numbers (default: FOLDER/annotations/classes.txt)",
+    )
+    group.add_argument(
+        "--reduce-labels",
+        action="store_true",
+        help="0 in maps is no class, 1 the first, as in ADE20K; 255 is no class in any case",
+    )
+    result_options(parser)
+
+    group = parser.add_argument_group("training")
+    training_options(group, told, batch_size=16)
+    group.add_argument(
+        "--drop-path",
+        type=not_negative,
+        metavar="P",
+        help="stochastic depth of the backbone's last block (default: 0.2, 0.3 or 0.5, by its size)",
+    )
+    group.add_argument(
+        "--head-channels",
+        type=positive(int),
+        default=512,
+        metavar="N",
+        help="of a new UperNet; its auxiliary head has half as many (default: 512)",
+    )
+
+    group = parser.add_argument_group("images in training")
+    group.add_argument(
+        "--crop-size", type=positive(int), default=512, metavar="N", help="side of a crop in pixels (default: 512)"
+    )
+    group.add_argument(
+        "--resize",
+        nargs=2,
+        type=above_zero,
+        default=[0.5, 2.0],
+        metavar="F",
+        help="shortest side before cropping, in crop sizes: the least and the most (default: 0.5 2)",
+    )
+    flip_option(group)
+    group.add_argument(
+        "--distortion",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="change brightness, contrast, saturation and hue (default: on)",
+    )
+
+    group = parser.add_argument_group("images in evaluation")
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        metavar="N",
+        help="shorter side of what the model sees, in pixels (default: --crop-size, or what a finished model says)",
+    )
+    group.add_argument(
+        "--window", type=positive(int), metavar="N", help="side of sliding windows (default: the image as a whole)"
+    )
+    group.add_argument(
+        "--stride", type=positive(int), metavar="N", help="from window to window (default: two thirds of --window)"
+    )
+    group.add_argument(
+        "--scales", nargs="+", type=above_zero, default=[1.0], metavar="F", help="all are seen (default: 1)"
+    )
+    group.add_argument("--flip-test", action="store_true", help="see the mirrored image, too")
+    group.add_argument(
+        "--evaluate-only",
+        action="store_true",
+        help="measure --model, which is a finished one, on the validation images; FOLDER gets results and pictures",
+    )
+    speed_options(parser)
+    return parser.parse_args()
+
+
+def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuse what contradicts itself, before anything is read."""
+    if args.evaluate_only and not args.model:
+        raise Problem("--evaluate-only measures a finished model: name it by --model.")
+    if args.resize[0] > args.resize[1]:
+        raise Problem(f"--resize {args.resize[0]:g} {args.resize[1]:g}: the least comes first.")
+    if args.drop_path is not None and args.drop_path >= 1:
+        raise Problem(f"--drop-path {args.drop_path:g} is too much: it must be below 1.")
+    if args.stride and not args.window:
+        raise Problem("--stride is for --window: leave it out, or add that.")
+    if args.stride and args.stride > args.window:
+        raise Problem(f"--stride {args.stride} leaves gaps between windows of {args.window} pixels.")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise Problem(f"{accelerator.distributed_type.value} shards weights, which UperNet does not need: use DDP.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def training_loader(
+    args: argparse.Namespace, accelerator: Accelerator, rows: datasets.Dataset, processor: BaseImageProcessor
+) -> tuple[Order, Loader]:
+    """Images are seen in whole steps, since batch normalization goes astray in a batch of few; the rest waits."""
+    place = accelerator.num_processes, accelerator.process_index
+    step_size = args.batch_size * args.accumulate * accelerator.num_processes
+    images = max(len(rows) // step_size * step_size, min(len(rows), step_size))
+    order = Order(shuffled(len(rows), args.seed), images, args.batch_size, args.accumulate, *place, args.seed)
+    if args.batch_size == 1 or order.share(0) % args.batch_size == 1:
+        raise Problem(
+            f"Batch normalization needs two images, and with --batch-size {args.batch_size} and {len(rows)} training "
+            "images a batch would have one: choose another."
+        )
+    scenes = Scenes(rows, args, functools.partial(training_view, args, processor))
+    return order, Loader(scenes, order, args.workers, accelerator.device, args.strict)
+
+
+def validation_loader(
+    args: argparse.Namespace, accelerator: Accelerator, rows: datasets.Dataset, processor: BaseImageProcessor
+) -> Loader:
+    """One image in a batch: they have all sizes."""
+    place = accelerator.num_processes, accelerator.process_index
+    batches = InTurn(functools.partial(range, len(rows)), 1, *place)
+    scenes = Scenes(rows, args, functools.partial(whole_view, args.scales, processor))
+    return Loader(scenes, batches, args.workers, accelerator.device, args.strict)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()  # not inference_mode: tensors that a model caches there could not be used in training later
+def evaluate(
+    args: argparse.Namespace, accelerator: Accelerator, model: torch.nn.Module, loader: Loader, names: list[str]
+) -> tuple[dict, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Measures of all pixels of all images together, each image counted once.
+
+    Returns:
+        The measures; and pixel values, true and predicted classes of some images that this process has.
+    """
+    # Processes see different numbers of windows, so they must not wait for each other in every one.
+    model = accelerator.unwrap_model(model)
+    for statistics in model.buffers():
+        broadcast(statistics)
+    model.eval()
+    options = {"num_classes": len(names), "ignore_index": NO_CLASS}
+    metrics = MetricCollection(
+        {
+            "iou": MulticlassJaccardIndex(average="none", **options),
+            "mean_iou": MulticlassJaccardIndex(average="macro", **options),
+            "confusion": MulticlassConfusionMatrix(**options),
+        }
+    ).to(accelerator.device)
+    sums, shown = torch.zeros(2, dtype=torch.double, device=accelerator.device), []
+    for batch in loader:
+        truth = batch["labels"].long()
+        counts = truth != NO_CLASS
+        views = [batch[f"view{number}"] for number in range(len(args.scales))]
+        with accelerator.autocast():
+            answer = probabilities(
+                *(model, views, truth.shape[-2:]),
+                window=args.window,
+                stride=args.stride or max(1, 2 * (args.window or 0) // 3),
+                flip=args.flip_test,
+                together=args.batch_size,
+            )
+        predicted = answer.argmax(0, keepdim=True)
+        metrics.update(predicted, truth)
+        of_truth = answer.gather(0, truth.where(counts, 0))[counts]
+        sums += torch.stack([-of_truth.clamp(min=1e-12).log().sum(), counts.any()])
+        if len(shown) < SHOWN and counts.any():
+            shown.append((views[len(views) // 2][0].cpu(), truth[0].cpu(), predicted[0].cpu()))
+    loss, images = accelerator.reduce(sums, "sum").tolist()
+    if not images:
+        raise Problem("Not one of the validation images can be read, or none has a pixel with a class.")
+    result = metrics.compute()
+    of_class = result["confusion"].sum(1)
+    pixels = of_class.sum().item()
+    right = result["confusion"].diag()
+    occurs = (of_class + result["confusion"].sum(0)) > 0
+    measured = {
+        "mean_iou": result["mean_iou"].item(),
+        "mean_accuracy": (right / of_class)[of_class > 0].mean().item(),
+        "pixel_accuracy": right.sum().item() / pixels,
+        "loss": loss / pixels,
+        "images": int(images),
+        "iou": {
+            name: value.item() if known else None
+            for name, value, known in zip(names, result["iou"], occurs, strict=True)
+        },
+    }
+    return measured, shown
+
+
+def describe(measured: dict) -> str:
+    return (
+        f"validation loss {measured['loss']:.3f}  mean IoU {measured['mean_iou']:.4f}  "
+        f"pixel accuracy {measured['pixel_accuracy']:.4f}"
+    )
+
+
+def measure_finished(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """What `--evaluate-only` does."""
+    check_new("--output", args.output)
+    model, processor = load_trained(args.model, AutoModelForSemanticSegmentation)
+    splits, names = read_pairs(args)
+    if args.validation_split not in splits:
+        raise Problem(f"--data {args.data} has no split {args.validation_split}, only {', '.join(splits)}.")
+    known = list(model.config.id2label.values())
+    if len(known) != len(names):
+        raise Problem(f"--model {args.model} knows {len(known)} classes, and --data {args.data} has {len(names)}.")
+    if known != names:
+        accelerator.print(f"--model {args.model} calls the classes otherwise: their numbers are taken for the same.")
+    rows = splits[args.validation_split]
+    if accelerator.is_local_main_process:
+        check_scenes(args, rows, names, accelerator.print, show=True)
+    if args.image_size:
+        set_size(processor, args.image_size)
+    loader = validation_loader(args, accelerator, rows, processor)
+    measured, shown = evaluate(args, accelerator, model.to(accelerator.device), loader, names)
+    if accelerator.is_main_process:
+        args.output.mkdir(parents=True, exist_ok=True)
+        draw_scenes(args.output / "predictions.png", shown, processor, names)
+        write_results(args.output, measured)
+    for name, value in measured["iou"].items():
+        accelerator.print(f"{name:30} {'does not occur' if value is None else f'{value:.4f}'}")
+    accelerator.print(f"{measured['images']} images: {describe(measured)}. The report is in {args.output}.")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    say = accelerator.print
+    check_options(args, accelerator)
+    if args.evaluate_only:
+        return measure_finished(args, accelerator)
+    warmup = {"warmup_epochs": (args.epochs or SEGMENTATION["epochs"]) * WARMUP}
+    complete(args, SEGMENTATION | warmup, args.batch_size * args.accumulate * accelerator.num_processes)
+    check_training(args)
+    if not may_begin(args, accelerator):
+        return None
+
+    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+        splits, names = read_pairs(args)
+        train_rows, validation_rows = choose_splits(args, splits, say)
+    if accelerator.is_local_main_process:
+        for rows in (train_rows, validation_rows):
+            check_scenes(args, rows, names, say, show=True)
+
+    set_seed(args.seed)
+    with accelerator.local_main_process_first():
+        model = build_segmenter(args, names, say)
+        processor = segmentation_processor(args, say)
+    fix_unused(model, args.crop_size)
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # for which PyTorch has none
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        model.compile()
+
+    order, train_loader = training_loader(args, accelerator, train_rows, processor)
+    loader = validation_loader(args, accelerator, validation_rows, processor)
+    settings = settings_of(args, accelerator, len(train_rows))
+    backbone = model.config.backbone_config.model_type
+    training = begin(
+        *(args, accelerator, model, order, train_loader, settings),
+        about=f"on {backbone}, {len(names)} classes",
+        size=(args.crop_size, args.crop_size),
+        decay=linear_schedule,
+    )
+    shown = None
+
+    def measure(model: torch.nn.Module) -> dict:
+        nonlocal shown
+        measured, shown = evaluate(args, accelerator, model, loader, names)
+        return measured
+
+    def write(folder: Path, results: dict) -> None:
+        module, weights = training.weights()
+
+        def add_reports(folder: Path) -> None:
+            draw_curves(folder / "curves.png", results["history"])
+            draw_scenes(folder / "predictions.png", shown, processor, names)
+            name = args.push_to_hub or args.output.resolve().name
+            write_segmentation_card(
+                *(folder / "README.md", name, backbone, args.data, args.model),
+                *(results["history"][-1], settings, names_on_hub(args)),
+            )
+
+        if accelerator.is_main_process:
+            save_model(folder, module, processor, results, weights, add_reports)
+
+    def save(results: dict, better: bool) -> None:
+        if better:
+            write(args.output, results)
+        elif accelerator.is_main_process:
+            write_results(args.output, results)
+        training.tell_unreadable()
+
+    training.run(
+        segmentation_loss(processor, args.distortion),
+        measure,
+        merit=lambda entry: (entry["mean_iou"], -entry["loss"]),
+        describe=describe,
+        save=save,
+    )
+    results = read_results(args.output)
+    if shown is None:  # this process found all epochs done
+        measure(training.trained)
+    write(args.output / "last", results)
+    finish(args, accelerator, training, results)
+    best = results["best"]
+    say(f"Best: epoch {best['epoch']}, mean IoU {best['mean_iou']:.4f}. The model is in {args.output}.")
+    return upload(args, accelerator)
+
+
+if __name__ == "__main__":
+    run_training(parse_arguments(), train)
