@@ -377,7 +377,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training = begin(
         *(args, accelerator, model, order, train_loader, settings),
         about=f"on {backbone}, {len(names)} classes",
-        size=(args.crop_size, args.crop_size),
+        pixels=f"{args.crop_size} x {args.crop_size}",
         decay=linear_schedule,
     )
     shown = None
