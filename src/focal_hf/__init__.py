@@ -4,6 +4,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from .backbone_weights_focal import load_backbone_weights
 from .configuration_focal import FocalConfig
 from .modeling_focal import (
     AUTO_CLASSES,
@@ -34,4 +35,5 @@ __all__ = [
     "FocalForMaskedImageModeling",
     "FocalModel",
     "FocalPreTrainedModel",
+    "load_backbone_weights",
 ]
