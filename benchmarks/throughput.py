@@ -39,9 +39,16 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import FocalNetConfig, FocalNetForImageClassification, SwinConfig, SwinForImageClassification
+from transformers import (
+    FocalNetBackbone,
+    FocalNetConfig,
+    FocalNetForImageClassification,
+    SwinBackbone,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
-from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
 from focal_hf.modeling_focal import FocalDropPath
 
 EXAMPLES = """\
@@ -58,6 +65,9 @@ examples:
   two rows with torch.compile, which first takes its time:
     python benchmarks/throughput.py --models tiny base --batch-size 8 --compile
 
+  backbones on images of detection, 800 x 1333 pixels:
+    python benchmarks/throughput.py --backbone --sizes 800 --task inference training --peer swin
+
   the default table beside the authors' code alone:
     git clone https://github.com/microsoft/Focal-Transformer
     python benchmarks/throughput.py --original Focal-Transformer --peer
@@ -65,8 +75,8 @@ examples:
 
 OURS, ORIGINAL = "focal_hf", "original"
 PEERS = {
-    "swin": (SwinConfig, SwinForImageClassification),
-    "focalnet": (FocalNetConfig, FocalNetForImageClassification),
+    "swin": (SwinConfig, SwinForImageClassification, SwinBackbone),
+    "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
 }
 LABELS = {OURS: "Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
 MODEL_SIZES = {  # of the published models, the same for all four
@@ -102,13 +112,28 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """A row of the table: what every model in it is asked to do. `attention` is that of the Focal models."""
+    """A row of the table: what every model in it is asked to do. `attention` is that of the Focal models.
+
+    Classifiers see squares. Backbones see images of 3 by 5, the shape of the largest that detectors make, 800 by 1333,
+    and give the maps of all stages.
+    """
 
     size: str
     attention: str
     task: str
     image_size: int
     batch_size: int
+    backbone: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.image_size, self.image_size * 5 // 3 if self.backbone else self.image_size
+
+    @property
+    def pixels(self) -> int:
+        """Of all images of a step."""
+        return self.batch_size * self.sides[0] * self.sides[1]
 
 
 @dataclass(frozen=True)
@@ -128,7 +153,7 @@ def say(text: str) -> None:
 
 def title(name: str, work: Work) -> str:
     kind = " topk" if name in (OURS, ORIGINAL) and work.attention == "topk" else ""
-    return f"{LABELS[name]}-{work.size.capitalize()}{kind}"
+    return f"{LABELS[name]}-{work.size.capitalize()}{kind}{' backbone' * work.backbone}"
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -169,18 +194,24 @@ def original_class(checkout: str, attention: str) -> type[torch.nn.Module]:
 def build(name: str, work: Work, checkout: str | None) -> torch.nn.Module:
     settings = MODEL_SIZES[work.size]
     overlapping = work.attention == "topk"  # as the published models of this kind; the others of the table are not
-    if name == OURS:
-        own = {"attention_type": work.attention, "use_conv_embed": overlapping}
-        return FocalForImageClassification(FocalConfig(**settings, **own, num_labels=1000))
     if name == ORIGINAL:
+        if work.backbone:
+            raise ValueError("the authors' code has no backbone")
         # It prints while it is built, and warns of how it calls torch.meshgrid.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
             return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
-    config_class, model_class = PEERS[name]
+    if name == OURS:
+        classes = FocalConfig, FocalForImageClassification, FocalBackbone
+        settings = settings | {"attention_type": work.attention, "use_conv_embed": overlapping}
+    else:
+        classes = PEERS[name]
     if name == "focalnet":
         settings = {key: value for key, value in settings.items() if key != "num_heads"}
-    return model_class(config_class(**settings, num_labels=1000))
+    config_class, classifier_class, backbone_class = classes
+    if work.backbone:
+        return backbone_class(config_class(**settings, out_features=["stage1", "stage2", "stage3", "stage4"]))
+    return classifier_class(config_class(**settings, num_labels=1000))
 
 
 class Contender:
@@ -190,7 +221,7 @@ class Contender:
         self.name, self.work, self.setting = name, work, setting
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-        self.pixels = torch.randn(work.batch_size, 3, work.image_size, work.image_size).to(device, dtype)
+        self.pixels = torch.randn(work.batch_size, 3, *work.sides).to(device, dtype)
         self.labels = torch.randint(1000, (work.batch_size,)).to(device)
         self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
         if attn_implementation:
@@ -202,9 +233,7 @@ class Contender:
         forward = forward or self.forward
         start = time.perf_counter()
         if self.work.task == "training":
-            output = forward(self.pixels)
-            logits = output if isinstance(output, torch.Tensor) else output.logits
-            torch.nn.functional.cross_entropy(logits.float(), self.labels).backward()
+            self.loss(forward(self.pixels)).backward()
             self.module.zero_grad(set_to_none=True)
         else:
             with torch.inference_mode():
@@ -212,6 +241,12 @@ class Contender:
         if self.pixels.is_cuda:
             torch.cuda.synchronize(self.pixels.device)
         return time.perf_counter() - start
+
+    def loss(self, output: torch.Tensor | transformers.utils.ModelOutput) -> torch.Tensor:
+        if self.work.backbone:
+            return sum(maps.float().mean() for maps in output.feature_maps)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        return torch.nn.functional.cross_entropy(logits.float(), self.labels)
 
     @property
     def attn_implementation(self) -> str | None:
@@ -363,7 +398,6 @@ def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate
     for contender, times in zip(contenders, time_in_turns(contenders, seconds), strict=True):
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
         ours = lines[0]["median_ms"] if lines and lines[0]["model"] == OURS else None
-        pixels = work.batch_size * work.image_size**2
         peak_mib = peak_memory(contender)
         line = {
             "device": device_name(setting.device),
@@ -382,8 +416,8 @@ def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate
             "images_per_s": work.batch_size / median,
             "peak_mib": peak_mib,
             "ratio": ours and median * 1e3 / ours,  # this model's time over ours: above 1, ours is faster
-            "ns_per_pixel": median * 1e9 / pixels,
-            "bytes_per_pixel": peak_mib and peak_mib * 2**20 / pixels,
+            "ns_per_pixel": median * 1e9 / work.pixels,
+            "bytes_per_pixel": peak_mib and peak_mib * 2**20 / work.pixels,
         }
         if rate:
             gflop = count_gflop(contender)
@@ -422,7 +456,7 @@ def markdown(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> st
     columns = {
         "model": lambda line: title(line["model"], work_of(line)),
         "task": lambda line: line["task"],
-        "pixels": lambda line: str(line["image_size"]),
+        "pixels": lambda line: "x".join(map(str, dict.fromkeys(work_of(line).sides))),
         "batch": lambda line: str(line["batch_size"]),
     } | columns
     rows = [list(columns), *([cell(line) for cell in columns.values()] for line in lines)]
@@ -508,7 +542,7 @@ def draw(file: Path, lines: list[dict], machine: str) -> None:
             linewidth=2,
         )
     sides = sorted({line["image_size"] for line in lines})
-    axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel="images per second")
+    axes.set(xscale="log", yscale="log", xlabel="shorter side of the image, pixels", ylabel="images per second")
     axes.set_xticks(sides, map(str, sides))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -550,6 +584,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--attention", nargs="+", choices=list(SOURCES), help="of Focal, default: focal")
     group.add_argument("--task", nargs="+", choices=["inference", "training"], help="default: inference")
     group.add_argument("--sizes", nargs="+", type=positive(int), metavar="PIXELS", help="of a side, default: 224")
+    group.add_argument(
+        "--backbone",
+        action="store_true",
+        help="no classifiers but the feature maps of all stages, of images 5/3 times as wide as high: 800 x 1333",
+    )
     group.add_argument(
         "--batch-size",
         type=positive(int),
@@ -625,10 +664,17 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 def list_works(arguments: argparse.Namespace) -> list[Work]:
     cpu, growth = arguments.device == "cpu", arguments.growth
     chosen = (arguments.models, arguments.attention, arguments.task, arguments.sizes, arguments.batch_size, growth)
-    if not any(chosen):
+    if not any(chosen) and not arguments.backbone:
         return [Work(*row[:4], batch_size=row[4 if cpu else 5]) for row in DEFAULT_TABLE]
     return [
-        Work(model, attention, task, size, arguments.batch_size or (1 if cpu else max(1, 64 * 224**2 // size**2)))
+        Work(
+            model,
+            attention,
+            task,
+            size,
+            arguments.batch_size or (1 if cpu else max(1, 64 * 224**2 // size**2)),
+            arguments.backbone,
+        )
         for model in arguments.models or ["tiny"]
         for attention in arguments.attention or (list(SOURCES) if growth else ["focal"])
         for task in arguments.task or ["inference"]

@@ -146,6 +146,16 @@ def test_original_is_timed_and_its_checkout_left_alone(checkout, tmp_path):
     assert str(tmp_path) not in (tmp_path / "results" / "results.csv").read_text()
 
 
+def test_backbones_see_the_images_of_detectors(tmp_path):
+    small = ("--device", "cpu", "--backbone", "--sizes", "48", "--task", "training", "--seconds", "0.1")
+    done = run(*small, "--peer", "swin", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("-Tiny backbone ") == done.stdout.count(" 48x80 |") == 2
+    for line in read_csv(tmp_path):
+        assert float(line["ns_per_pixel"]) == pytest.approx(float(line["median_ms"]) * 1e6 / (48 * 80), rel=1e-3)
+        assert float(line["peak_mib"]) > 100  # the gradients of 27.5 million parameters
+
+
 def test_stand_ins_are_gone_after_the_import(checkout):
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("timm", "torchvision")}
     model = throughput.original_class(str(checkout), "topk")(32, 96, (1,), (1,), (1,), "fc", True, 128)

@@ -1,11 +1,18 @@
-"""Heads of transformers on a Focal backbone, as docs/heads.md has them."""
+"""Heads of transformers on a Focal backbone, as docs/heads.md has them, and images as detectors see them."""
 
 import re
 
 import pytest
+import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import DetrImageProcessorPil, SwinBackbone, SwinConfig
 
-from heads import HEADS, committed_table, failure, installed_heads, table
+from focal_hf import FocalBackbone, FocalConfig
+from heads import BACKBONES, HEADS, STAGES, build, committed_table, failure, installed_heads, objects, table, train_step
+from test_model import BOTH, pixels
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -20,3 +27,38 @@ def test_the_documented_table():
     if transformers.__version__ != version:
         pytest.skip(f"the table was made with transformers {version}, this is {transformers.__version__}")
     assert table() == committed_table(), "make it again with `python tests/heads.py --write`"
+
+
+@BOTH
+@settings(max_examples=6, deadline=None)
+@given(short=st.integers(400, 800), long=st.integers(800, 1333), upright=st.booleans(), conv=st.booleans())
+def test_maps_of_detectors_images(attention_type, short, long, upright, conv):
+    """Every side a multiple of 4 or not: strides 4, 8, 16 and 32, rounded up, as Swin's."""
+    options = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "out_features": STAGES}
+    backbone = FocalBackbone(FocalConfig(**options, attention_type=attention_type, use_conv_embed=conv, topk=16))
+    swin = SwinBackbone(SwinConfig(**options))
+    height, width = (long, short) if upright else (short, long)
+    with torch.no_grad():
+        maps = backbone.eval()(pixels(1, 3, height, width)).feature_maps
+        expected = swin.eval()(pixels(1, 3, height, width)).feature_maps
+    assert [value.shape for value in maps] == [value.shape for value in expected]
+    strides = (4, 8, 16, 32)
+    assert [tuple(value.shape[2:]) for value in maps] == [(-(-height // n), -(-width // n)) for n in strides]
+    assert all(value.isfinite().all() for value in maps)
+
+
+def test_a_batch_of_images_of_different_sizes_is_padded():
+    """As detectors do it, at a fifth of the size: the shortest side 160, the longest at most 267, and a mask."""
+    processor = DetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 267})
+    photographs = [Image.effect_noise(size, 50).convert("RGB") for size in ((300, 200), (150, 260))]
+    inputs = processor(photographs, return_tensors="pt")
+    assert inputs.pixel_values.shape == (2, 3, 267, 240)
+    assert [mask.sum().item() for mask in inputs.pixel_mask] == [160 * 240, 267 * 154]
+
+    shapes = []
+    for backbone_class in BACKBONES.values():
+        model = build("DeformableDetrForObjectDetection", backbone_class)
+        shapes.append([value.shape for value in model(**inputs).values() if isinstance(value, torch.Tensor)])
+        train_step(model, dict(inputs) | {"labels": objects()["labels"]})
+    assert shapes[0] == shapes[1]
+    assert (2, 67 * 60 + 34 * 30 + 17 * 15 + 9 * 8, 32) in shapes[0]
