@@ -118,8 +118,8 @@ def begin(
 ) -> Training:
     """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
 
-    `decay` is the learning rate's schedule; `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are the
-    size of the training images in words, if it is not the one that the model's config has.
+    `decay` is the learning rate's schedule; `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are
+    the size of the training images in words, if it is not the one that the model's config has.
     """
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
