@@ -405,7 +405,8 @@ def damaged(state: dict, kind: str) -> dict:
     elif kind == "nan":
         state["norm.weight"][3] = torch.nan
     elif kind == "index":
-        state["layers.0.blocks.0.attn.relative_position_index"] += 1
+        name = "layers.0.blocks.0.attn.relative_position_index"
+        state[name] = state[name] + 1  # not in place: the case is shared
     elif kind == "number":
         state["norm.weight"] = 3
     elif kind == "sparse":
