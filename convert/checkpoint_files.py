@@ -22,7 +22,7 @@ from original import ConversionError
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The original's state dict from a `.pth` of any of its three layouts, or from a `.pdparams`.
+    """The state dict of a `.pth`, the original's in any of its three layouts or a dense model's, or of a `.pdparams`.
 
     Raises:
         ConversionError: where there is no such file, it is no checkpoint, is damaged, or would run code.
@@ -36,22 +36,24 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"--checkpoint {path}: there is no such file.")
 
     content = _read_paddle(path) if path.suffix == ".pdparams" else _read_torch(path)
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    where = "alone or under 'model' or 'state_dict'"
     if not isinstance(content, Mapping) or not content:
-        raise ConversionError(f"{path} holds {_described(content)}; expected a state dict, alone or under 'model'.")
+        raise ConversionError(f"{path} holds {_described(content)}; expected a state dict, {where}.")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ConversionError(
-                f"{path} holds {_described(value)} under {name!r}; expected a state dict, alone or under 'model', and "
-                "nothing but tensors in it."
+                f"{path} holds {_described(value)} under {name!r}; expected a state dict, {where}, and nothing but "
+                "tensors in it."
             )
         if value.layout is not torch.strided or value.device.type != "cpu":
             raise ConversionError(
                 f"{path} holds a tensor of layout {value.layout} on device {value.device} under {name!r}; expected a "
                 "dense one with its values."
             )
-    if any(name.startswith("focal.") for name in content):
+    if any(name.startswith(("focal.", "backbone.focal.")) for name in content):
         raise ConversionError(
             f"{path} has the tensor names of focal_hf, so it is converted already; convert_hf_to_focal.py goes the "
             "other way."
@@ -65,10 +67,36 @@ def _is_safetensors(path: Path) -> bool:
     return brace == b"{" and length < path.stat().st_size
 
 
+class _Unread:
+    """Stands in for what is saved beside the weights and not needed; does nothing, whatever it is given."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# In a checkpoint saved during training. The original's settings are a yacs node, in whose place a dict does; mmengine's
+# log is of buffers that name their own methods, and scores are NumPy's numbers.
+_BESIDE_WEIGHTS = [(OrderedDict, "yacs.config.CfgNode")] + [
+    (_Unread, name)
+    for name in (
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "builtins.getattr",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.core.multiarray._reconstruct",  # before NumPy 2
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+    )
+]
+
+
 def _read_torch(path: Path):
-    # A checkpoint saved during training pickles its settings with yacs. A dict does in that class's place.
-    yacs = torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-    with path.open("rb") as file, yacs, warnings.catch_warnings():
+    safe = torch.serialization.safe_globals(_BESIDE_WEIGHTS)
+    with path.open("rb") as file, safe, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -1,4 +1,7 @@
-"""Convert a checkpoint of the original Focal Transformer, or PaddleViT's copy of one, to transformers' format."""
+"""Convert a checkpoint of the original Focal Transformer, or PaddleViT's copy of one, to transformers' format.
+
+Or the backbone in that of a detector or segmenter.
+"""
 
 import argparse
 import json
@@ -9,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForImageClassification, BitImageProcessorPil
+from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
@@ -22,13 +25,16 @@ from checkpoint_files import (
     say,
     staging_folder,
 )
-from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from model_card import model_card
 from original import (
     RELEASED,
     ConversionError,
     config_from_settings,
+    dense_backbone,
     from_original,
+    output_indices,
+    prefixes,
     read_settings,
     size_note,
     to_original,
@@ -37,8 +43,12 @@ from original import (
 EPILOG = f"""\
 --output then holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card. Before it
 appears, the converter loads what it has written, compares its logits with those of the weights that it read, and
-converts the weights back to compare them bit for bit. Nothing in the checkpoint is run; neither yacs nor Paddle is
-needed, nor a network but for --push-to-hub. With --with-code the folder also holds the model's Python modules.
+converts the weights back to compare them bit for bit. Nothing in the checkpoint is run; yacs, mmengine and Paddle are
+not needed, nor a network but for --push-to-hub. With --with-code the folder also holds the model's Python modules.
+
+From a detector or segmenter (mmdetection, mmsegmentation: names that begin with backbone., or norm0 and so on) it takes
+the backbone, for FocalBackbone.from_pretrained. Which stages' maps that returns follows from the norms that are there.
+It compares feature maps in place of logits, and writes no preprocessor_config.json, since images are the head's matter.
 
 examples:
   a released model, by name:
@@ -53,6 +63,10 @@ examples:
   code for those who do not have focal_hf:
     python convert/convert_focal_to_hf.py --checkpoint ckpt_epoch_299.pth --config my_focal.yaml --image-size 384 \\
         --output my-focal --push-to-hub me/my-focal --with-code
+
+  the backbone of a detector that was built for more than 224 pixels, so that its last stage has surroundings, too:
+    python convert/convert_focal_to_hf.py --checkpoint epoch_12.pth --config focal_tiny_patch4_window7_224 \\
+        --image-size 800 1333 --output focal-tiny-coco
 
 released models:
   {chr(10).join(RELEASED).replace(chr(10), chr(10) + "  ")}
@@ -73,7 +87,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="FILE",
-        help="the original's .pth (released, bare state dict, or saved during training) or a .pdparams of Paddle",
+        help="the original's .pth (released, bare state dict, or saved during training), a .pdparams of Paddle, or a "
+        "detector's or segmenter's .pth",
     )
     parser.add_argument(
         "--config",
@@ -147,27 +162,40 @@ def name_classes(config: FocalConfig) -> None:
         config.label2id = {label: number for number, label in enumerate(labels)}
 
 
+OUTPUTS = {FocalForImageClassification: "logits", FocalBackbone: "feature maps"}
+
+
 @torch.no_grad()
-def logits_of(model: FocalForImageClassification) -> torch.Tensor:
-    """Of one random image, the same one every time, as float32."""
+def outputs_of(model: FocalPreTrainedModel) -> list[torch.Tensor]:
+    """Logits, or feature maps, of one random image, the same one every time, as float32."""
     height, width = model.config.image_sides
     image = torch.randn(1, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return model(image.to(model.dtype)).logits.float()
+    outputs = model(image.to(model.dtype))
+    outputs = outputs.feature_maps if isinstance(model, FocalBackbone) else [outputs.logits]
+    return [output.float() for output in outputs]
 
 
-def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, in units of the largest expected logit."""
-    return ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+def difference(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference, in units of the largest value that was expected of the same output."""
+    return max(
+        ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+        for ours, theirs in zip(outputs, expected, strict=True)
+    )
 
 
-def check(folder: Path, expected: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConversionError unless the model in `folder` gives the logits `expected` and has the weights `state`."""
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    logits = logits_of(model)
-    if not logits.isfinite().all():
-        raise ConversionError(f"The logits are not finite in {model.dtype}: use another --dtype.")
-    if (error := difference(logits, expected)) > 16 * torch.finfo(model.dtype).eps:
-        raise ConversionError(f"What was written gives other logits than what was read, by {error:.1e} of their scale.")
+def check(
+    folder: Path,
+    model_class: type[FocalPreTrainedModel],
+    expected: list[torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Raises ConversionError unless the model in `folder` gives the outputs `expected` and has the weights `state`."""
+    model = model_class.from_pretrained(folder).eval()
+    outputs, what = outputs_of(model), OUTPUTS[model_class]
+    if not all(output.isfinite().all() for output in outputs):
+        raise ConversionError(f"The {what} are not finite in {model.dtype}: use another --dtype.")
+    if (error := difference(outputs, expected)) > 16 * torch.finfo(model.dtype).eps:
+        raise ConversionError(f"What was written gives other {what} than what was read, by {error:.1e} of their scale.")
     back = to_original(model.state_dict(), model.config)
     for name, tensor in state.items():
         if back[name].shape != tensor.shape or not torch.equal(back[name], tensor.to(back[name].dtype)):
@@ -192,37 +220,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_repository(options.push_to_hub)
 
     config = config_from_settings(read_settings(options.config), options.image_size)
-    name_classes(config)
     if options.with_code:
         FocalConfig.register_for_auto_class()
-    # Under the name of a released model, but at another size, the weights are not the released ones.
-    released = options.config in RELEASED and config.image_size == 224
     name = options.config if options.config in RELEASED else Path(options.config).stem
 
     say(f"Reading {options.checkpoint}")
-    state = read_checkpoint(options.checkpoint)
-    model = FocalForImageClassification(config).eval()
-    model.load_state_dict(from_original(state, config))
+    whole = read_checkpoint(options.checkpoint)
+    backbone = dense_backbone(whole)
+    is_backbone = backbone is not None
+    if is_backbone:
+        model_class, state = FocalBackbone, backbone
+        config.out_indices = output_indices(state, config)
+        config.num_labels = FocalConfig().num_labels  # for which no names are written: classes are the head's matter
+        say(f"It holds a backbone that returns the maps of {', '.join(config.out_features)}")
+        if len(state) < len(whole):
+            others = [name for name in whole if not name.startswith("backbone.")]
+            say(f"Left aside: {len(others)} tensors of {prefixes(others)}")
+    else:
+        model_class, state = FocalForImageClassification, whole
+        name_classes(config)
+    model = model_class(config).eval()
+    model.load_state_dict(from_original(state, config, model_class))
     say(f"All {len(state)} tensors are accounted for: {model.num_parameters():,} parameters")
-    if note := size_note(config):
+    # Under the name of a released model, but at another size or from a detector, the weights are not the released ones.
+    released = options.config in RELEASED and config.image_size == 224 and not is_backbone
+    if not is_backbone and (note := size_note(config)):
         say(note)
-    exact = logits_of(model)
-    expected = logits_of(model.to(dtype))
+    exact = outputs_of(model)
+    expected = outputs_of(model.to(dtype))
     if dtype != torch.float32:
-        say(f"{options.dtype} moves the logits by {difference(expected, exact):.1e} of their scale")
+        say(f"{options.dtype} moves the {OUTPUTS[model_class]} by {difference(expected, exact):.1e} of their scale")
 
     with staging_folder(output) as staging:
         say(f"Writing {options.output}")
         built = staging / "built"
         from_paddle = options.checkpoint.suffix == ".pdparams"
         model_id = options.push_to_hub or output.name
-        card = model_card(name, config, released, from_paddle, model_id, options.with_code)
+        card = model_card(name, config, released, from_paddle, model_id, options.with_code, is_backbone)
         with failing_as(f"Writing {options.output}"):
             model.save_pretrained(built)
-            image_processor(config).save_pretrained(built)
+            if not is_backbone:
+                image_processor(config).save_pretrained(built)
             card.save(built / "README.md")
         say("Checking what was written")
-        check(built, expected, state)
+        check(built, model_class, expected, state)
         check_output_folder(output, options.overwrite, inputs)
         move_into_place(built, output)
     say(f"Done: {options.output}")

@@ -1,4 +1,7 @@
-"""Convert a Focal image classifier of transformers to a checkpoint that the original Focal Transformer loads."""
+"""Convert a Focal image classifier of transformers to a checkpoint that the original Focal Transformer loads.
+
+Or a FocalBackbone to one for a detector's or segmenter's backbone.
+"""
 
 import argparse
 import os
@@ -7,11 +10,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from checkpoint_files import failing_as, read_checkpoint, run, say, staging_folder
-from focal_hf import FocalForImageClassification
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalPreTrainedModel
 from original import (
     ConversionError,
     config_from_settings,
@@ -25,7 +28,7 @@ from original import (
 EPILOG = """\
 FILE.pth holds {"model": state dict}, the original's fixed tensors included; FILE.yaml, beside it, the settings. Names
 of classes are left behind: the original's format has no place for them. Before the files appear, the converter reads
-them back and compares all weights bit for bit.
+them back and compares all weights bit for bit. A backbone has its output norms as norm0, norm1 and so on.
 
 examples:
   a converted or fine-tuned folder:
@@ -55,12 +58,15 @@ def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
             raise ConversionError(f"{file} {advice}, or choose another --output.")
 
 
-def load(name: str) -> FocalForImageClassification:
-    """The classifier, every weight of it from its files."""
+def load(name: str) -> FocalPreTrainedModel:
+    """The classifier or backbone, every weight of it from its files."""
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        config = AutoConfig.from_pretrained(name)
+        kind = config.model_type
         if kind == "focal":
-            model, report = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+            is_backbone = config.architectures == [FocalBackbone.__name__]
+            model_class = FocalBackbone if is_backbone else FocalForImageClassification
+            model, report = model_class.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # a folder that is no model, or a damaged one, makes transformers raise almost anything
         lines = str(error).splitlines() or [type(error).__name__]
         raise ConversionError(
@@ -71,8 +77,11 @@ def load(name: str) -> FocalForImageClassification:
         raise ConversionError(f"--model {name} is a {kind} model; the original knows only Focal Transformers.")
     if problems := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]])):
         raise ConversionError(
-            f"--model {name} is not an image classifier with all its weights: {', '.join(problems[:4])} do not fit."
+            f"--model {name} is not an image classifier or backbone with all its weights: {', '.join(problems[:4])} do "
+            "not fit."
         )
+    if model_class is FocalBackbone and "stem" in model.out_features:
+        raise ConversionError(f"--model {name} returns the stem's map, for which the original has no norm.")
     return model
 
 
@@ -88,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"Reading {options.model}")
     model = load(options.model)
     weights = model.state_dict()
-    if note := size_note(model.config):
+    if isinstance(model, FocalForImageClassification) and (note := size_note(model.config)):
         say(note)
 
     with staging_folder(checkpoint) as staging:
@@ -100,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             built_settings.write_text(yaml.safe_dump(described, sort_keys=False))
 
         say("Checking what was written")
-        again = from_original(read_checkpoint(built), config_from_settings(read_settings(str(built_settings))))
+        config = config_from_settings(read_settings(str(built_settings)))
+        config.out_indices = model.config.out_indices
+        again = from_original(read_checkpoint(built), config, type(model))
         for name, tensor in weights.items():
             if not torch.equal(again[name], tensor):
                 raise ConversionError(f"What was written does not convert back: {name} is not what it was.")

@@ -41,11 +41,18 @@ CITATION = """\
 
 
 def model_card(
-    name: str, config: FocalConfig, released: bool, from_paddle: bool, model_id: str, with_code: bool = False
+    name: str,
+    config: FocalConfig,
+    released: bool,
+    from_paddle: bool,
+    model_id: str,
+    with_code: bool = False,
+    backbone: bool = False,
 ) -> ModelCard:
     """The card of a model called `name`, to be loaded as `model_id`; `with_code` if its folder holds its code, too.
 
-    Accuracies are given only where the weights are `released` ones, under which `name` is one of theirs.
+    It is a classifier or, with `backbone`, the backbone of a detector or segmenter. Accuracies are given only where the
+    weights are `released` ones, under which `name` is one of theirs.
     """
     evaluations = []
     if released:
@@ -69,33 +76,40 @@ def model_card(
     data = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-feature-extraction" if backbone else "image-classification",
         tags=["focal-transformer", "vision"],
         datasets=["ILSVRC/imagenet-1k"] if released else None,
         model_name=name if results else None,  # needed with results, and empty without
         eval_results=results or None,
     )
     sections = [
-        f"# {name}",
-        _summary(config),
-        "## Use\n\n" + _use(config, model_id, with_code),
+        f"# {name}{', a backbone for dense prediction' if backbone else ''}",
+        _summary(config, backbone),
+        "## Use\n\n" + _use(config, model_id, with_code, backbone),
         "## Evaluation\n\n" + _evaluation(evaluations) if evaluations else "",
-        "## Licence and origin\n\n" + _origin(released, from_paddle),
+        "## Licence and origin\n\n" + _origin(released, from_paddle, backbone),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _summary(config: FocalConfig) -> str:
+def _summary(config: FocalConfig, backbone: bool) -> str:
+    paper = "A [Focal Transformer](https://arxiv.org/abs/2107.00641) (Yang et al., NeurIPS 2021)"
+    if backbone:
+        return (
+            f"{paper}, taken from a detector or segmenter: the maps of {', '.join(config.out_features)}, for images of "
+            "any size. Converted from the original's format with `focal_hf`, which checked that these files give the "
+            "feature maps of the weights that it read."
+        )
     size = config.image_size if isinstance(config.image_size, int) else " x ".join(map(str, config.image_size))
     return (
-        "A [Focal Transformer](https://arxiv.org/abs/2107.00641) (Yang et al., NeurIPS 2021) for image classification: "
-        f"{config.num_labels} classes, made for images of {size} pixels. Converted from the original's format with "
-        "`focal_hf`, which checked that these files give the logits of the weights that it read."
+        f"{paper} for image classification: {config.num_labels} classes, made for images of {size} pixels. Converted "
+        "from the original's format with `focal_hf`, which checked that these files give the logits of the weights "
+        "that it read."
     )
 
 
-def _use(config: FocalConfig, model_id: str, with_code: bool) -> str:
+def _use(config: FocalConfig, model_id: str, with_code: bool, backbone: bool) -> str:
     mode = "L" if config.num_channels == 1 else "RGB"
     if with_code:
         code = (
@@ -107,6 +121,24 @@ def _use(config: FocalConfig, model_id: str, with_code: bool) -> str:
     else:
         code = "The model's code is the Python package `focal_hf`; importing it makes transformers know the model."
         package, trust = "\nimport focal_hf\n", ""
+    if backbone:
+        source, load = ("transformers", "AutoBackbone") if with_code else ("focal_hf", "FocalBackbone")
+        hub = "  # by its name on the Hub: this class does not look into folders" if with_code else ""
+        return f"""\
+{code}
+
+```python
+import torch
+from {source} import {load}
+
+backbone = {load}.from_pretrained("{model_id}"{trust}).eval(){hub}
+pixel_values = torch.rand(1, {config.num_channels}, 480, 640, dtype=backbone.dtype)  # an image of any size
+with torch.no_grad():
+    feature_maps = backbone(pixel_values).feature_maps
+```
+
+A detector or segmenter of transformers is built for it with `backbone_config=backbone.config`; `load_state_dict` then
+takes the weights into the backbone that it has."""
     return f"""\
 {code}
 
@@ -135,7 +167,7 @@ def _evaluation(evaluations: list[tuple[str, tuple[float, float]]]) -> str:
     )
 
 
-def _origin(released: bool, from_paddle: bool) -> str:
+def _origin(released: bool, from_paddle: bool, backbone: bool) -> str:
     paragraphs = [
         f"The original's code and released weights ([microsoft/Focal-Transformer]({ORIGINAL})) are under the MIT "
         f"License, Copyright (c) Microsoft Corporation: [its text]({ORIGINAL}/blob/main/LICENSE)."
@@ -145,7 +177,12 @@ def _origin(released: bool, from_paddle: bool) -> str:
             f"This model was converted from a file in Paddle's format. [PaddleViT]({PADDLEVIT}), a repository under "
             "the Apache License 2.0, publishes such files; they are conversions of the original's MIT weights."
         )
-    if not released:
+    if backbone:
+        paragraphs.append(
+            "These weights were trained in a detector or segmenter, and the authors released none: their licence is "
+            "for whoever trained them to say. Correct this section and `license` above where it is another."
+        )
+    elif not released:
         paragraphs.append(
             "The settings were given by hand, so nothing here tells whether these are the released weights. If they "
             "are not, nor derived from them, their licence is for whoever trained them to say: then correct this "

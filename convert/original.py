@@ -5,13 +5,13 @@ only `qkv`, one matrix there, is three here. One table of names serves both dire
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import yaml
 
-from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from focal_hf.neighborhood_focal import focal_index, relative_position_index, slot_tokens
 
 
@@ -214,6 +214,7 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 _NAMES = (  # focal_hf's, then the original's, applied in this order
+    (r"^hidden_states_norms\.stage(\d+)\.", lambda match: f"norm{int(match[1]) - 1}."),
     (r"^classifier\.", "head."),
     (r"^focal\.", ""),
     (r"^layernorm\.", "norm."),
@@ -236,7 +237,7 @@ _NAMES = (  # focal_hf's, then the original's, applied in this order
 
 
 def original_name(name: str) -> str:
-    """The original's name for a tensor of `FocalForImageClassification`; `qkv` for each of its three parts."""
+    """The original's name for a tensor of a classifier or a backbone; `qkv` for each of its three parts."""
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -247,10 +248,30 @@ def _qkv_part(name: str) -> int | None:
     return "qkv".index(match[1]) if match else None
 
 
-def build_empty(config: FocalConfig) -> FocalForImageClassification:
+def dense_backbone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The backbone in the state dict of a detector or segmenter, or a backbone's own; `None` for a classifier's."""
+    prefix = "backbone."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return inside or (dict(state) if any(re.match(r"norm\d", name) for name in state) else None)
+
+
+def output_indices(state: Mapping[str, torch.Tensor], config: FocalConfig) -> list[int]:
+    """The `out_indices` of a backbone: the stages whose maps it normalises, `norm0` being that of the first."""
+    stages = [stage for stage in range(config.num_layers) if any(name.startswith(f"norm{stage}.") for name in state)]
+    if not stages:
+        raise ConversionError(
+            f"The checkpoint's backbone has no output norms, such as norm{config.num_layers - 1}.weight, one for every "
+            f"stage whose map it returns; its names begin with {prefixes(state)}. Is it a Focal Transformer?"
+        )
+    return [stage + 1 for stage in stages]
+
+
+def build_empty(
+    config: FocalConfig, model_class: type[FocalPreTrainedModel] = FocalForImageClassification
+) -> FocalPreTrainedModel:
     """The model without memory for its weights, to read names and shapes from."""
     with torch.device("meta"):
-        return FocalForImageClassification(config)
+        return model_class(config)
 
 
 def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -309,16 +330,28 @@ def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, 
     return (center[:, None] - torch.stack([index // width, index % width], dim=-1)).float()
 
 
-def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[str, torch.Tensor]:
-    """The state dict of `FocalForImageClassification(config)` from one of the original's, every tensor accounted for.
+def from_original(
+    state: Mapping[str, torch.Tensor],
+    config: FocalConfig,
+    model_class: type[FocalPreTrainedModel] = FocalForImageClassification,
+) -> dict[str, torch.Tensor]:
+    """The state dict of `model_class(config)` from one of the original's, every tensor accounted for.
 
     Raises:
         ConversionError: names the tensors that are missing, left over, of another shape or not finite.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in build_empty(config).state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in build_empty(config, model_class).state_dict().items()}
     advice = " Is --config (and --image-size) what the checkpoint was trained with?"
 
     if missing := sorted({original_name(name) for name in expected} - set(state)):
+        if swin := [name for name in state if name.endswith(".downsample.reduction.weight")]:
+            raise ConversionError(f"The checkpoint holds a Swin Transformer: {swin[0]} is Swin's, not Focal's.")
+        if len(missing) == len({original_name(name) for name in expected}):
+            raise ConversionError(
+                f"The checkpoint holds nothing of a Focal Transformer: its names begin with {prefixes(state)}. "
+                "Expected the original's, such as patch_embed.proj.weight, or those of a detector or segmenter, such "
+                "as backbone.patch_embed.proj.weight."
+            )
         raise ConversionError(f"The checkpoint lacks {_listed(missing)} of a model of these settings.{advice}")
 
     converted = {}
@@ -362,7 +395,7 @@ def from_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dic
 
 
 def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[str, torch.Tensor]:
-    """The original's state dict, its fixed tensors included, from that of `FocalForImageClassification(config)`."""
+    """The original's state dict, its fixed tensors included, from that of a classifier or backbone of `config`."""
     original, parts = {}, {}
     for name, tensor in state.items():
         if (part := _qkv_part(name)) is None:
@@ -372,6 +405,11 @@ def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[
     for name, qkv in parts.items():
         original[name] = torch.cat([qkv[part] for part in range(3)])
     return original | original_buffers(config, original)
+
+
+def prefixes(names: Iterable[str]) -> str:
+    """What the names begin with, to tell."""
+    return _listed(sorted({name.partition(".")[0] for name in names}))
 
 
 def _listed(names: list[str]) -> str:

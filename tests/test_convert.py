@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +22,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import checkpoint_files
@@ -28,7 +31,7 @@ import convert_hf_to_focal
 import golden_cases
 import model_card
 from conftest import ROOT
-from focal_hf import FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
 from original import RELEASED, ConversionError
 
 SAMPLES = {
@@ -317,6 +320,9 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "activation":
         config.hidden_act = "relu"
         FocalForImageClassification(config).save_pretrained(folder)
+    elif kind == "stem":
+        config.out_features = ["stem", "stage2"]
+        FocalBackbone(config).save_pretrained(folder)
     elif kind == "truncated":
         FocalForImageClassification(config).save_pretrained(folder)
         weights = folder / "model.safetensors"
@@ -326,9 +332,10 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("masked", "not an image classifier with all its weights: classifier.bias"),
+        ("masked", "not an image classifier or backbone with all its weights: classifier.bias"),
         ("resnet", "is a resnet model"),
         ("activation", "always has hidden_act = gelu; this model has relu"),
+        ("stem", "returns the stem's map, for which the original has no norm"),
         ("truncated", "as far as can be read"),
         ("absent", "as far as can be read"),
     ],
@@ -344,6 +351,148 @@ def test_what_cannot_go_back(converted, tmp_path, kind, message, monkeypatch):
 def test_back_ends_in_pth(converted, tmp_path):
     with pytest.raises(ConversionError, match=r"must end in \.pth"):
         convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.yaml")])
+
+
+# --- Backbones of detectors and segmenters ----------------------------------------------------------------------------
+
+
+def backbone_state(case: golden_cases.Golden, stages: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The weights of a case without its head, with output norms for `stages`, which count from 0."""
+    state = {name: value for name, value in case.state_dict.items() if name.partition(".")[0] not in ("norm", "head")}
+    for stage in stages:
+        channels = case.answers[f"stage{stage + 1}"].shape[-1:]
+        for name in (f"norm{stage}.weight", f"norm{stage}.bias"):
+            state[name] = golden_cases.weight(name, channels, "dense")
+    return state
+
+
+def assert_feature_maps(
+    folder: Path, case: golden_cases.Golden, state: dict[str, torch.Tensor], stages: Sequence[int]
+) -> None:
+    """The original's maps, normalised."""
+    model = FocalBackbone.from_pretrained(folder).eval()
+    with torch.no_grad():
+        maps = model(case.pixel_values).feature_maps
+    assert model.out_features == [f"stage{stage + 1}" for stage in stages]
+    for stage, ours in zip(stages, maps, strict=True):
+        theirs = case.answers[f"stage{stage + 1}"]
+        norm = state[f"norm{stage}.weight"], state[f"norm{stage}.bias"]
+        theirs = nn.functional.layer_norm(theirs, theirs.shape[-1:], *norm).permute(0, 3, 1, 2)
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.fixture
+def training_log(monkeypatch) -> dict:
+    """What mmengine and mmcv save beside the weights: a log of a class that names its methods, scores of NumPy's."""
+
+    class HistoryBuffer:
+        def mean(self):
+            pass
+
+    HistoryBuffer.__module__ = module = "mmengine.logging.history_buffer"
+    HistoryBuffer.__qualname__, HistoryBuffer.mean.__qualname__ = "HistoryBuffer", "HistoryBuffer.mean"
+    HistoryBuffer.mean.__module__ = module
+    for name in ("mmengine", module):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[module].HistoryBuffer = HistoryBuffer
+    log = HistoryBuffer()
+    log.history, log.methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
+    return {
+        "meta": {"CLASSES": ("cat", "dog"), "hook_msgs": {"best_score": np.float64(0.4)}},
+        "message_hub": {"log_scalars": {"loss": log}},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("heads", "stages"),
+    [(("neck", "rpn_head", "roi_head"), (0, 1)), (("decode_head", "auxiliary_head"), (1,)), ((), (0, 1))],
+)
+def test_backbone_of_a_dense_model(convert, case, training_log, tmp_path, monkeypatch, capsys, heads, stages):
+    """A detector, a segmenter that uses the last map alone, and a backbone by itself; and all of it back."""
+    state = backbone_state(case, stages)
+    checkpoint = tmp_path / "dense.pth"
+    if heads:
+        whole = {f"{head}.{name}": torch.ones(2) for head in heads for name in ("conv.weight", "norm.num_batches")}
+        whole |= {f"backbone.{name}": tensor for name, tensor in state.items()}
+        torch.save(training_log | {"state_dict": whole}, checkpoint)
+    else:
+        torch.save(state, checkpoint)
+
+    folder = convert(checkpoint)
+    assert_feature_maps(folder, case, state, stages)
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "id2label" not in (folder / "config.json").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    monkeypatch.chdir(tmp_path)
+    exec(card.text.split("```python")[1].split("```")[0], found := {})
+    assert len(found["feature_maps"]) == len(stages)
+    told = capsys.readouterr().out
+    assert f"All {len(state)} tensors are accounted for" in told
+    assert f"Left aside: {2 * len(heads)} tensors of {', '.join(sorted(heads))}\n" in told or not heads
+
+    convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
+    assert same_bits(torch.load(tmp_path / "back.pth")["model"], state)
+
+
+def test_backbone_of_focalv2_keeps_its_indices(convert, tmp_path):
+    case = golden_cases.case("focalv2_ties")
+    state = backbone_state(case, (0, 1))
+    folder = convert(state, config=write_settings(tmp_path / "ties.yaml", case.config))
+    assert_feature_maps(folder, case, state, (0, 1))
+
+
+def other_backbone(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    if kind == "norm":
+        del state["norm0.bias"]
+    elif kind == "no norms":
+        return {name: value for name, value in state.items() if not name.startswith("norm")}
+    elif kind == "stage":
+        state["norm2.weight"] = torch.ones(64)
+    elif kind == "unknown":
+        state["layers.1.extra.weight"] = torch.ones(2)
+    elif kind == "weight":
+        del state["layers.0.blocks.0.mlp.fc1.bias"]
+    elif kind == "nan":
+        state["norm1.weight"][0] = torch.nan
+    elif kind == "swin":
+        return {
+            name.replace("downsample.proj", "downsample.reduction"): value
+            for name, value in state.items()
+            if "pool_layers" not in name and "_to_" not in name
+        }
+    elif kind == "resnet":
+        return {"conv1.weight": torch.ones(2), "layer1.0.bn1.weight": torch.ones(2)}
+    elif kind == "converted":
+        return {"focal.embeddings.norm.weight": torch.ones(2)}
+    elif kind == "none":
+        return {}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("norm", r"lacks norm0\.bias of a model"),
+        ("no norms", r"has no output norms, such as norm1\.weight, one for every stage"),
+        ("stage", r"holds norm2\.weight, for which a model of these settings has no use"),
+        ("unknown", r"holds layers\.1\.extra\.weight, for which a model of these settings has no use"),
+        ("weight", r"lacks layers\.0\.blocks\.0\.mlp\.fc1\.bias of a model"),
+        ("nan", r"norm1\.weight holds values that are not finite"),
+        ("swin", r"holds a Swin Transformer: layers\.0\.downsample\.reduction\.weight is Swin's"),
+        ("resnet", r"names begin with conv1, layer1\. Is it a Focal Transformer\?"),
+        ("converted", "converted already"),
+        ("none", "nothing of a Focal Transformer: its names begin with bbox_head, neck"),
+    ],
+)
+def test_backbones_that_are_refused(convert, case, tmp_path, kind, message):
+    state = {"neck.conv.weight": torch.ones(2), "bbox_head.conv.weight": torch.ones(2)}
+    state |= {f"backbone.{name}": tensor for name, tensor in other_backbone(backbone_state(case, (0, 1)), kind).items()}
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "dense.pth")
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "dense.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense.pth"]
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -364,12 +513,14 @@ def test_the_trap_works(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["trap.pth", "legacy.pth", "plain.pth", "trap.pdparams", "old.pdparams"])
+@pytest.mark.parametrize("name", ["trap.pth", "dense.pth", "legacy.pth", "plain.pth", "trap.pdparams", "old.pdparams"])
 def test_nothing_in_a_file_is_run(convert, tmp_path, name):
     marker, file = tmp_path / "ran", tmp_path / name
     content = {"norm.weight": torch.zeros(2) if name.endswith(".pth") else 0, "trap": Trap(marker)}
-    if name in ("trap.pth", "legacy.pth"):
-        torch.save(content, file, _use_new_zipfile_serialization=name == "trap.pth")
+    if name == "dense.pth":
+        content = {"state_dict": {"backbone.norm0.weight": torch.zeros(2)}, "meta": Trap(marker)}
+    if name in ("trap.pth", "dense.pth", "legacy.pth"):
+        torch.save(content, file, _use_new_zipfile_serialization=name != "legacy.pth")
     else:
         file.write_bytes(pickle.dumps(content, protocol=4 if name == "trap.pdparams" else 2))
     with pytest.raises(ConversionError) as caught:
@@ -564,6 +715,21 @@ def test_a_wrong_file_is_noticed(convert, tmp_path, monkeypatch, attribute):
     with pytest.raises(ConversionError, match=message):
         convert(RELEASED_SAMPLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_backbone_is_noticed(convert, case, tmp_path, monkeypatch):
+    save = FocalBackbone.save_pretrained
+
+    def save_wrongly(model, folder):
+        with torch.no_grad():
+            model.hidden_states_norms["stage1"].weight.add_(0.01)
+            save(model, folder)
+            model.hidden_states_norms["stage1"].weight.sub_(0.01)
+
+    monkeypatch.setattr(FocalBackbone, "save_pretrained", save_wrongly)
+    with pytest.raises(ConversionError, match="other feature maps than what was read"):
+        convert(backbone_state(case, (0, 1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["given.pth"]
 
 
 # --- What stands at the output ----------------------------------------------------------------------------------------
