@@ -1,8 +1,21 @@
 """The Focal Transformer as a transformers model. Importing this registers it with transformers' Auto classes."""
 
+import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil
 from transformers.utils import is_torchvision_available
+
+if is_torchvision_available():
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        # transformers would fail below, and not say why.
+        raise ImportError(
+            f"torchvision is installed but does not run with PyTorch {torch.__version__} ({error}), and transformers "
+            "cannot be imported beside it. Install torchvision from the index that PyTorch came from, in the version "
+            "that fits, or remove it (pip uninstall torchvision): focal_hf works without it."
+        ) from error
+
+from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil
 
 from .backbone_weights_focal import load_backbone_weights
 from .configuration_focal import FocalConfig
