@@ -11,8 +11,10 @@ import torch
 from transformers import SwinBackbone, SwinConfig
 from transformers.utils import is_torchvision_available
 
+from conftest import ROOT
 from focal_hf import FocalBackbone
 from test_model import BOTH, SWIN, pixels, tiny
+from test_tools import prepare
 
 if is_torchvision_available():
     from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
@@ -144,6 +146,19 @@ def test_fcos_learns_where_things_are(attention_type):
         for label, box in zip(target["labels"], target["boxes"], strict=True):
             best = answer["boxes"][answer["labels"] == label][0]  # they are sorted by score
             assert box_iou(best[None], box[None]).item() > 0.6
+
+
+@with_torchvision
+@pytest.mark.slow
+def test_examples_of_the_documentation_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchvision.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    prepare(tmp_path, "focal")
+    script = tmp_path / "examples.py"
+    script.write_text("\n".join(blocks))
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "'masks': [" in run.stdout
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
