@@ -75,11 +75,6 @@ examples:
   measure a finished model, seen through windows at several scales, each as it is and mirrored:
     accelerate launch examples/finetune_segmentation.py --evaluate-only --model my_model --data my_images \\
         --output report --window 512 --stride 341 --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip-test
-
-  scenes of digits, which make_scenes.py writes, from scratch:
-    python examples/make_scenes.py scenes
-    accelerate launch examples/finetune_segmentation.py --config my_config.json --data scenes --output my_model \\
-        --crop-size 128 --head-channels 32 --learning-rate 1e-3 --epochs 30 --no-flip
 """
 
 # The paper's, as Swin's in mmsegmentation: 160,000 steps of 16 images are 127 epochs of ADE20K's 20,210.
