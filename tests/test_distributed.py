@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from example_runs import EXAMPLES, example_command, tiny_config
 from focal_hf import FocalForImageClassification
 from test_model import BOTH, tiny
 
@@ -57,3 +58,25 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
     loaded = FocalForImageClassification.from_pretrained(tmp_path / "model")
     for (name, value), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU, Accelerate takes DDP in place of FSDP2")
+def test_fsdp2_through_accelerate(tmp_path):
+    """On all GPUs there are. The script says which engine really runs."""
+    from test_training import draw_noise  # not above: fsdp_training.py does without the examples' modules
+
+    for split in ("train", "validation"):
+        draw_noise(tmp_path / "data" / split, 8)
+    tiny_config(drop_path_rate=0.0).save_pretrained(tmp_path / "config")
+    accelerate = Path(sys.executable).with_name("accelerate"), "launch"
+    settings = "--config_file", EXAMPLES / "engines" / "fsdp2.yaml", "--num_processes", str(torch.cuda.device_count())
+    command = example_command(
+        *("finetune.py", "--config", "config", "--data", "data", "--output", "model", "--epochs", 2),
+        folder=tmp_path,
+        launcher=(*accelerate, *settings),
+    )
+    del command["env"]["ACCELERATE_USE_CPU"]
+    run = subprocess.run(**command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "on cuda (FSDP)" in run.stdout
+    FocalForImageClassification.from_pretrained(tmp_path / "model")
