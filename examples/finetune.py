@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 
 from common.data import central_view, random_view, read_data, report_unreadable
-from common.files import save_model, write_results
+from common.files import save_model
 from common.loading import IGNORED, Loader, Order, listed, shuffled
 from common.models import add_adapters, build_model, freeze, input_size, stages_of
 from common.options import (
@@ -44,13 +44,12 @@ from common.reports import draw_confusion, draw_curves, write_card
 from common.runs import (
     begin,
     check_training,
-    finish,
     make_loaders,
     may_begin,
     names_on_hub,
-    read_results,
     run_training,
     settings_of,
+    train_and_keep,
     upload,
 )
 from common.streams import Stream, read_streams
@@ -343,25 +342,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
             save_model(folder, module, processor, results, weights, add)
 
-    def save(results: dict, better: bool) -> None:
-        if better:
-            write(args.output, results)
-        elif accelerator.is_main_process:
-            write_results(args.output, results)
-        training.tell_unreadable()
-
-    training.run(
+    results = train_and_keep(
+        *(args, accelerator, training),
         classification_loss(augmentation, args.label_smoothing, class_weights),
         measure,
         merit=lambda entry: (entry["accuracy"], -entry["loss"]),
         describe=describe,
-        save=save,
+        write=write,
     )
-    results = read_results(args.output)
-    if answers is None:  # this process found all epochs done
-        measure(training.trained)
-    write(args.output / "last", results)
-    finish(args, accelerator, training, results)
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
     upload(args, accelerator)

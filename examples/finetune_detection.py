@@ -30,7 +30,7 @@ from common.detection import (
     training_sizes,
     write_detection_card,
 )
-from common.files import save_model, write_results
+from common.files import save_model
 from common.loading import listed, shuffled
 from common.options import (
     Problem,
@@ -49,13 +49,12 @@ from common.reports import draw_curves
 from common.runs import (
     begin,
     check_training,
-    finish,
     make_loaders,
     may_begin,
     names_on_hub,
-    read_results,
     run_training,
     settings_of,
+    train_and_keep,
     upload,
 )
 
@@ -213,25 +212,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             save_model(folder, module, processor, results, weights, add_reports)
 
-    def save(results: dict, better: bool) -> None:
-        if better:
-            write(args.output, results)
-        elif accelerator.is_main_process:
-            write_results(args.output, results)
-        training.tell_unreadable()
-
-    training.run(
+    results = train_and_keep(
+        *(args, accelerator, training),
         detection_loss(model, objects / images),
         measure,
         merit=lambda entry: (entry["ap"] or 0, entry["ap50"] or 0),
         describe=lambda measured: f"AP {measured['ap'] or 0:.4f}  AP50 {measured['ap50'] or 0:.4f}",
-        save=save,
+        write=write,
     )
-    results = read_results(args.output)
-    if predictions is None:  # this process found all epochs done
-        measure(training.trained)
-    write(args.output / "last", results)
-    finish(args, accelerator, training, results)
     best = results["best"]
     say(
         f"Best: epoch {best['epoch']}, AP {best['ap'] or 0:.4f}, AP50 {best['ap50'] or 0:.4f}. "

@@ -34,12 +34,11 @@ from common.reports import draw_curves
 from common.runs import (
     begin,
     check_training,
-    finish,
     may_begin,
     names_on_hub,
-    read_results,
     run_training,
     settings_of,
+    train_and_keep,
     upload,
 )
 from common.segmentation import (
@@ -397,25 +396,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             save_model(folder, module, processor, results, weights, add_reports)
 
-    def save(results: dict, better: bool) -> None:
-        if better:
-            write(args.output, results)
-        elif accelerator.is_main_process:
-            write_results(args.output, results)
-        training.tell_unreadable()
-
-    training.run(
+    results = train_and_keep(
+        *(args, accelerator, training),
         segmentation_loss(processor, args.distortion),
         measure,
         merit=lambda entry: (entry["mean_iou"], -entry["loss"]),
         describe=describe,
-        save=save,
+        write=write,
     )
-    results = read_results(args.output)
-    if shown is None:  # this process found all epochs done
-        measure(training.trained)
-    write(args.output / "last", results)
-    finish(args, accelerator, training, results)
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, mean IoU {best['mean_iou']:.4f}. The model is in {args.output}.")
     return upload(args, accelerator)

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForMaskedImageModeling, BitImageProcessorPil, PreTrainedConfig
 
 from common.data import central_view, random_view, read_data, report_unreadable
-from common.files import save_model, write_results
+from common.files import save_model
 from common.loading import IGNORED, Loader, listed, shuffled
 from common.models import input_size, load_model, load_processor
 from common.options import (
@@ -37,13 +37,12 @@ from common.reports import draw_curves, draw_reconstructions, to_picture, write_
 from common.runs import (
     begin,
     check_training,
-    finish,
     make_loaders,
     may_begin,
     names_on_hub,
-    read_results,
     run_training,
     settings_of,
+    train_and_keep,
     upload,
 )
 from common.streams import read_streams
@@ -290,26 +289,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             save_model(folder, module, processor, results, weights, add_reports)
 
-    def save(results: dict, better: bool) -> None:
-        if better:
-            write(args.output, results)
-        elif accelerator.is_main_process:
-            draw(args.output)
-            write_results(args.output, results)
-        training.tell_unreadable()
-
-    training.run(
+    results = train_and_keep(
+        *(args, accelerator, training),
         lambda model, batch: reconstruct(model, batch)[0],
         measure,
         merit=lambda entry: -entry["loss"],
         describe=lambda measured: f"validation loss {measured['loss']:.4f}",
-        save=save,
+        write=write,
+        draw=draw,
     )
-    results = read_results(args.output)
-    if shown is None:  # this process found all epochs done
-        measure(training.trained)
-    write(args.output / "last", results)
-    finish(args, accelerator, training, results)
     best = results["best"]
     say(
         f"Best: epoch {best['epoch']}, validation loss {best['loss']:.4f}. The model is in {args.output}; start "

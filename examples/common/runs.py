@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from huggingface_hub import HfApi
 
 from .engine import Training
-from .files import check_output
+from .files import check_output, write_results
 from .loading import Images, InTurn, Loader, Order
 from .models import decay_groups, input_size
 from .options import Problem, first_line, run_script
@@ -157,22 +157,58 @@ def begin(
     return training
 
 
-def read_results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
 def names_on_hub(args: argparse.Namespace) -> dict:
     """What of model and data is on the Hub, as model cards have it."""
     names = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
     return names if Path(args.data).expanduser().exists() else names | {"datasets": args.data}
 
 
-def finish(args: argparse.Namespace, accelerator: Accelerator, training: Training, results: dict) -> None:
-    """After the last model is saved."""
+def train_and_keep(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    training: Training,
+    loss_function: Callable,
+    measure: Callable,
+    merit: Callable,
+    describe: Callable,
+    write: Callable[[Path, dict], None],
+    draw: Callable[[Path], None] = lambda folder: None,
+) -> dict:
+    """Train to the end. The best model is then in `--output`, the last in its folder `last`.
+
+    Args:
+        loss_function, measure, merit, describe: as in [`Training.run`].
+        write: called by all processes with a folder and the results so far, to write the model and its reports.
+        draw: called with a folder after an epoch that is not the best, for pictures that show it all the same.
+
+    Returns:
+        The results.
+    """
+    seen = False
+
+    def see(model: torch.nn.Module) -> dict:
+        nonlocal seen
+        seen = True
+        return measure(model)
+
+    def save(results: dict, better: bool) -> None:
+        if better:
+            write(args.output, results)
+        elif accelerator.is_main_process:
+            draw(args.output)
+            write_results(args.output, results)
+        training.tell_unreadable()
+
+    training.run(loss_function, see, merit, describe, save)
+    results = json.loads((args.output / "results.json").read_text())
+    if not seen:  # this process found all epochs done, and reports need what was measured
+        measure(training.trained)
+    write(args.output / "last", results)
     if accelerator.is_main_process:
         draw_curves(args.output / "curves.png", results["history"])
     training.checkpoints.remove()
     accelerator.wait_for_everyone()
+    return results
 
 
 def upload(args: argparse.Namespace, accelerator: Accelerator) -> None:
