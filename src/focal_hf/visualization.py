@@ -467,3 +467,299 @@ def attention_rollout(record: AttentionRecord, label: int | None = None) -> np.n
         for block in reversed(blocks):
             relevance = (relevance + attended(block, relevance)) / 2
     return relevance.numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+# Red, green and blue, of 255.
+LEVEL_COLOURS = ((255, 176, 0), (77, 166, 255), (255, 95, 210), (61, 220, 132))  # from level 0; then anew
+QUERY_COLOUR = (255, 42, 42)
+WINDOW_COLOUR = (255, 255, 255)
+PADDING_COLOUR = (32, 32, 32)
+STRONGEST = 0.95  # of the highest weight's colour, the rest being the image
+DASHED = (0, (2, 1.5))
+HEADS_IN_A_LINE = 12
+
+
+def level_colour(level: int) -> tuple[int, int, int]:
+    return LEVEL_COLOURS[level % len(LEVEL_COLOURS)]
+
+
+def of_one(colour: tuple[int, int, int]) -> tuple[float, ...]:
+    """A colour as matplotlib takes it."""
+    return tuple(part / 255 for part in colour)
+
+
+def drawn(seen: QueryAttention, levels: Iterable[int] | None) -> list[LevelAttention]:
+    return seen.levels if levels is None else [seen.levels[level] for level in sorted(set(levels))]
+
+
+def shown_size(seen: QueryAttention, levels: Iterable[int] | None = None) -> tuple[int, int]:
+    """Height and width in pixels of the image, with the padding where weight falls on it."""
+    if not any(level.outside.any() for level in drawn(seen, levels)):
+        return seen.image_size
+    rows, cols = seen.levels[0].plane.shape
+    return rows * seen.stride, cols * seen.stride
+
+
+def covered(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which tokens of a map lie in any of the boxes, a mask of shape `size`."""
+    mask = np.zeros(size, dtype=bool)
+    for top, left, bottom, right in boxes:
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+def shaded(image: np.ndarray, seen: QueryAttention, levels: Iterable[int] | None = None) -> np.ndarray:
+    """The image, grey and dimmed, with what a query looks at in colour. Needs no matplotlib, and a few milliseconds.
+
+    Each level has its colour, the stronger the higher the weight, by the square root of its share of the level's
+    highest, so that small weights stay visible. Finer levels cover coarser ones.
+
+    Args:
+        image (`np.ndarray` of shape `(height, width, 3)`):
+            What the model was shown, of type uint8 and of `seen.image_size`.
+        seen ([`QueryAttention`]):
+            From [`query_attention`].
+        levels (`Iterable[int]`, *optional*):
+            The levels to draw; all by default.
+
+    Returns:
+        `np.ndarray` of shape `(rows, columns, 3)` of type uint8: the pixels of the padded map. What it has beyond the
+        image's height and width is padding.
+    """
+    image, (height, width) = np.asarray(image), seen.image_size
+    if image.shape != (height, width, 3):
+        raise ValueError(
+            f"image must be what the model was shown, of shape {(height, width, 3)}; got {image.shape}. Resize it to "
+            "the pixel_values first."
+        )
+    size = seen.levels[0].plane.shape
+    pixels = np.empty((size[0] * seen.stride, size[1] * seen.stride, 3), dtype=np.float32)
+    pixels[:] = PADDING_COLOUR
+    pixels[:height, :width] = 0.55 * image.mean(2, keepdims=True)
+    finer = np.zeros(size, dtype=bool)
+    for level in drawn(seen, levels):
+        mask = covered(level.boxes, size)
+        strength = STRONGEST * np.sqrt(level.plane / (level.plane.max() or 1)) * (mask & ~finer)
+        strength = strength.astype(np.float32).repeat(seen.stride, 0).repeat(seen.stride, 1)[..., None]
+        pixels += strength * (np.array(level_colour(level.level), dtype=np.float32) - pixels)
+        finer |= mask
+    return pixels.round().astype(np.uint8)
+
+
+def outline(mask: np.ndarray, stride: int) -> list[list[tuple[int, int]]]:
+    """The borders of a mask (rows, columns) of tokens, as lines from (x, y) to (x, y) in pixels."""
+    framed = np.pad(mask, 1).astype(np.int8)
+    below, right = np.argwhere(np.diff(framed, axis=0)[:, 1:-1]), np.argwhere(np.diff(framed, axis=1)[1:-1])
+    lines = [((col, row), (col + 1, row)) for row, col in below] + [((col, row), (col, row + 1)) for row, col in right]
+    return [[(int(x) * stride, int(y) * stride) for x, y in line] for line in lines]
+
+
+def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Iterable[int] | None = None, line: float = 1.0):
+    """Draws into a matplotlib `Axes` what [`shaded`] makes, with lines.
+
+    They are around the query's token (red), its window (white), the region of the fine tokens and the cells of the
+    pooled ones. Dashed is what the query sees across the map's edge. Padding is shown where weight falls on it.
+
+    Args:
+        image, seen, levels:
+            As in [`shaded`].
+        line (`float`, *optional*):
+            The width of lines in points.
+    """
+    from matplotlib.collections import LineCollection
+
+    pixels, size, stride = shaded(image, seen, levels), seen.levels[0].plane.shape, seen.stride
+    axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), interpolation="nearest")
+
+    def add_lines(lines: list, colour: tuple[int, int, int], width: float, style="-"):
+        # Butted, or dashes would grow together.
+        axes.add_collection(
+            LineCollection(lines, colors=[of_one(colour)], linewidths=width, linestyles=[style], capstyle="butt")
+        )
+
+    for level in reversed(drawn(seen, levels)):
+        for side, style in ((False, "-"), (True, DASHED)):
+            boxes, colour = level.boxes[level.wrapped == side], level_colour(level.level)
+            if level.level == 0:
+                add_lines(outline(covered(boxes, size), stride), colour, line, style)
+            else:
+                cells = [
+                    [(left, top), (right, top), (right, bottom), (left, bottom)] for top, left, bottom, right in boxes
+                ]
+                cells = [[(x * stride, y * stride) for x, y in [*cell, cell[0]]] for cell in cells]
+                add_lines(cells, colour, line / 2, style)
+    add_lines(outline(covered(seen.window, size), stride), WINDOW_COLOUR, line)
+    (row, col) = seen.query
+    add_lines(outline(covered(np.array([(row, col, row + 1, col + 1)]), size), stride), QUERY_COLOUR, 1.5 * line)
+
+    bottom, right = shown_size(seen, levels)
+    axes.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[], anchor="NW")
+    axes.spines[:].set_visible(False)
+
+
+def new_figure(width: float, height: float):
+    """An empty `matplotlib.figure.Figure`, in inches: of no window, and known to no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install 'focal-hf[visualization]'.") from error
+    return Figure(figsize=(width, height))
+
+
+def level_name(level: LevelAttention) -> str:
+    return "tokens" if level.level == 0 else f"cells of {level.cell} x {level.cell} tokens"
+
+
+def plot_query(image: np.ndarray, seen: QueryAttention):
+    """The paper's Figure 1 for any image, as a `matplotlib.figure.Figure`: all levels in one, then each by itself.
+
+    Args:
+        image, seen:
+            As in [`shaded`].
+    """
+    panels, side = 1 + len(seen.levels), 4.0
+    shown = shown_size(seen)
+    ratio = shown[0] / shown[1]
+    top, below, gap = 0.8, 1.0, 0.15  # inches
+    width, height = panels * (side + gap) + gap, side * ratio + top + below
+    figure = new_figure(width, height)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.lines import Line2D
+
+    def add_axes(panel: int, from_bottom: float, high: float):
+        return figure.add_axes(
+            ((gap + panel * (side + gap)) / width, from_bottom / height, side / width, high / height)
+        )
+
+    heads = "mean of its heads" if seen.head is None else f"head {seen.head}"
+    figure.text(
+        *(gap / width, 1 - 0.32 / height),
+        f"Where a token looks: row {seen.query[0]}, column {seen.query[1]} of the map of stage {seen.stage}, "
+        f"layer {seen.layer}, {heads}",
+        weight="bold",
+        size=12,
+    )
+    axes = add_axes(0, below, side * ratio)
+    draw_query(axes, image, seen)
+    axes.set_title("near finely, far coarsely", loc="left", size=11)
+    for panel, level in enumerate(seen.levels, 1):
+        axes = add_axes(panel, below, side * ratio)
+        draw_query(axes, image, seen, [level.level])
+        axes.set_title(f"level {level.level}: {level_name(level)}", loc="left", size=11)
+        colour = np.array(of_one(level_colour(level.level)))
+        dark = np.full(3, 0.2)
+        colours = LinearSegmentedColormap.from_list("level", [dark, dark + STRONGEST * (colour - dark)])
+        highest = level.plane.max() * level.cell**2
+        bar = figure.colorbar(
+            ScalarMappable(PowerNorm(0.5, vmin=0, vmax=highest or 1), colours),
+            cax=add_axes(panel, below - 0.25, 0.15),
+            orientation="horizontal",
+            ticks=[highest * part for part in (0, 1 / 16, 1 / 4, 1)],
+        )
+        labels = bar.ax.set_xticklabels([f"{100 * highest * part:.2g} %" for part in (0, 1 / 16, 1 / 4, 1)], size=9)
+        labels[0].set_horizontalalignment("left")
+        labels[-1].set_horizontalalignment("right")
+        bar.ax.minorticks_off()
+        each = "token" if level.level == 0 else "cell"
+        bar.set_label(f"weight of a {each}; together {100 * level.weights.sum():.1f} %")
+
+    def entry(colour: tuple[int, int, int], label: str, filled: bool):
+        return Line2D(
+            *([], []),
+            label=label,
+            linestyle="none",
+            marker="s",
+            markersize=9,
+            markeredgewidth=2,
+            markeredgecolor=of_one(colour),
+            markerfacecolor=of_one(colour) if filled else "none",
+        )
+
+    entries = [entry(QUERY_COLOUR, "query", False), entry(WINDOW_COLOUR, "its window", False)]
+    entries += [entry(level_colour(level.level), level_name(level), True) for level in seen.levels]
+    if any(level.wrapped.any() for level in seen.levels):
+        entries.append(Line2D([], [], color="white", label="across the edge", linestyle=DASHED))
+    if any(level.outside.any() for level in seen.levels):
+        entries.append(entry(PADDING_COLOUR, "padding", True))
+    figure.legend(
+        handles=entries,
+        loc="upper left",
+        bbox_to_anchor=(gap / width, (below - 0.08) / height),
+        borderaxespad=0,
+        ncols=2,
+        facecolor="#505050",
+        labelcolor="white",
+        fontsize=9,
+        columnspacing=1.2,
+        handletextpad=0.4,
+    )
+    return figure
+
+
+def plot_grid(image: np.ndarray, record: AttentionRecord, at: tuple[float, float], layer: int = -1):
+    """Where a point looks in every head of every stage, in one of its layers, as a `matplotlib.figure.Figure`.
+
+    Args:
+        image:
+            As in [`shaded`].
+        record, at, layer:
+            As in [`query_attention`].
+    """
+    lines = []
+    for stage, blocks in enumerate(record.stages):
+        views = [
+            query_attention(record, at, stage, layer, head)
+            for head in range(blocks[chosen(f"layer of stage {stage}", layer, len(blocks))].weights.shape[1])
+        ]
+        lines += [views[first : first + HEADS_IN_A_LINE] for first in range(0, len(views), HEADS_IN_A_LINE)]
+    columns, ratio = max(map(len, lines)), record.image_size[0] / record.image_size[1]
+    side = max(1.3, 8 / columns)
+    title, label, gap = 0.45, 0.25, 0.08  # inches
+    width, height = columns * (side + gap) + gap, title + len(lines) * (side * ratio + label) + gap
+    figure = new_figure(width, height)
+    figure.text(gap / width, 1 - 0.28 / height, "Where it looks, by stage and head", weight="bold", size=12)
+    for line, views in enumerate(lines):
+        bottom = height - title - (line + 1) * (side * ratio + label)
+        for column, seen in enumerate(views):
+            left = gap + column * (side + gap)
+            axes = figure.add_axes((left / width, bottom / height, side / width, side * ratio / height))
+            draw_query(axes, image, seen, line=0.5)
+            name = f"stage {seen.stage}, head 0" if seen.head == 0 else f"{seen.head}"
+            axes.set_title(name, size=8, loc="left", pad=3)
+    return figure
+
+
+def plot_saliency(image: np.ndarray, saliency: np.ndarray, patch_size: int, title: str):
+    """The image, and beside it what [`attention_rollout`] tells, as a `matplotlib.figure.Figure`.
+
+    Args:
+        image (`np.ndarray` of shape `(height, width, 3)`):
+            What the model was shown, of type uint8.
+        saliency (`np.ndarray` of shape `(rows, columns)`), patch_size (`int`):
+            From [`attention_rollout`], and the record's.
+        title (`str`):
+            Such as the class.
+    """
+    height, width = image.shape[:2]
+    side, ratio, top, gap = 4.0, height / width, 0.45, 0.15
+    wide, high = 2 * (side + gap) + gap + 0.9, side * ratio + top + gap
+    figure = new_figure(wide, high)
+    figure.text(gap / wide, 1 - 0.3 / high, title, weight="bold", size=12)
+
+    def add_axes(left: float, across: float):
+        return figure.add_axes((left / wide, gap / high, across / wide, side * ratio / high))
+
+    plain, heated = add_axes(gap, side), add_axes(2 * gap + side, side)
+    plain.imshow(image, extent=(0, width, height, 0))
+    heated.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+    extent = (0, saliency.shape[1] * patch_size, saliency.shape[0] * patch_size, 0)
+    heat = heated.imshow(saliency, cmap="inferno", alpha=0.7, vmin=0, extent=extent, interpolation="nearest")
+    for axes in (plain, heated):
+        axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(heat, cax=add_axes(2 * (gap + side) + 0.1, 0.15), label="share of a patch")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.2g} %")
+    return figure
