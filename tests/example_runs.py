@@ -44,6 +44,11 @@ def tiny_config(**changes) -> FocalConfig:
     return FocalConfig(**settings | changes)
 
 
+def without_helpers(script: str) -> list[str]:
+    """The option with which a script starts no processes that read images, if it has any."""
+    return [] if script == "visualize_attention.py" else ["--workers", "0"]
+
+
 def example_command(
     script: str, *arguments: object, folder: Path, launcher: tuple | list = (sys.executable,), hub: str | None = None
 ) -> dict:
@@ -55,7 +60,7 @@ def example_command(
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    command = [*launcher, str(EXAMPLES / script), "--workers", "0", *map(str, arguments)]
+    command = [*launcher, str(EXAMPLES / script), *without_helpers(script), *map(str, arguments)]
     return {"args": command, "env": environment, "cwd": folder}
 
 
@@ -83,7 +88,7 @@ def run_examples_in_turn(script: str, command_lines: list[list], folder: Path) -
         "print(json.dumps(answers))\n"
     )
     command = example_command(script, folder=folder)
-    lines = [[script, "--workers", "0", *map(str, line)] for line in command_lines]
+    lines = [[script, *without_helpers(script), *map(str, line)] for line in command_lines]
     command["args"] = [sys.executable, "-c", program, str(EXAMPLES / script), json.dumps(lines)]
     run = subprocess.run(**command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -595,7 +595,8 @@ def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Iterable[i
     add_lines(outline(covered(np.array([(row, col, row + 1, col + 1)]), size), stride), QUERY_COLOUR, 1.5 * line)
 
     bottom, right = shown_size(seen, levels)
-    axes.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[], anchor="NW")
+    margin = 0.004 * max(bottom, right)  # for the outer half of lines along the edge
+    axes.set(xlim=(-margin, right + margin), ylim=(bottom + margin, -margin), xticks=[], yticks=[], anchor="NW")
     axes.spines[:].set_visible(False)
 
 
