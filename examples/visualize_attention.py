@@ -1,8 +1,8 @@
-"""Show where a Focal Transformer looks: what one point of a picture attends to, finely and coarsely, and what counts
-for the answer.
+"""Show where a Focal Transformer looks: what one point of a picture attends to, and what speaks for the answer.
 
 Writes three pictures into a folder: attention.png, one token with its window, its fine surroundings and its coarse
-cells, shaded by weight; grid.png, the same for every stage and head; saliency.png, what in the picture told the class.
+cells, shaded by weight; grid.png, the same in every stage and head; saliency.png, what in the picture speaks for a
+class.
 See `--help` and examples/README.md.
 """
 
@@ -115,7 +115,7 @@ def look(args: argparse.Namespace) -> None:
     if not saliency.any():
         print(f"Nothing in {args.image} speaks for {labels[label]}: saliency.png is empty.")
 
-    title = f"What told {labels[label]!r} ({scores[label]:.0%})"
+    title = f"What speaks for {labels[label]!r} ({scores[label]:.0%})"
     figures = {
         "attention.png": plot_query(shown, seen),
         "grid.png": plot_grid(shown, record, args.at),

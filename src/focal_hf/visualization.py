@@ -27,6 +27,22 @@ from transformers import PreTrainedModel
 from .modeling_focal import FocalForImageClassification, FocalModel, pad_to_multiple
 from .neighborhood_focal import Neighborhood, cut_windows
 
+__all__ = [
+    "AttentionRecord",
+    "BlockAttention",
+    "LevelAttention",
+    "QueryAttention",
+    "attention_rollout",
+    "draw_query",
+    "plot_grid",
+    "plot_query",
+    "plot_saliency",
+    "query_attention",
+    "record_attention",
+    "shaded",
+    "to_pixels",
+]
+
 # ------------------------------------------------------------------------------------------------------------ recording
 
 
@@ -108,7 +124,9 @@ class AttentionRecord:
 
 @torch.no_grad()
 def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> AttentionRecord:
-    """Run a model on one image and keep the attention weights of every block.
+    """Run a model on one image and keep the attention weights of every block: 30 MB for Focal-Tiny at 224 pixels.
+
+    Not from two threads at once with the same model, whose hooks and attention it sets for as long as it runs.
 
     Args:
         model ([`PreTrainedModel`]):
@@ -416,7 +434,7 @@ def attended(block: BlockAttention, relevance: torch.Tensor) -> torch.Tensor:
 
 
 def attention_rollout(record: AttentionRecord, label: int | None = None) -> np.ndarray:
-    """How much each part of the image can have told the answer: attention rollout over all blocks and stages.
+    """How much each part of the image has to do with the answer: attention rollout over all blocks and stages.
 
     [Abnar and Zuidema 2020](https://arxiv.org/abs/2005.00928): a block hands on half of what a token counts by its
     residual connection and half by its attention, the mean of the heads. What is handed on is a number for each token,
@@ -742,7 +760,7 @@ def plot_saliency(image: np.ndarray, saliency: np.ndarray, patch_size: int, titl
         saliency (`np.ndarray` of shape `(rows, columns)`), patch_size (`int`):
             From [`attention_rollout`], and the record's.
         title (`str`):
-            Such as the class.
+            What stands above, such as the class.
     """
     height, width = image.shape[:2]
     side, ratio, top, gap = 4.0, height / width, 0.45, 0.15
