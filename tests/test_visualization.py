@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.models import default_processor
 from example_runs import run_example, run_examples_in_turn, tiny_config
@@ -29,6 +29,8 @@ from focal_hf.visualization import (
     shaded,
     to_pixels,
 )
+
+SMALL_VIT = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
 
 
 def one_stage(**changes) -> FocalConfig:
@@ -314,9 +316,8 @@ def test_what_cannot_be_is_said():
     model, pixel_values = two_stages(), torch.randn(1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"one image at a time.*\(2, 3, 16, 16\)"):
         record_attention(model, torch.randn(2, 3, 16, 16))
-    vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     with pytest.raises(ValueError, match=r"takes a Focal model.*got ViTModel"):
-        record_attention(vit, pixel_values)
+        record_attention(ViTModel(SMALL_VIT), pixel_values)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         record_attention(model.train(), pixel_values)
 
@@ -395,11 +396,14 @@ def test_the_script_writes_three_pictures(trained, tmp_path):
 def test_the_scripts_errors_are_one_clear_line(trained, tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     (tmp_path / "file").write_text("")
+    ViTForImageClassification(SMALL_VIT).save_pretrained(tmp_path / "vit")
+    default_processor(SMALL_VIT, crop=1.0).save_pretrained(tmp_path / "vit")
     good = ["noise.png", "--model", trained]
     expected = {
         ("nowhere.png", "--model", trained): r"Not a readable image: nowhere\.png",
         ("broken.png", "--model", trained): r"Not a readable image: broken\.png",
         ("noise.png", "--model", "./nowhere"): r"Cannot load --model \./nowhere",
+        ("noise.png", "--model", "./vit"): r"--model \./vit is a vit",
         (*good, "--stage", 2): r"no stage 2: they are counted from 0, and there are 2",
         (*good, "--stage", 1, "--layer", 1): r"no layer of stage 1 1",
         (*good, "--head", 1): r"no head in stage 0 1",
