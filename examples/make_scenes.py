@@ -35,13 +35,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write; a new folder")
     for split, scenes in (("train", 1000), ("validation", 100)):
         parser.add_argument(f"--{split}", type=int, default=scenes, metavar="N", help=f"scenes (default: {scenes})")
+    parser.add_argument(
+        "--scans",
+        action="store_true",
+        help="paste whole scans, squares of white ink on black, and make these squares the masks and boxes; otherwise "
+        "strokes alone are pasted, in any colour",
+    )
     parser.add_argument("--size", type=int, default=128, metavar="N", help="side of a scene (default: 128 pixels)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     return parser.parse_args()
 
 
 def compose(
-    size: int, photographs: list[np.ndarray], digits: list[tuple[np.ndarray, int]], draw: np.random.Generator
+    size: int,
+    scans: bool,
+    photographs: list[np.ndarray],
+    digits: list[tuple[np.ndarray, int]],
+    draw: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """One scene.
 
@@ -61,13 +71,16 @@ def compose(
         ink = np.asarray(ink).clip(0, 1)
         place = tuple(slice(start, start + side) for start in draw.integers(size - side + 1, size=2))
         after = front.copy()
-        after[place][ink > 0.5] = len(values) + 1
+        after[place][scans | (ink > 0.5)] = len(values) + 1
         if any((after == number).sum() < VISIBLE * area for number, area in enumerate(areas, 1)):
             continue  # it would hide another
-        # Bright ink on a dark background and the other way round: a digit's colour says nothing of its value.
-        bright = pixels[place].mean() < 128
-        colour = draw.uniform(170, 255, 3) if bright else draw.uniform(0, 85, 3)
-        pixels[place] += np.minimum(2 * ink, 1)[..., None] * (colour - pixels[place])
+        if scans:
+            pixels[place] = 255 * ink[..., None]
+        else:
+            # Bright ink on a dark background and the other way round: a digit's colour says nothing of its value.
+            bright = pixels[place].mean() < 128
+            colour = draw.uniform(170, 255, 3) if bright else draw.uniform(0, 85, 3)
+            pixels[place] += np.minimum(2 * ink, 1)[..., None] * (colour - pixels[place])
         front = after
         areas.append((front == len(values) + 1).sum())
         values.append(value)
@@ -79,6 +92,7 @@ def write_split(
     split: str,
     scenes: int,
     size: int,
+    scans: bool,
     photographs: list[np.ndarray],
     digits: list[tuple[np.ndarray, int]],
     draw: np.random.Generator,
@@ -88,7 +102,7 @@ def write_split(
         place.mkdir(parents=True)
     images, annotations = [], []
     for number in tqdm(range(scenes), desc=split, unit="scene"):
-        pixels, front, values = compose(size, photographs, digits, draw)
+        pixels, front, values = compose(size, scans, photographs, digits, draw)
         name = f"{number:05}.png"
         Image.fromarray(pixels).save(folder / split / name)
         Image.fromarray(np.array([0, *(value + 1 for value in values)], "uint8")[front]).save(classes / name)
@@ -127,7 +141,7 @@ def main() -> None:
     parts = [[photograph[:, part] for photograph in photographs] for part in (slice(cut), slice(cut, None))]
     for number, split in enumerate(("train", "validation")):
         write_split(
-            *(args.folder, split, getattr(args, split), args.size, parts[number]),
+            *(args.folder, split, getattr(args, split), args.size, args.scans, parts[number]),
             [(digits.images[row], int(digits.target[row])) for row in rows[number]],
             np.random.default_rng((args.seed, number)),
         )
