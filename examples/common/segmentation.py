@@ -315,6 +315,8 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
             backbone, _ = load_model(args, kind, "a backbone", ("hidden_states_norms.",), say, set_stages)
             weights = backbone.state_dict()
         settings = {"hidden_size": args.head_channels, "auxiliary_channels": args.head_channels // 2}
+        # Small networks start from larger weights, and so should their heads.
+        settings["initializer_range"] = config.initializer_range
         config = UperNetConfig(backbone_config=config, **settings)
         set_labels(config)
         model = UperNetForSemanticSegmentation(config)
