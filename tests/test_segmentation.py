@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
-    SegformerImageProcessorPil,
+    BeitImageProcessorPil,
     SwinConfig,
     SwinForImageClassification,
     pipeline,
@@ -118,7 +118,7 @@ def test_learns_and_is_measured_as_by_hand(place, trained):
     assert measured["best"]["mean_iou"] == max(entry["mean_iou"] for entry in measured["history"])
     assert measured["best"]["mean_iou"] > 0.65
     assert {entry["images"] for entry in measured["history"]} == {5}
-    assert isinstance(AutoImageProcessor.from_pretrained(folder), SegformerImageProcessorPil)
+    assert isinstance(AutoImageProcessor.from_pretrained(folder), BeitImageProcessorPil)
 
     last = measured["history"][-1]
     expected = by_hand(folder / "last", place)
@@ -272,7 +272,7 @@ def test_views_and_mirrors_are_one_mean(trained):
 
 def test_crops_of_image_and_map_go_together():
     args = Namespace(crop_size=32, resize=(0.5, 2.0), flip=True)
-    processor = SegformerImageProcessorPil()
+    processor = BeitImageProcessorPil()
     _, classes = draw_scene((60, 40), np.random.default_rng(1))
     classes[:, -8:] = NO_CLASS
     clean = Image.fromarray(COLOURS[classes % NO_CLASS].astype("uint8"))

@@ -23,12 +23,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BaseImageProcessor,
+    BeitImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
-    SegformerImageProcessorPil,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .data import hold_out, load_splits
 from .loading import Images, Item
@@ -341,7 +342,7 @@ def fix_unused(model: PreTrainedModel, side: int) -> None:
 
 def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None]) -> BaseImageProcessor:
     """For whole images, with the colours' statistics of the checkpoint, or ImageNet's."""
-    statistics = {}
+    statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if args.model:
         try:
             known = AutoImageProcessor.from_pretrained(args.model)
@@ -349,7 +350,13 @@ def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None])
             statistics = {name: getattr(known, name) for name in names}
         except OSError:
             say(f"{args.model} brings no image processor: using ImageNet's statistics.")
-    processor = SegformerImageProcessorPil(**statistics, do_reduce_labels=args.reduce_labels)
+    # Segformer's does the same, but in transformers 5.18 it asks for torchvision.
+    processor = BeitImageProcessorPil(
+        **statistics,
+        resample=Image.Resampling.BILINEAR,
+        do_center_crop=False,
+        do_reduce_labels=args.reduce_labels,
+    )
     set_size(processor, args.image_size or args.crop_size)
     return processor
 
