@@ -1,6 +1,7 @@
-"""Fine-tune a detector with a Focal, Swin or other backbone on images with boxes, as COCO has them or the Hub.
+"""Fine-tune a detector with a Focal, Swin or other backbone on images with boxes or masks, as COCO has them or the Hub.
 
-Any detector of transformers, such as RT-DETR, D-FINE or Deformable DETR. See `--help` and examples/README.md.
+Any detector of transformers, such as RT-DETR, D-FINE or Deformable DETR; Mask2Former or MaskFormer for masks. See
+`--help` and examples/README.md.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from accelerate.utils import set_seed
 
 from common.data import report_unreadable
 from common.detection import (
+    OF_BOXES,
     ObjectImages,
     View,
     average_precision,
     build_detector,
     detection_loss,
     draw_detections,
+    finds_masks,
     ground_truth,
     inputs_of,
     inside,
@@ -70,6 +73,10 @@ examples:
     accelerate launch examples/finetune_detection.py --model focal-tiny --head deformable_detr --data coco \\
         --train-split train2017 --validation-split val2017 --output my_detector --epochs 50
 
+  masks, from the same data if its annotations have a segmentation:
+    accelerate launch examples/finetune_detection.py --model focal-tiny --head mask2former --data my_scenes \\
+        --output my_segmenter
+
   a detector, its sizes described by a config.json, from scratch; small images:
     accelerate launch examples/finetune_detection.py --config my_config.json --data my_scenes --output my_detector \\
         --image-size 128 --smallest-size 96
@@ -105,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         default="rt_detr",
         metavar="NAME",
         help="where --model is no detector: the type of the new head, or a config.json of a detector, whose backbone "
-        "is replaced (default: rt_detr)",
+        "is replaced (default: rt_detr); mask2former and maskformer learn masks, the others boxes",
     )
     pictures = "with FOLDER/annotations/instances_SPLIT.json in COCO's format and FOLDER/SPLIT/*.png"
     group = data_options(parser, pictures, streaming=False)
@@ -146,7 +153,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         return
 
     with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
-        train_data, validation_data, names = read_objects(args, say)
+        masks = finds_masks(args)
+        train_data, validation_data, names = read_objects(args, say, masks)
     if accelerator.is_local_main_process:
         report_unreadable(args, (train_data, validation_data), say)
     images = len(train_data["labels"])
@@ -192,7 +200,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         predictions = predict(accelerator, model, inputs, processor, validation_loader)
         if not predictions:
             raise Problem("Not one of the validation images can be read.")
-        return average_precision(truth, predictions, config.id2label)
+        if not masks:
+            return average_precision(truth, predictions, config.id2label)
+        boxes = average_precision(truth, predictions, config.id2label)
+        measured = average_precision(truth, predictions, config.id2label, "segm")
+        return measured | {name: boxes[key] for name, key in OF_BOXES.items()}
 
     def draw(folder: Path) -> None:
         draw_detections(folder / "detections.png", validation_data, args.image_column, predictions, config.id2label)

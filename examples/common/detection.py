@@ -1,4 +1,4 @@
-"""Images with objects: reading them, views that keep boxes and pixels together, detectors, average precision."""
+"""Images with objects: reading them, views that keep objects and pixels together, detectors, average precision."""
 
 import argparse
 import contextlib
@@ -29,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    AutoModelForUniversalSegmentation,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,17 +38,21 @@ from transformers import (
 from transformers.backbone_utils import BackboneMixin
 from transformers.loss import loss_for_object_detection
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.mask2former import modeling_mask2former
+from transformers.models.maskformer import modeling_maskformer
 from transformers.utils import logging
 
 from .data import hold_out, load_splits
 from .loading import Images, Item, Loader
-from .models import decay_groups, load_model, resize_views
+from .masks import MASK_MODELS, NOTHING, areas, decode, draw_masks, found_masks, mask_loss, resize, run_lengths
+from .models import check_config, decay_groups, load_model, resize_views
 from .options import Problem, first_line
 from .reports import public, save_card
 
 LEFT = 0.25  # an object of which a crop leaves less than this share is none any more
 SHOWN, SURE = 6, 0.5  # images that are drawn, and the score above which predictions are
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+OF_BOXES = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of masks
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -78,8 +83,11 @@ def check_objects(objects: dict, where: str) -> None:
             raise Problem(f"{where} has the box {box}: expected four numbers, [left, top, width, height].")
 
 
-def read_coco(folder: Path, split: str) -> tuple[datasets.Dataset, list[dict], list[str]]:
-    """Of FOLDER/annotations/instances_SPLIT.json the images, what is in each, and the classes' names in order."""
+def read_coco(folder: Path, masks: bool, split: str) -> tuple[datasets.Dataset, list[dict], list[str]]:
+    """Of FOLDER/annotations/instances_SPLIT.json the images, what is in each, and the classes' names in order.
+
+    With `masks`, the objects' masks are part of it, as run lengths.
+    """
     file = folder / "annotations" / f"instances_{split}.json"
     content = read_json(file)
     categories = {category["id"]: str(category["name"]) for category in content["categories"]}
@@ -97,10 +105,8 @@ def read_coco(folder: Path, split: str) -> tuple[datasets.Dataset, list[dict], l
             "id": image["id"],
             "path": str(path),
             "size": (image["width"], image["height"]),
-            "bbox": [],
-            "name": [],
-            "area": [],
-            "iscrowd": [],
+            **{"bbox": [], "name": [], "area": [], "iscrowd": []},
+            **({"masks": []} if masks else {}),
         }
     for annotation in content["annotations"]:
         where = f"Annotation {annotation.get('id')} of {file}"
@@ -112,14 +118,24 @@ def read_coco(folder: Path, split: str) -> tuple[datasets.Dataset, list[dict], l
         check_objects({"bbox": [annotation["bbox"]]}, where)
         image["bbox"].append(annotation["bbox"])
         image["name"].append(categories[annotation["category_id"]])
-        image["area"].append(annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]))
+        image["area"].append(annotation.get("area"))
         image["iscrowd"].append(annotation.get("iscrowd", 0))
+        if masks:
+            image["masks"].append(run_lengths(annotation.get("segmentation"), image["size"], where))
     if not found:
         raise Problem(f"{file} lists no images.")
     images = [*found.values()]
+    for image in images:
+        known = zip(image["area"], extents(image), strict=True)
+        image["area"] = [extent if area is None else area for area, extent in known]
     rows = datasets.Dataset.from_dict({"image": [image.pop("path") for image in images]})
     names = [categories[number] for number in sorted(categories)]
     return rows.cast_column("image", datasets.Image()), images, names
+
+
+def extents(image: dict) -> list[float]:
+    """The areas of an image's objects, those of their boxes if they have no masks."""
+    return areas(image["masks"]) if "masks" in image else [box[2] * box[3] for box in image["bbox"]]
 
 
 def field_names(feature: object) -> dict:
@@ -140,7 +156,9 @@ def picture_size(cell: dict) -> tuple[int, int]:
         return 0, 0
 
 
-def read_rows(args: argparse.Namespace, split: datasets.Dataset) -> tuple[datasets.Dataset, list[dict], list[str]]:
+def read_rows(
+    args: argparse.Namespace, masks: bool, split: datasets.Dataset
+) -> tuple[datasets.Dataset, list[dict], list[str]]:
     """The same of a split of a data set that has a column of objects."""
     for option, column in (("--image-column", args.image_column), ("--objects-column", args.objects_column)):
         if column not in split.column_names:
@@ -153,37 +171,51 @@ def read_rows(args: argparse.Namespace, split: datasets.Dataset) -> tuple[datase
         raise Problem(
             f"Column {args.objects_column} of --data {args.data} has no bbox and category: see --objects-column."
         )
+    if masks and "segmentation" not in fields:
+        raise Problem(
+            f"Column {args.objects_column} of --data {args.data} has no segmentation, from which to learn masks: add "
+            "it, or train a detector of boxes (--head rt_detr)."
+        )
     cells = split.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
     images = []
     for row, (cell, objects) in enumerate(zip(cells, split[args.objects_column], strict=True)):
         if isinstance(objects, list):
             objects = {name: [one[name] for one in objects] for name in fields}
-        check_objects(objects, f"Row {row} of --data {args.data}")
+        where = f"Row {row} of --data {args.data}"
+        check_objects(objects, where)
         category = fields["category"]
-        images.append(
-            {
-                "id": row,
-                "size": picture_size(cell),
-                "bbox": objects["bbox"],
-                "name": [
-                    category.names[value] if isinstance(category, datasets.ClassLabel) else str(value)
-                    for value in objects["category"]
-                ],
-                "area": objects.get("area") or [box[2] * box[3] for box in objects["bbox"]],
-                "iscrowd": [int(value) for value in objects.get("iscrowd") or [0] * len(objects["bbox"])],
-            }
-        )
+        image = {
+            "id": row,
+            "size": picture_size(cell),
+            "bbox": objects["bbox"],
+            "name": [
+                category.names[value] if isinstance(category, datasets.ClassLabel) else str(value)
+                for value in objects["category"]
+            ],
+            "iscrowd": [int(value) for value in objects.get("iscrowd") or [0] * len(objects["bbox"])],
+        }
+        if masks:
+            image["masks"] = [
+                run_lengths(segmentation, image["size"], where) if any(image["size"]) else NOTHING
+                for segmentation in objects["segmentation"]
+            ]
+        images.append(image | {"area": objects.get("area") or extents(image)})
     seen = {name for image in images for name in image["name"]}
     names = category.names if isinstance(category, datasets.ClassLabel) else sorted(seen)
     return split, images, names
 
 
-def read_objects(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
-    """The rows and, as "labels", the objects to train on, the same to validate on, and the classes' names in order."""
+def read_objects(
+    args: argparse.Namespace, say: Callable[[str], None], masks: bool = False
+) -> tuple[dict, dict, list[str]]:
+    """The rows and, as "labels", the objects to train on, the same to validate on, and the classes' names in order.
+
+    With `masks`, every object has one.
+    """
     folder = Path(args.data).expanduser()
     if (folder / "annotations").is_dir():
         splits = [file.stem.removeprefix("instances_") for file in sorted(folder.glob("annotations/instances_*.json"))]
-        read = functools.partial(read_coco, folder)
+        read = functools.partial(read_coco, folder, masks)
         args.image_column = "image"
     elif folder.is_dir() and not any(folder.rglob("*.parquet")):
         raise Problem(
@@ -194,7 +226,7 @@ def read_objects(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[
         splits = load_splits(args.data)
 
         def read(split: str) -> tuple:
-            return read_rows(args, splits[split])
+            return read_rows(args, masks, splits[split])
 
     if args.train_split not in splits:
         raise Problem(
@@ -232,8 +264,8 @@ def inside(image: dict) -> tuple[np.ndarray, np.ndarray]:
     boxes = np.asarray(image["bbox"], np.float32).reshape(-1, 4)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     clipped = corners.clip(0, np.tile(np.asarray(image["size"], np.float32), 2))
-    crowd = np.asarray(image["iscrowd"], bool)
-    return clipped, (clipped[:, 2:] > clipped[:, :2]).all(1) & ~crowd
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1) & ~np.asarray(image["iscrowd"], bool)
+    return clipped, kept & (np.asarray(areas(image["masks"])) > 0) if "masks" in image else kept
 
 
 def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
@@ -249,7 +281,7 @@ def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
         empty += int((~kept & ~np.asarray(image["iscrowd"], bool)).sum())
     for count, what in (
         (clipped, "boxes stick out of their images: cut off there"),
-        (empty, "boxes have no area within their images: left out"),
+        (empty, "boxes or masks have no area within their images: left out"),
         (crowds, "boxes are of crowds: not trained on"),
         (without, "images have no objects: they are background"),
     ):
@@ -273,9 +305,13 @@ def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
 
 
 def random_part(
-    image: Image.Image, boxes: np.ndarray, args: argparse.Namespace, draw: random.Random
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Half of the images cropped, half mirrored: the image, the boxes, and which of them are still there."""
+    image: Image.Image, boxes: np.ndarray, masks: np.ndarray | None, args: argparse.Namespace, draw: random.Random
+) -> tuple[Image.Image, np.ndarray, np.ndarray | None, np.ndarray]:
+    """Half of the images cropped, half mirrored: the image, boxes, masks, and which of them are still there."""
+
+    def extent() -> np.ndarray:
+        return (boxes[:, 2:] - boxes[:, :2]).prod(1) if masks is None else masks.sum((1, 2))
+
     left_over = np.ones(len(boxes), bool)
     if args.crop_scale < 1 and draw.random() < 0.5:
         area = image.width * image.height * draw.uniform(args.crop_scale, 1)
@@ -284,13 +320,15 @@ def random_part(
         height = min(image.height, max(1, round(math.sqrt(area / ratio))))
         left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
         image = image.crop((left, top, left + width, top + height))
-        before = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        before = extent()
         boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([width, height, width, height]))
-        left_over = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= LEFT * before
+        masks = None if masks is None else masks[:, top : top + height, left : left + width]
+        left_over = extent() >= LEFT * before
     if args.flip and draw.random() < 0.5:
         image = ImageOps.mirror(image)
         boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
-    return image, boxes, left_over
+        masks = None if masks is None else masks[..., ::-1]
+    return image, boxes, masks, left_over
 
 
 def sides(processor: BaseImageProcessor) -> dict[str, int]:
@@ -318,10 +356,17 @@ class View:
         boxes, kept = inside(target)
         classes = np.asarray([self.label2id[name] for name in target["name"]], np.int64)
         boxes, classes = boxes[kept], classes[kept]
+        masks = decode(target["masks"], target["size"])[kept] if "masks" in target else None
         if self.args:
-            image, boxes, kept = random_part(image, boxes, self.args, draw)
+            image, boxes, masks, kept = random_part(image, boxes, masks, self.args, draw)
             boxes, classes = boxes[kept], classes[kept]
+            masks = None if masks is None else masks[kept]
         pixels = self.processor(image, size=draw.choice(self.sizes), do_pad=False, return_tensors="pt")["pixel_values"]
+        if masks is not None:
+            masks = resize(masks, *pixels.shape[-2:])
+            kept = masks.any((1, 2))  # of the smallest no pixel may be left
+            labels = {"class_labels": torch.from_numpy(classes[kept]), "masks": torch.from_numpy(masks[kept])}
+            return {"pixel_values": pixels[0], "labels": labels}
         boxes = boxes / np.tile(np.float32(image.size), 2)
         boxes = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
         labels = {"class_labels": torch.from_numpy(classes), "boxes": torch.from_numpy(boxes.astype(np.float32))}
@@ -352,13 +397,18 @@ class ObjectImages(Images):
             image = picture(cell, target["size"])
         except Exception as error:  # whatever a decoder says to damaged bytes
             broken = f"{cell['path']} ({first_line(error)})"
-            image, target = Image.new("RGB", (64, 64)), {"bbox": [], "name": [], "iscrowd": [], "size": (64, 64)}
+            image = Image.new("RGB", (64, 64))
+            lists = ("bbox", "name", "iscrowd", "masks")
+            target = {"size": image.size} | {name: [] for name in lists if name in target}
         index = item.key if item.counts and not broken else -1
         size = torch.tensor([image.height, image.width])
         return self.view(image, target, draw) | {"size": size, "index": index, "broken": broken}
 
     def collate(self, samples: list[dict]) -> dict:
-        """A batch padded at right and bottom, its boxes relative to that. `sizes` are what it is in original pixels."""
+        """A batch padded at right and bottom, with masks padded alike, and boxes relative to that.
+
+        `shapes` are heights and widths of the images in it, `sizes` those of the images in their files.
+        """
         shapes = torch.tensor([sample["pixel_values"].shape[-2:] for sample in samples])
         height, width = (math.ceil(side / self.step) * self.step for side in shapes.amax(0).tolist())
         pixels = torch.zeros(len(samples), 3, height, width)
@@ -367,13 +417,19 @@ class ObjectImages(Images):
         for sample, (rows, columns), image, valid in zip(samples, shapes.tolist(), pixels, mask, strict=True):
             image[:, :rows, :columns] = sample["pixel_values"]
             valid[:rows, :columns] = 1
-            share = torch.tensor([columns / width, rows / height]).repeat(2)
-            labels.append(sample["labels"] | {"boxes": sample["labels"]["boxes"] * share})
+            objects = dict(sample["labels"])
+            if "masks" in objects:
+                padding = (0, width - columns, 0, height - rows)
+                objects["masks"] = torch.nn.functional.pad(objects["masks"], padding)
+            else:
+                objects["boxes"] = objects["boxes"] * torch.tensor([columns / width, rows / height]).repeat(2)
+            labels.append(objects)
         return {
             "pixel_values": pixels,
             "pixel_mask": mask,
             "labels": labels,
-            "sizes": torch.stack([sample["size"] for sample in samples]) * torch.tensor([height, width]) / shapes,
+            "shapes": shapes,
+            "sizes": torch.stack([sample["size"] for sample in samples]),
             "indices": torch.tensor([sample["index"] for sample in samples]),
             "broken": [sample["broken"] for sample in samples if sample["broken"]],
         }
@@ -393,20 +449,46 @@ def stride_of(model: torch.nn.Module) -> int:
     return (patch if isinstance(patch, int) else max(patch)) * 2 ** (stages - 1)
 
 
-def head_config(args: argparse.Namespace, backbone: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of --head, with that backbone."""
+def kind_of(config: PreTrainedConfig) -> type | None:
+    """The Auto class of models that find objects by their masks, or by their boxes."""
+    if type(config) in MASK_MODELS:
+        return AutoModelForUniversalSegmentation
+    return AutoModelForObjectDetection if type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING else None
+
+
+def detector_config(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """The config of --config or --model; or, where --model is no detector, those of --head and of --model."""
+    check_config(args)
+    option, source = ("--config", args.config) if args.config else ("--model", args.model)
+    try:
+        given = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise Problem(f"Cannot read {option} {source}: {first_line(error)}") from error
+    if args.config or kind_of(given):
+        return given, None
     try:
         load = AutoConfig.from_pretrained if Path(args.head).exists() else AutoConfig.for_model
         config = load(args.head)
     except Exception as error:
         raise Problem(
             f"No such detector: --head {args.head} ({first_line(error)}). Name a type that transformers knows, such as "
-            "rt_detr, d_fine or deformable_detr, or a config.json."
+            "rt_detr, d_fine or mask2former, or a config.json."
         ) from error
-    if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING or not hasattr(config, "backbone_config"):
-        raise Problem(f"--head {args.head} is no detector with a backbone, such as rt_detr, d_fine or deformable_detr.")
+    if kind_of(config) is None or not hasattr(config, "backbone_config"):
+        raise Problem(f"--head {args.head} is no detector with a backbone, such as rt_detr, d_fine or mask2former.")
+    return config, given
+
+
+def finds_masks(args: argparse.Namespace) -> bool:
+    return type(detector_config(args)[0]) in MASK_MODELS
+
+
+def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
+    """Put the config of --model into that of --head."""
     stages = len(backbone.depths)
     levels = len(getattr(config, "encoder_in_channels", ())) or min(3, stages)
+    if type(config) in MASK_MODELS:  # all, for masks as fine as the first
+        levels = max(3, stages)
     if config.model_type in ("detr", "conditional_detr", "dab-detr"):  # they use the last map only
         levels = 1
     if levels > stages:
@@ -414,26 +496,27 @@ def head_config(args: argparse.Namespace, backbone: PreTrainedConfig) -> PreTrai
     backbone = AutoConfig.for_model(**(backbone.to_dict() | {"out_features": None, "out_indices": None}))
     backbone.out_indices = [*range(stages - levels + 1, stages + 1)]
     config.backbone_config = backbone
+    strides = [backbone.patch_size * 2 ** (index - 1) for index in backbone.out_indices]
     for name in ("use_timm_backbone", "use_pretrained_backbone"):
         if hasattr(config, name):
             setattr(config, name, False)
     if hasattr(config, "encoder_in_channels"):
         with torch.device("meta"):
             config.encoder_in_channels = AutoBackbone.from_config(backbone).channels
-        config.feat_strides = [backbone.patch_size * 2 ** (index - 1) for index in backbone.out_indices]
-    return config
+        config.feat_strides = strides
+    if hasattr(config, "feature_strides"):
+        config.feature_strides, config.common_stride = strides, strides[0]
 
 
 def new_head(
     args: argparse.Namespace, config: PreTrainedConfig, labels: dict[int, str], say: Callable[[str], None]
 ) -> PreTrainedModel:
     """A detector whose backbone has the weights of the checkpoint --model, and whose head is new."""
-    config = head_config(args, config)
     config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model = AutoModelForObjectDetection.from_config(config)
+        model = kind_of(config).from_config(config)
         backbone, loading = type(backbone_of(model)).from_pretrained(
             args.model, config=config.backbone_config, output_loading_info=True, dtype=torch.float32
         )
@@ -463,9 +546,10 @@ def build_detector(
     args: argparse.Namespace, names: list[str], say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The detector, its id2label being the data's classes, and the image processor that goes with it."""
+    config, backbone = detector_config(args)
 
     def set_labels(config: PreTrainedConfig) -> None:
-        if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+        if kind_of(config) is None:
             raise ValueError(f"{config.model_type} is no detector")
         if not args.model or set(config.id2label.values()) != set(names):
             if args.model:
@@ -473,19 +557,16 @@ def build_detector(
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
 
-    try:
-        config = AutoConfig.from_pretrained(args.model) if args.model else None
-    except Exception as error:
-        raise Problem(f"Cannot read --model {args.model}: {first_line(error)}") from error
-    if config is None or type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING:
-        model, _ = load_model(args, AutoModelForObjectDetection, "a detector", (), say, set_labels)
+    if backbone is None:
+        model, _ = load_model(args, kind_of(config), "a detector", (), say, set_labels)
         if args.config:
             begin_anew(model)
     else:
+        add_backbone(args, config, backbone)
         model = new_head(args, config, dict(enumerate(names)), say)
 
     processor = None
-    if config is not None and type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+    if args.model and backbone is None:
         with contextlib.suppress(OSError):
             processor = AutoImageProcessor.from_pretrained(args.model)
     if processor is None:  # types without one of their own, such as D-FINE, use that of RT-DETR
@@ -516,12 +597,13 @@ def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def divide_by_own_objects() -> None:
-    """Have DETR and its like divide their loss by the objects of their batch, as the RT-DETR family does.
+    """Have DETR and its like, and Mask2Former, divide their loss by the objects of their batch, as RT-DETR does.
 
     With several processes, transformers takes the mean number of objects of all, and divides it by the number of
     processes once more: the loss would grow with that.
     """
-    loss_for_object_detection.is_accelerate_available = lambda: False
+    for module in (loss_for_object_detection, modeling_mask2former, modeling_maskformer):
+        module.is_accelerate_available = lambda: False
 
 
 def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
@@ -534,9 +616,12 @@ def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn
     divide_by_own_objects()
 
     def loss(trained: torch.nn.Module, batch: dict) -> torch.Tensor:
-        loss = trained(**{name: batch[name] for name in names}, labels=batch["labels"]).loss
-        count = max(1, sum(len(target["class_labels"]) for target in batch["labels"]))
-        loss = loss * (count / (objects * len(batch["labels"])))
+        inputs, labels = {name: batch[name] for name in names}, batch["labels"]
+        if type(model.config) in MASK_MODELS:
+            loss = mask_loss(model, trained(**inputs, output_auxiliary_logits=True), labels, objects)
+        else:
+            count = max(1, sum(len(target["class_labels"]) for target in labels))
+            loss = trained(**inputs, labels=labels).loss * (count / (objects * len(labels)))
         # DDP waits for a gradient of every parameter: Swin's last norm has none, nor what learns from objects alone.
         return loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
 
@@ -550,20 +635,17 @@ def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
     """The annotations as they are, crowds included, the images numbered in order."""
     annotations = []
     for index, image in enumerate(images):
-        for box, name, area, crowd in zip(*(image[key] for key in ("bbox", "name", "area", "iscrowd")), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
-                    "category_id": label2id[name],
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": crowd,
-                }
-            )
+        for place, name in enumerate(image["name"]):
+            annotation = {"id": len(annotations) + 1, "image_id": index, "category_id": label2id[name]}
+            annotation |= {key: image[key][place] for key in ("bbox", "area", "iscrowd")}
+            if "masks" in image:
+                annotation["segmentation"] = image["masks"][place]
+            annotations.append(annotation)
     truth = COCO()
     truth.dataset = {
-        "images": [{"id": index} for index in range(len(images))],
+        "images": [
+            {"id": index, "width": image["size"][0], "height": image["size"][1]} for index, image in enumerate(images)
+        ],
         "annotations": annotations,
         "categories": [{"id": index, "name": name} for name, index in label2id.items()],
     }
@@ -572,28 +654,30 @@ def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
     return truth
 
 
-def average_precision(truth: COCO, predictions: dict[int, dict], names: dict[int, str]) -> dict:
+def average_precision(truth: COCO, predictions: dict[int, dict], names: dict[int, str], kind: str = "bbox") -> dict:
     """COCO's average precisions, of all and of each class, on the images that have predictions.
 
     Args:
-        predictions: for the number of an image `boxes` [left, top, right, bottom], `scores` and `labels`. A number
-            without an object to find is None.
+        predictions: for the number of an image `boxes` [left, top, right, bottom], `scores` and `labels`; and `masks`,
+            as run lengths.
+        kind: of boxes, or of masks: "segm".
+
+    Returns:
+        By name; a number without an object to find is None.
     """
-    results = [
-        {
-            "image_id": index,
-            "category_id": label,
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        for index, found in predictions.items()
-        for (left, top, right, bottom), score, label in zip(
-            *(np.asarray(found[key]).tolist() for key in ("boxes", "scores", "labels")), strict=True
-        )
-    ]
+    results = []
+    for index, found in predictions.items():
+        if kind == "segm":
+            places = [{"segmentation": code} for code in found["masks"]]
+        else:
+            corners = np.asarray(found["boxes"]).tolist()
+            places = [{"bbox": [left, top, right - left, bottom - top]} for left, top, right, bottom in corners]
+        numbers = (np.asarray(found[key]).tolist() for key in ("labels", "scores"))
+        for place, label, score in zip(places, *numbers, strict=True):
+            results.append({"image_id": index, "category_id": label, "score": score} | place)
     with contextlib.redirect_stdout(io.StringIO()):
         answers = truth.loadRes(results) if results else COCO()
-        evaluation = COCOeval(truth, answers, "bbox")
+        evaluation = COCOeval(truth, answers, kind)
         evaluation.params.imgIds = sorted(predictions)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -624,11 +708,17 @@ def predict(
     for batch in loader:
         with accelerator.autocast():
             outputs = model(**{name: batch[name] for name in names})
-        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        answers = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=batch["sizes"])
+        padded, shapes, sizes = batch["pixel_values"].shape[-2:], batch["shapes"], batch["sizes"]
+        if "masks_queries_logits" in outputs:
+            answers = found_masks(outputs, padded, shapes.tolist(), sizes.tolist())
+        else:
+            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            sizes = sizes * sizes.new_tensor(padded) / shapes  # what the padded batch is in the files' pixels
+            answers = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+            answers = [{name: value.cpu().numpy() for name, value in answer.items()} for answer in answers]
         for index, answer in zip(batch["indices"].tolist(), answers, strict=True):
             if index >= 0:
-                found[index] = {name: value.cpu().numpy() for name, value in answer.items()}
+                found[index] = answer
     everything = gather_object([found])
     return {index: answer for part in everything for index, answer in part.items()}
 
@@ -640,7 +730,11 @@ def colour_of(label: int) -> str:
     return f"C{label % 10}"
 
 
-def draw_boxes(axes, boxes: np.ndarray, labels: list[int], texts: list[str]) -> None:
+def draw_objects(
+    axes, boxes: np.ndarray, masks: list[dict] | None, labels: list[int], texts: list[str], size: tuple[int, int]
+) -> None:
+    if masks is not None:
+        draw_masks(axes, decode(masks, size), [colour_of(label) for label in labels])
     for (left, top, right, bottom), label, text in zip(boxes.tolist(), labels, texts, strict=True):
         colour = colour_of(label)
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.5))
@@ -666,12 +760,14 @@ def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, 
             axes.set(xticks=[], yticks=[])
         boxes, kept = inside(target)
         truth = [name for name, keep in zip(target["name"], kept, strict=True) if keep]
-        draw_boxes(upper, boxes[kept], [label2id[name] for name in truth], truth)
+        masks = [*itertools.compress(target["masks"], kept)] if "masks" in target else None
+        draw_objects(upper, boxes[kept], masks, [label2id[name] for name in truth], truth, image.size)
         sure = found["scores"] > SURE
         labels = found["labels"][sure].tolist()
         texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found["scores"][sure], strict=True)]
         boxes = found["boxes"][sure].clip(0, np.tile(np.float32(image.size), 2))
-        draw_boxes(lower, boxes, labels, texts)
+        masks = [*itertools.compress(found["masks"], sure)] if "masks" in found else None
+        draw_objects(lower, boxes, masks, labels, texts, image.size)
     grid[0, 0].set_ylabel("truth")
     grid[1, 0].set_ylabel(f"found, score > {SURE}")
     figure.savefig(file, dpi=100)
@@ -682,11 +778,19 @@ def write_detection_card(
 ) -> None:
     """A model card with the results as metadata, as the Hub shows them."""
     data, base = public(data), public(base)
-    titles = dict(zip(METRICS, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
-    measured = {key: best[key] for key in METRICS if best[key] is not None}
+    masks = "box_ap" in best
+    what, task, where = (
+        ("A model for instance segmentation", "image-segmentation", "masks")
+        if masks
+        else ("A detector", "object-detection", "boxes")
+    )
+    options = ', subtask="instance", threshold=0.5' if masks else ""
+    titles = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP of boxes", "AP50 of boxes")
+    titles = dict(zip((*METRICS, *OF_BOXES), titles, strict=True))
+    measured = {key: best[key] for key in titles if best.get(key) is not None}
     results = [
         EvalResult(
-            *("object-detection", data, data, key, value),
+            *(task, data, data, key, value),
             metric_name=titles[key],
             dataset_split=settings["--validation-split"],
         )
@@ -694,8 +798,8 @@ def write_detection_card(
     ]
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="object-detection",
-        tags=["object-detection", model_type],
+        pipeline_tag=task,
+        tags=[task, model_type],
         model_name=name,
         eval_results=results,
         **on_hub,
@@ -703,8 +807,8 @@ def write_detection_card(
     rows = "\n".join(f"| {titles[key]} | {value:.4f} |" for key, value in measured.items())
     classes = "\n".join(f"| {label} | {value:.4f} |" for label, value in best["classes"].items() if value is not None)
     text = f"""\
-A detector ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
-`examples/finetune_detection.py`. COCO's average precisions of boxes, on {best["images"]} validation images, epoch
+{what} ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
+`examples/finetune_detection.py`. COCO's average precisions of {where}, on {best["images"]} validation images, epoch
 {best["epoch"]}:
 
 | | |
@@ -715,7 +819,7 @@ A detector ({model_type}), trained on {data} {"from " + base if base else "from 
 import focal_hf  # pip install focal-hf
 from transformers import pipeline
 
-pipeline("object-detection", model="{name}")("picture.jpg")
+pipeline("{task}", model="{name}")("picture.jpg"{options})
 ```
 
 ![Detections](detections.png)

@@ -25,6 +25,11 @@ import focal_hf  # noqa: F401  # makes the Auto classes know "focal"
 from .options import Problem, first_line
 
 
+def check_config(args: argparse.Namespace) -> None:
+    if args.config and not Path(args.config).exists():
+        raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
+
+
 def load_model(
     args: argparse.Namespace,
     kind: type,
@@ -43,8 +48,7 @@ def load_model(
         adjust: may change the config before the model is built.
     """
     source = args.config or args.model
-    if args.config and not Path(args.config).exists():
-        raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
+    check_config(args)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the weights that differ: what matters of it is said below
     try:

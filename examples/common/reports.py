@@ -14,7 +14,7 @@ DRAWN, TOLD = 1000, 40  # classes of which there is a confusion matrix, and with
 CURVES = {
     "loss": {"train_loss": "training", "loss": "validation"},
     "validation accuracy": {"accuracy": "top-1", "top5_accuracy": "top-5"},
-    "validation AP of boxes": {"ap": "AP", "ap50": "AP50", "ap75": "AP75"},
+    "validation AP": {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "box_ap": "AP of boxes"},
     "validation": {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"},
 }
 
