@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import (
@@ -66,6 +67,16 @@ OPTIONS = (
 )
 
 
+def rectangle(left: int, top: int, width: int, height: int) -> tuple[list, dict, dict]:
+    """The mask of a rectangle in a picture of 64 x 48 pixels as a polygon, as run lengths, and as compressed ones."""
+    right, bottom = left + width, top + height
+    lengths = [left * 48 + top, *[height, 48 - height] * (width - 1), height, (64 - right) * 48 + 48 - bottom]
+    lengths = {"size": [48, 64], "counts": lengths}
+    compressed = coco_mask.frPyObjects(lengths, 48, 64)
+    compressed["counts"] = compressed["counts"].decode()
+    return [[left, top, right, top, right, bottom, left, bottom]], lengths, compressed
+
+
 def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
     """Pictures of 64 x 48 pixels with up to two rectangles, and what COCO's format says of them."""
     draw, noise = random.Random(split), np.random.default_rng(count)
@@ -79,6 +90,7 @@ def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
             left, top = draw.randint(0, 64 - width), draw.randint(0, 48 - height)
             pixels[top : top + height, left : left + width] = COLOURS[NAMES[label]]
             box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+            box["segmentation"] = rectangle(left, top, width, height)[len(annotations) % 3]
             # Numbers of categories begin where they like, and have gaps.
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 2 * label + 7} | box)
         Image.fromarray(pixels).save(folder / split / f"{number}.png")
@@ -89,7 +101,7 @@ def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
     return content
 
 
-def read(folder: Path, **options) -> tuple[dict, dict, list[str], list[str]]:
+def read(folder: Path, masks: bool = False, **options) -> tuple[dict, dict, list[str], list[str]]:
     """What `read_objects` reads, and what it says."""
     said = []
     args = Namespace(
@@ -97,7 +109,7 @@ def read(folder: Path, **options) -> tuple[dict, dict, list[str], list[str]]:
         | {"image_column": "image", "objects_column": "objects", "validation_fraction": 0.25}
         | options
     )
-    return *read_objects(args, said.append), said
+    return *read_objects(args, said.append, masks), said
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +207,13 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts(place, trained):
     torch.testing.assert_close(divided, loss(model, batch))
 
 
-def official(content: dict, answers: list[dict]) -> list[float]:
+def official(content: dict, answers: list[dict], kind: str = "bbox") -> list[float]:
     """What pycocotools gives for COCO's format as it is."""
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(answers), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(answers), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
