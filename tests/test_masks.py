@@ -60,6 +60,7 @@ def place(tmp_path_factory) -> Path:
     whole = (place / "scenes" / "train" / "5.png").read_bytes()
     (place / "scenes" / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
     backbone = tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
+    backbone.save_pretrained(place / "backbone")
     Mask2FormerConfig(backbone_config=backbone, **HEAD).save_pretrained(place / "mask2former")
     layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in LAYERS.items()}
     decoder = DetrConfig(d_model=32, num_queries=8, **layers)
@@ -331,6 +332,7 @@ def test_errors_are_one_line(place, tmp_path):
             "instances_train.json has no usable segmentation (it",
         ),
         (["--model", "mask2former", "--data", "scenes"], "Cannot build a detector from --model mask2former"),
+        (["--model", "backbone", "--head", "mask2formr", "--data", "scenes"], "--head mask2formr. Name a type that tr"),
     ]
     answers = run_examples_in_turn(SCRIPT, [[*line, "--output", "none"] for line, _ in lines], place)
     for (line, expected), (status, _, complained) in zip(lines, answers, strict=True):

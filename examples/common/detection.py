@@ -466,12 +466,13 @@ def detector_config(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrai
         raise Problem(f"Cannot read {option} {source}: {first_line(error)}") from error
     if args.config or kind_of(given):
         return given, None
+    described = Path(args.head).exists()
     try:
-        load = AutoConfig.from_pretrained if Path(args.head).exists() else AutoConfig.for_model
-        config = load(args.head)
+        config = AutoConfig.from_pretrained(args.head) if described else AutoConfig.for_model(args.head)
     except Exception as error:
+        why = f" ({first_line(error)})" if described else ""  # of a name, it lists hundreds of others
         raise Problem(
-            f"No such detector: --head {args.head} ({first_line(error)}). Name a type that transformers knows, such as "
+            f"No such detector: --head {args.head}{why}. Name a type that transformers knows, such as "
             "rt_detr, d_fine or mask2former, or a config.json."
         ) from error
     if kind_of(config) is None or not hasattr(config, "backbone_config"):
