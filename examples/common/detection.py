@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
@@ -47,7 +46,7 @@ from .loading import Images, Item, Loader
 from .masks import MASK_MODELS, NOTHING, areas, decode, draw_masks, found_masks, mask_loss, resize, run_lengths
 from .models import check_config, decay_groups, load_model, resize_views
 from .options import Problem, first_line
-from .reports import public, save_card
+from .reports import public, results_metadata, save_card
 
 LEFT = 0.25  # an object of which a crop leaves less than this share is none any more
 SHOWN, SURE = 6, 0.5  # images that are drawn, and the score above which predictions are
@@ -788,24 +787,9 @@ def write_detection_card(
     options = ', subtask="instance", threshold=0.5' if masks else ""
     titles = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP of boxes", "AP50 of boxes")
     titles = dict(zip((*METRICS, *OF_BOXES), titles, strict=True))
-    measured = {key: best[key] for key in titles if best.get(key) is not None}
-    results = [
-        EvalResult(
-            *(task, data, data, key, value),
-            metric_name=titles[key],
-            dataset_split=settings["--validation-split"],
-        )
-        for key, value in measured.items()
-    ]
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=[task, model_type],
-        model_name=name,
-        eval_results=results,
-        **on_hub,
-    )
-    rows = "\n".join(f"| {titles[key]} | {value:.4f} |" for key, value in measured.items())
+    measures = {key: (title, best[key]) for key, title in titles.items() if best.get(key) is not None}
+    metadata = results_metadata(task, [model_type], name, data, measures, settings, on_hub)
+    rows = "\n".join(f"| {title} | {value:.4f} |" for title, value in measures.values())
     classes = "\n".join(f"| {label} | {value:.4f} |" for label, value in best["classes"].items() if value is not None)
     text = f"""\
 {what} ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's

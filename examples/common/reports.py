@@ -86,25 +86,14 @@ def write_card(
 ) -> None:
     """A model card with the results as metadata, as the Hub shows them."""
     data, base = public(data), public(base)
-    split = settings["--validation-split"]
-    results = [
-        EvalResult("image-classification", data, data, metric, best[key], metric_name=shown, dataset_split=split)
-        for key, metric, shown in (
-            ("accuracy", "accuracy", "Top-1 accuracy"),
-            ("top5_accuracy", "top_5_accuracy", "Top-5 accuracy"),
-            ("loss", "cross_entropy", "Cross-entropy"),
-        )
-    ]
+    measures = {
+        "accuracy": ("Top-1 accuracy", best["accuracy"]),
+        "top_5_accuracy": ("Top-5 accuracy", best["top5_accuracy"]),
+        "cross_entropy": ("Cross-entropy", best["loss"]),
+    }
     pictures = {"curves.png": "Curves", "confusion.png": "Confusion matrix"}
     shown = "\n".join(f"![{title}]({name})" for name, title in pictures.items() if (file.parent / name).exists())
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["image-classification", model_type],
-        model_name=name,
-        eval_results=results,
-        **on_hub,
-    )
+    metadata = results_metadata("image-classification", [model_type], name, data, measures, settings, on_hub)
     text = f"""\
 An image classifier ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
 `examples/finetune.py`.
@@ -156,6 +145,31 @@ def write_pretraining_card(
 def public(value: object) -> object:
     """Of a local path the last part alone: where it was is no one else's concern."""
     return Path(str(value)).name if Path(str(value)).exists() else value
+
+
+def results_metadata(
+    task: str,
+    tags: list[str],
+    name: str,
+    data: object,
+    measures: dict[str, tuple[str, float]],
+    settings: dict,
+    on_hub: dict,
+) -> ModelCardData:
+    """What a model card tells the Hub: the task, and what was measured, for each metric its title and value."""
+    split = settings["--validation-split"]
+    results = [
+        EvalResult(task, data, data, metric, value, metric_name=title, dataset_split=split)
+        for metric, (title, value) in measures.items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=[task, *tags],
+        model_name=name,
+        eval_results=results,
+        **on_hub,
+    )
 
 
 def save_card(file: Path, name: str, metadata: ModelCardData, text: str, settings: dict) -> None:

@@ -11,7 +11,6 @@ import datasets
 import kornia.augmentation as augment
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -36,7 +35,7 @@ from .loading import Images, Item
 from .models import load_model
 from .options import Problem, first_line
 from .recipe import drop_path_by_size, normalize
-from .reports import public, save_card, to_picture
+from .reports import public, results_metadata, save_card, to_picture
 
 NO_CLASS = 255  # what maps have at pixels that do not count
 LARGEST_SHARE = 0.75  # of a crop's pixels, that one class may have
@@ -495,21 +494,11 @@ def write_segmentation_card(
 ) -> None:
     """A model card with the results as metadata, as the Hub shows them."""
     data, base = public(data), public(base)
-    split = settings["--validation-split"]
-    measures = {"mean_iou": "Mean IoU", "mean_accuracy": "Mean accuracy", "pixel_accuracy": "Pixel accuracy"}
-    results = [
-        EvalResult("image-segmentation", data, data, key, entry[key], metric_name=shown, dataset_split=split)
-        for key, shown in measures.items()
-    ]
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["image-segmentation", "upernet", model_type],
-        model_name=name,
-        eval_results=results,
-        **on_hub,
-    )
-    rows = "\n".join(f"| {shown.lower().replace('iou', 'IoU')} | {entry[key]:.4f} |" for key, shown in measures.items())
+    titles = {"mean_iou": "Mean IoU", "mean_accuracy": "Mean accuracy", "pixel_accuracy": "Pixel accuracy"}
+    measures = {key: (title, entry[key]) for key, title in titles.items()}
+    tags = ["upernet", model_type]
+    metadata = results_metadata("image-segmentation", tags, name, data, measures, settings, on_hub)
+    rows = "\n".join(f"| {title.lower().replace('iou', 'IoU')} | {value:.4f} |" for title, value in measures.values())
     text = f"""\
 A semantic segmentation model (UperNet on {model_type}), trained on {data} {"from " + base if base else "from scratch"}
 with Focal's `examples/finetune_segmentation.py`.

@@ -1,0 +1,144 @@
+"""Does it learn to detect and to segment? Focal beside transformers' Swin of the same size, on scenes of digits.
+
+Scenes are those of examples/make_scenes.py: handwritten digits on photographs, 2000 to train on and 100 others to
+validate on. Both backbones are first trained to classify the digits alone (examples/finetune.py), then, with a head
+that starts anew, to find them in scenes, by the same recipe: RT-DETR their boxes (finetune_detection.py, strokes in any
+colour), UperNet their pixels (finetune_segmentation.py, whole scans).
+
+Writes dense.md, and each network's detections.png or predictions.png in its folder, into --folder. Runs that are there
+are not repeated; one that was stopped goes on. Takes about 20 minutes a network and task on one idle core.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForObjectDetection, AutoModelForSemanticSegmentation, RTDetrConfig, SwinConfig
+
+from focal_hf import FocalConfig
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from quickstart import write_pictures  # noqa: E402
+
+CLASSIFYING = ("--epochs", 20, "--batch-size", 32, "--learning-rate", 1.5e-3, "--no-flip", "--crop", 1.0)
+# Swin takes no map that is smaller than its window: at 96 pixels in patches of 8 the last one is 3 x 3, as at 48 in
+# patches of 4.
+TASKS = {
+    "detection": {
+        "network": {"image_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": (3, 6, 12), "encoder_stride": 32},
+        "scenes": (),
+        "classifying": ("--crop-scale", 0.5, "--color-jitter", 0.4, "--rand-augment", 9),
+        "script": "finetune_detection.py",
+        "options": (
+            *("--epochs", 25, "--batch-size", 8, "--learning-rate", 1e-3, "--backbone-rate", 0.3, "--clip", 1),
+            *("--image-size", 128, "--smallest-size", 96, "--no-flip", "--crop-scale", 0.5, "--head", "head"),
+        ),
+        "model": AutoModelForObjectDetection,
+        "measure": "AP50",
+        "key": "ap50",
+        "shown": (1, 5, 10, 15, 20, 25),
+    },
+    "segmentation": {
+        "network": {"image_size": 48, "patch_size": 4, "embed_dim": 32, "num_heads": (2, 4, 8), "encoder_stride": 16},
+        "scenes": ("--scans",),
+        "classifying": ("--crop-scale", 0.7),
+        "script": "finetune_segmentation.py",
+        "options": (
+            *("--epochs", 10, "--batch-size", 8, "--learning-rate", 5e-4, "--clip", 5, "--drop-path", 0),
+            *("--crop-size", 128, "--resize", 1, 1, "--no-flip", "--no-distortion", "--head-channels", 48),
+        ),
+        "model": AutoModelForSemanticSegmentation,
+        "measure": "mean IoU",
+        "key": "mean_iou",
+        "shown": (1, 2, 4, 6, 8, 10),
+    },
+}
+
+
+def write_configs(folder: Path, network: dict) -> None:
+    shared = network | {"depths": (1, 2, 2), "window_size": 3, "drop_path_rate": 0.0, "initializer_range": 0.1}
+    levels = {"focal_levels": (2, 2, 2), "focal_windows": (5, 3, 1), "expand_sizes": (2, 2, 2)}
+    FocalConfig(**shared, **levels).save_pretrained(folder / "focal")
+    SwinConfig(**shared).save_pretrained(folder / "swin")
+    RTDetrConfig(
+        d_model=64,
+        encoder_hidden_dim=64,
+        encoder_ffn_dim=128,
+        encoder_attention_heads=4,
+        decoder_in_channels=[64] * 3,
+        decoder_ffn_dim=128,
+        decoder_attention_heads=4,
+        decoder_layers=2,
+        hidden_expansion=0.5,
+        num_queries=20,
+        num_denoising=20,
+        initializer_range=0.1,
+    ).save_pretrained(folder / "head")
+
+
+def run(script: str, folder: Path, output: str, *options: object) -> None:
+    command = [sys.executable, EXAMPLES / script, "--output", output, "--workers", 0, *options]
+    if (folder / output / "checkpoints").is_dir() or (folder / output / "last").is_dir():
+        command.append("--resume")
+    print(f"{folder}: {script} --output {output}", flush=True)
+    # In the folder: paths are among the settings that a run which goes on must share.
+    if subprocess.run([*map(str, command)], cwd=folder, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"error: {script} failed; its own message is above.")
+
+
+def learn(task: dict, folder: Path) -> list[str]:
+    """The table of a task, of which all files are in the folder."""
+    if not (folder / "digits").is_dir():
+        write_pictures(folder / "digits")
+    if not (folder / "scenes").is_dir():
+        command = [sys.executable, EXAMPLES / "make_scenes.py", folder / "scenes", "--train", "2000", *task["scenes"]]
+        subprocess.run(command, check=True)
+    write_configs(folder, task["network"])
+    lines = [
+        f"{task['measure']} on unseen scenes in %, after so many epochs.",
+        "",
+        f"| backbone | parameters | {' | '.join(map(str, task['shown']))} |",
+        f"|---|---:|{'---:|' * len(task['shown'])}",
+    ]
+    for name in ("focal", "swin"):
+        run(
+            "finetune.py",
+            folder,
+            f"digits_{name}",
+            "--config",
+            name,
+            "--data",
+            "digits",
+            *CLASSIFYING,
+            *task["classifying"],
+        )
+        run(task["script"], folder, f"scenes_{name}", "--model", f"digits_{name}", "--data", "scenes", *task["options"])
+        model = task["model"].from_pretrained(folder / f"scenes_{name}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        history = json.loads((folder / f"scenes_{name}" / "results.json").read_text())["history"]
+        cells = [f"{100 * history[epoch - 1][task['key']]:.1f}" for epoch in task["shown"]]
+        lines.append(f"| {name.capitalize()} | {parameters:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("dense"), help="where to work (default: dense)")
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=[*TASKS], help="default: both")
+    args = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # networks so small gain nothing from more
+    tables = []
+    for name in args.task:
+        tables += [f"## {name.capitalize()}", "", *learn(TASKS[name], args.folder / name), ""]
+    (args.folder / "dense.md").write_text("\n".join(tables))
+    print("\n" + "\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
