@@ -1,7 +1,7 @@
 """Fine-tune a detector with a Focal, Swin or other backbone on images with boxes or masks, as COCO has them or the Hub.
 
 Any detector of transformers, such as RT-DETR, D-FINE or Deformable DETR; Mask2Former or MaskFormer for masks. See
-`--help` and examples/README.md.
+`--help` and docs/detection.md.
 """
 
 import argparse

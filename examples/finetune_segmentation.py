@@ -1,6 +1,6 @@
 """Train UperNet on Focal, or another backbone of transformers, to tell the class of every pixel.
 
-Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and examples/README.md.
+Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and docs/segmentation.md.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Writes three pictures into a folder: attention.png, one token with its window, its fine surroundings and its coarse
 cells, shaded by weight; grid.png, the same in every stage and head; saliency.png, what in the picture speaks for a
 class.
-See `--help` and examples/README.md.
+See `--help` and docs/visualization.md.
 """
 
 import argparse
