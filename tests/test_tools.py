@@ -281,7 +281,7 @@ def test_examples_of_the_documentation_run(tmp_path, with_torchao):
     """One after another in one process, as they are printed."""
     pytest.importorskip("onnxruntime")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     prepare(tmp_path, "focal")
     script = tmp_path / "examples.py"
     script.write_text("\n".join(blocks))
