@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help quickstart test conformance lint format clean
+.PHONY: help quickstart test conformance docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ test: lint  ## run the linter and all tests
 conformance: $(READY)  ## run transformers' own common tests of models on Focal, with Swin as the yardstick
 	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py
 
+docs: $(READY)  ## build the documentation as a site, in ./docs/_build
+	@$(BIN)/sphinx-build -q -W -n --keep-going -c docs . docs/_build
+	@echo "Open docs/_build/index.html"
+
 lint: $(READY)  ## check style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -37,8 +41,8 @@ format: $(READY)  ## put the code into its format, mending what the linter can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove the environment and what the quickstart made
-	rm -rf $(VENV) .venv-transformers-* quickstart
+clean:  ## remove the environment, what the quickstart made and the built documentation
+	rm -rf $(VENV) .venv-transformers-* quickstart docs/_build
 
 $(READY): Makefile setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
