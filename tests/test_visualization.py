@@ -352,6 +352,13 @@ def test_shading_is_the_image_dimmed_with_finer_levels_over_coarser_ones():
     np.testing.assert_allclose(shaded(image, seen, [1])[17, 17], 0.05 * dim + 0.95 * cell, atol=1)
     assert np.array_equal(shaded(image, seen, []), shaded(image, seen, ()))
 
+    # Level 1 are cells of 4 x 4 tokens, of all the map; level 2 cells of 2 x 2, from row and column 2.
+    seen = look(one_stage(focal_levels=(3,), focal_windows=(3,)), query=(5, 5))
+    pixels = shaded(image[:16, :16], seen)
+    for token, level in ((0, 1), (2, 2), (4, 0)):
+        colour = 0.05 * dim + 0.95 * np.array(LEVEL_COLOURS[level])
+        np.testing.assert_allclose(pixels[2 * token, 2 * token], colour, atol=1)
+
 
 def test_only_figures_need_matplotlib(monkeypatch):
     program = "import sys, focal_hf.visualization; sys.exit('matplotlib' in sys.modules)"

@@ -509,7 +509,9 @@ def of_one(colour: tuple[int, int, int]) -> tuple[float, ...]:
 
 
 def drawn(seen: QueryAttention, levels: Iterable[int] | None) -> list[LevelAttention]:
-    return seen.levels if levels is None else [seen.levels[level] for level in sorted(set(levels))]
+    """The levels that are to be drawn, the finest first."""
+    chosen = seen.levels if levels is None else [seen.levels[level] for level in set(levels)]
+    return sorted(chosen, key=lambda level: level.cell)
 
 
 def shown_size(seen: QueryAttention, levels: Iterable[int] | None = None) -> tuple[int, int]:
