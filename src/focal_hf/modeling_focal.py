@@ -1,4 +1,4 @@
-"""The network. Section and equation numbers are those of Yang et al. 2021 (https://arxiv.org/abs/2107.00641)."""
+"""The network. Section numbers are those of Yang et al. 2021 (https://arxiv.org/abs/2107.00641)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -405,7 +405,7 @@ ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
 
 
 class FocalAttention(nn.Module):
-    """Every window's queries attend to the tokens of its neighbourhood (section 3.2.2, equation 2).
+    """Every window's queries attend to the tokens of its neighbourhood (section 3.2.1, "Attention computation").
 
     `forward` returns the new map and, with eager attention, the weights (batch · windows, heads, queries, keys):
     windows row by row, queries row by row in their window, keys in the order of the neighbourhood's index
