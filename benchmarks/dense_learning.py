@@ -49,13 +49,13 @@ TASKS = {
         "classifying": ("--crop-scale", 0.7),
         "script": "finetune_segmentation.py",
         "options": (
-            *("--epochs", 10, "--batch-size", 8, "--learning-rate", 5e-4, "--clip", 5, "--drop-path", 0),
-            *("--crop-size", 128, "--resize", 1, 1, "--no-flip", "--no-distortion", "--head-channels", 48),
+            *("--epochs", 20, "--batch-size", 8, "--learning-rate", 1e-3, "--clip", 5, "--drop-path", 0),
+            *("--crop-size", 128, "--resize", 0.8, 1.25, "--no-flip", "--no-distortion", "--head-channels", 48),
         ),
         "model": AutoModelForSemanticSegmentation,
         "measure": "mean IoU",
         "key": "mean_iou",
-        "shown": (1, 2, 4, 6, 8, 10),
+        "shown": (1, 2, 5, 10, 15, 20),
     },
 }
 
