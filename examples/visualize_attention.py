@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
-from common.models import load_trained, resize_views
+from common.models import load_focal, prepare, resize_views
 from common.options import Problem, first_line, image_size_option
 from focal_hf.visualization import (
     attention_rollout,
@@ -85,18 +84,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def look(args: argparse.Namespace) -> None:
-    model, processor = load_trained(args.model, AutoModelForImageClassification)
-    if model.config.model_type != "focal":
-        raise Problem(f"--model {args.model} is a {model.config.model_type}; this script shows Focal's attention.")
+    model, processor = load_focal(args.model)
     try:
         image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
     except Exception as error:  # whatever a decoder says to damaged bytes
         raise Problem(f"Not a readable image: {args.image} ({first_line(error)}).") from error
     if args.image_size:
         resize_views(processor, args.image_size)
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    shown = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    shown = shown.transpose(1, 2, 0).astype("uint8")
+    pixel_values, shown = prepare(processor, image)
 
     record = record_attention(model, pixel_values)
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]

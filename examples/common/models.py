@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import ModelOutput, logging
 
-import focal_hf  # noqa: F401  # makes the Auto classes know "focal"
+from focal_hf import FocalForImageClassification
 
 from .options import Problem, first_line
 
@@ -146,6 +147,20 @@ def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedMode
             "would be random."
         )
     return model.eval(), processor
+
+
+def load_focal(name: str) -> tuple[FocalForImageClassification, BaseImageProcessor]:
+    """A Focal classifier from --model, and its image processor."""
+    model, processor = load_trained(name, AutoModelForImageClassification)
+    if not isinstance(model, FocalForImageClassification):
+        raise Problem(f"--model {name} is a {model.config.model_type}; this script shows Focal's attention.")
+    return model, processor
+
+
+def prepare(processor: BaseImageProcessor, image: Image.Image) -> tuple[torch.Tensor, np.ndarray]:
+    """`pixel_values` of shape (1, 3, height, width), and the same as a picture of shape (height, width, 3), uint8."""
+    seen = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    return processor(image, return_tensors="pt")["pixel_values"], seen.transpose(1, 2, 0).astype(np.uint8)
 
 
 def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
