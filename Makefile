@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help quickstart test conformance docs lint format clean
+.PHONY: help quickstart test browser conformance docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,8 +23,15 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small Focal on handwritten digits and show what it has learnt, in ./quickstart
 	@$(BIN)/python examples/quickstart.py
 
-test: lint  ## run the linter and all tests
+test: lint browser  ## run the linter and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# For tests/test_app.py, which is skipped without one. Only root can install it: that is, in containers.
+browser:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing Chromium"; export DEBIAN_FRONTEND=noninteractive; \
+	    { apt-get -qq update && apt-get -qq install --no-install-recommends chromium; } >/dev/null 2>&1 \
+	        || echo "Chromium cannot be installed: the tests that need it will be skipped"; fi
 
 conformance: $(READY)  ## run transformers' own common tests of models on Focal, with Swin as the yardstick
 	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py

@@ -46,7 +46,7 @@ def tiny_config(**changes) -> FocalConfig:
 
 def without_helpers(script: str) -> list[str]:
     """The option with which a script starts no processes that read images, if it has any."""
-    return [] if script in ("make_scenes.py", "visualize_attention.py") else ["--workers", "0"]
+    return [] if script in ("app.py", "make_scenes.py", "visualize_attention.py") else ["--workers", "0"]
 
 
 def example_command(
