@@ -71,6 +71,11 @@ examples:
     accelerate launch --num_processes 8 examples/finetune_segmentation.py --model focal-tiny \\
         --data ADEChallengeData2016 --reduce-labels --output my_model --batch-size 2
 
+  a small network on small images, here those of make_scenes.py --scans:
+    accelerate launch examples/finetune_segmentation.py --model my_classifier --data scenes --output my_model \\
+        --crop-size 128 --resize 0.8 1.25 --no-flip --no-distortion --head-channels 48 --drop-path 0 \\
+        --epochs 20 --batch-size 8 --learning-rate 1e-3 --clip 5
+
   measure a finished model, seen through windows at several scales, each as it is and mirrored:
     accelerate launch examples/finetune_segmentation.py --evaluate-only --model my_model --data my_images \\
         --output report --window 512 --stride 341 --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip-test
