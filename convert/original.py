@@ -288,7 +288,7 @@ def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -
             geometry = config.block_geometry(stage, block)
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
-                _, (mask,) = focal_index(height, width, 1, window, 0, geometry.shift_size, 1, 0, cpu)
+                _, (mask,), _ = focal_index(height, width, 1, window, 0, geometry.shift_size, 1, 0, cpu)
                 buffers[f"{prefix}.attn_mask"] = mask.flatten(0, 1).clamp(min=-100)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2

@@ -20,11 +20,16 @@ from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, picked
 KEY_VALUES_PER_PIECE = 768 * 1024
 
 
-def works_in_pieces(query: torch.Tensor) -> bool:
-    """Whether `attention_in_pieces` is the way to attend. Exported graphs run where this operator is not known."""
+def is_exporting() -> bool:
+    """Whether the graph may run where our operators are not known."""
     # torch before 2.7 cannot tell exporting from compiling.
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return query.device.type == "cpu" and not exporting() and not torch.jit.is_tracing()
+    return exporting() or torch.jit.is_tracing()
+
+
+def works_in_pieces(query: torch.Tensor) -> bool:
+    """Whether `attention_in_pieces` is the way to attend."""
+    return query.device.type == "cpu" and not is_exporting()
 
 
 class Piece(NamedTuple):
@@ -53,7 +58,7 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
     PyTorch's attention takes keys 16 at a time and those that remain one by one, at almost half the cost of 16 each. So
     a few more are given to it, hidden ones.
     """
-    index, parts = neighborhood
+    index, parts = neighborhood.head_index, neighborhood.parts
     rows, cols, heads, keys = index.shape
     images, tokens, channels = key.shape
     size = max(1, KEY_VALUES_PER_PIECE // (keys * channels))  # windows in a piece

@@ -8,7 +8,8 @@ query and each picked token:
     bias   (windows, heads, queries, keys)
 
 Attention takes keys by head, from [head 0 of token 0 | head 1 of token 0 | ... | head 0 of token 1 | ...]. A
-neighbourhood holds the index of those, `heads` times the index above plus the head.
+neighbourhood holds the index of those, `heads` times the index above plus the head. A kernel that reads tokens where
+they lie has its own form of the same: see `Sight`.
 
 Map tokens, windows, the tokens in them and pooled tokens are in row-major order. There is no attention here: only
 geometry and tables.
@@ -79,6 +80,31 @@ class BiasPart(NamedTuple):
         return of_windows.scatter_add_(3, pattern, gradient).sum(0)
 
 
+class Square(NamedTuple):
+    """Where a window sees tokens of one level: window (i, j) those from (i · step - first, j · step - first) on.
+
+    A square of `side` tokens a side. A level has `step` tokens per window and axis.
+    """
+
+    side: int
+    step: int
+    first: int
+
+
+class Sight(NamedTuple):
+    """What a window sees, for a kernel that reads tokens where they lie.
+
+    `tokens` is the index in int32, with -1 for what is hidden from all queries of a window. `squares` tell of which
+    places around a window the columns are, level by level: all of them, in order, or those that the patterns name.
+    Tokens of the first level wrap around the map's edges if the columns are all places. With a shift, the window's own
+    tokens that come from across the map's edge are hidden from its others.
+    """
+
+    tokens: torch.Tensor  # (rows, cols, keys)
+    squares: list[Square]
+    shift_size: int
+
+
 class Neighborhood(NamedTuple):
     """What the windows of a map attend to; see the module's docstring for the shapes.
 
@@ -87,6 +113,7 @@ class Neighborhood(NamedTuple):
 
     head_index: torch.Tensor  # (rows, cols, heads, keys)
     parts: list[BiasPart]
+    sight: Sight | None = None
 
     def bias(self, places: tuple[slice, slice]) -> torch.Tensor:
         """Of the windows in some rows and columns, (windows, heads, queries, keys)."""
@@ -199,17 +226,17 @@ def focal_index(
     focal_window: int,
     pooled_levels: int,
     device: torch.device,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The tokens that each window of a map attends to with `attention_type="focal"` (section 3.2 of the paper).
 
     Args:
         height, width: sides of the map, multiples of `window_size`.
 
     Returns:
-        The index (rows, cols, heads, keys), and what to add to the scores of the fine tokens, (rows, cols, queries or
-        1, keys or 1), and, where there are any, of the pooled tokens, (rows, cols, 1, keys). Fine tokens wrap around
-        the map's edges; pooled tokens beyond them are hidden, and so are tokens that a shift has brought to the window
-        from the opposite edge.
+        The index (rows, cols, heads, keys); what to add to the scores of the fine tokens, (rows, cols, queries or 1,
+        keys or 1), and, where there are any, of the pooled tokens, (rows, cols, 1, keys); and the tokens of a `Sight`.
+        Fine tokens wrap around the map's edges; pooled tokens beyond them are hidden, and so are tokens that a shift
+        has brought to the window from the opposite edge.
     """
     rows, cols = height // window_size, width // window_size
 
@@ -240,7 +267,7 @@ def focal_index(
         own_key = in_window(square, square, window_size).flatten()
         fine_hidden = own_key & (of_query[..., :, None] != of_key[..., None, :])
 
-    first_pooled, hidden = height * width, []
+    first_pooled, hidden, seen = height * width, [], [index[0]]
     for level in range(pooled_levels):
         stride = 2**level  # pooled tokens in a window, per axis
         pooled_rows, pooled_cols = rows * stride, cols * stride
@@ -251,12 +278,12 @@ def focal_index(
         index.append(grid_index(row_term, col.clamp(0, pooled_cols - 1)))
         row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
         hidden.append((row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2))
+        seen.append(index[-1].masked_fill(hidden[-1], -1))
         first_pooled += pooled_rows * pooled_cols
 
     masks = [fine_hidden, *([torch.cat(hidden, dim=2)[:, :, None]] if hidden else [])]
-    return head_index(torch.cat(index, dim=2), heads), [
-        torch.zeros(mask.shape, device=device).masked_fill(mask, -torch.inf) for mask in masks
-    ]
+    patterns = [torch.zeros(mask.shape, device=device).masked_fill(mask, -torch.inf) for mask in masks]
+    return head_index(torch.cat(index, dim=2), heads), patterns, torch.cat(seen, dim=2).int()
 
 
 def nearest_radius(height: int, width: int, topk: int) -> int:
@@ -315,15 +342,15 @@ def nearest_index(
 
 def topk_index(
     nearest: Sequence[torch.Tensor], height: int, width: int, heads: int, window_size: int, topk: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The tokens that each window of a map attends to with `attention_type="topk"`.
 
     Args:
         nearest: the nearest tokens of each level, as `nearest_index` gives them.
 
     Returns:
-        The index (rows, cols, heads, keys), and for each level where its tokens stand in the square around the window's
-        centre of side 2 · `nearest_radius` + 1, row by row, (rows, cols, keys).
+        The index (rows, cols, heads, keys); for each level where its tokens stand in the square around the window's
+        centre of side 2 · `nearest_radius` + 1, row by row, (rows, cols, keys); and the tokens of a `Sight`.
     """
     rows, cols = height // window_size, width // window_size
     index, places = [], []
@@ -336,13 +363,14 @@ def topk_index(
         row, col = of_level // level_width - center_row + radius, of_level % level_width - center_col + radius
         places.append(row * (2 * radius + 1) + col)
         index.append(of_level + height * width if level else of_level)
-    return head_index(torch.cat(index, dim=2), heads), places
+    index = torch.cat(index, dim=2)
+    return head_index(index, heads), places, index.int()
 
 
 @cached_table
 def computed_topk_index(
     height: int, width: int, heads: int, window_size: int, levels: int, topk: int, device: torch.device
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """`topk_index` of the nearest tokens as they are computed."""
     nearest = [nearest_index(height, width, window_size, level, topk, device) for level in range(levels)]
     return topk_index(nearest, height, width, heads, window_size, topk)
@@ -428,7 +456,7 @@ class FocalNeighborhood(RememberingModule):
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
-        index, masks = focal_index(
+        index, masks, tokens = focal_index(
             *maps.shape[1:3],
             self.num_heads,
             self.window_size,
@@ -440,7 +468,10 @@ class FocalNeighborhood(RememberingModule):
         )
         biases = self.remembered(lambda *tables: self.biases(), *self.parameters())
         parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
-        return Neighborhood(index, parts)
+        squares = [Square(self.window_size + 2 * self.expand_size, self.window_size, self.expand_size)]
+        for level in range(self.pooled_levels):
+            squares.append(Square(self.focal_window + 2**level - 1, 2**level, (self.focal_window - 1) // 2))
+        return Neighborhood(index, parts, Sight(tokens, squares, self.shift_size))
 
     def biases(self) -> list[torch.Tensor]:
         """Bias of every query of a window to its fine, and to its pooled tokens, each (heads, queries, tokens)."""
@@ -513,15 +544,19 @@ class TopkNeighborhood(RememberingModule):
         height, width = maps.shape[1:3]
         if (height, width) == self.grid:
             saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
-            index, places = self.remembered(
+            index, places, tokens = self.remembered(
                 lambda *nearest: topk_index(nearest, height, width, self.num_heads, self.window_size, self.topk),
                 *saved,
             )
         else:
-            index, places = computed_topk_index(
+            index, places, tokens = computed_topk_index(
                 height, width, self.num_heads, self.window_size, self.levels, self.topk, maps.device
             )
         grids = [(height, width), (height // self.window_size, width // self.window_size)]
         radii = [nearest_radius(*grid, self.topk) for grid in grids[: self.levels]]
         parts = [BiasPart(*part) for part in zip(self.biases(radii, maps), places, strict=True)]
-        return Neighborhood(index, parts)
+        squares = [
+            Square(2 * radius + 1, step, radius - step // 2)
+            for radius, step in zip(radii, (self.window_size, 1), strict=False)
+        ]
+        return Neighborhood(index, parts, Sight(tokens, squares, shift_size=0))
