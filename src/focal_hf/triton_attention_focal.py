@@ -1,0 +1,775 @@
+"""Attention on a GPU, as kernels in Triton that read keys, values and biases where they lie.
+
+What is read: queries, keys and values as their projections give them, (images, tokens, channels); the tokens that each
+window sees, as int32; the bias of each head, which its windows share. What is written: the output, and for the backward
+pass one number for each query. No key, value or bias is written once for each window, and neither are scores.
+
+A kernel's program works on one window and head of one image, or on one block of tokens: their keys' and values'
+gradients are sums over the windows that see them, found by arithmetic. Every number is written by one program, which
+adds in a fixed order: the same input gives the same bits, in both passes.
+
+This module needs the `triton` package, and is imported only where it is to be used. With TRITON_INTERPRET=1 in the
+environment before Triton is imported, the kernels run on a CPU, slowly, to be tested.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .cpu_attention_focal import NAMESPACE
+from .neighborhood_focal import Neighborhood, Square, at_least_float32
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The attention implementation 'triton' needs the package triton: pip install triton") from error
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+# In all of them: tokens of an image are rows of `channels` numbers, of which a head has HEAD_DIM, filled up to BLOCK_D.
+# Queries of a window are numbered row by row, and filled up to blocks of BLOCK_Q. `source` is (heads, places, FILLED
+# queries), -inf for those that fill up: its rows start at multiples of 16 bytes, and four numbers are read at a time.
+# Log-sum-exps and deltas are (images · windows, heads, queries), float32. Offsets within an image fit into int32.
+
+# What differs between images' sizes: no reason to compile again.
+SIZES = ["rows", "cols", "images", "all_tokens", "keys", "places"]
+
+
+@triton.jit
+def _query_tokens(queries, window, cols, SIDE: tl.constexpr):
+    """Which tokens of the map a window's queries are."""
+    return (window // cols * SIDE + queries // SIDE) * (cols * SIDE) + window % cols * SIDE + queries % SIDE
+
+
+@triton.jit
+def _hidden(queries, places, window, rows, cols, SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr):
+    """Which places a shift hides from which queries: those of the window's own that come from across the map's edge."""
+    row = places // (SIDE + 2 * EXPAND) - EXPAND
+    col = places % (SIDE + 2 * EXPAND) - EXPAND
+    own = (row >= 0) & (row < SIDE) & (col >= 0) & (col < SIDE)
+    across = ((queries // SIDE >= SIDE - SHIFT) != (row >= SIDE - SHIFT)) & (window // cols == rows - 1)
+    aside = ((queries % SIDE >= SIDE - SHIFT) != (col >= SIDE - SHIFT)) & (window % cols == cols - 1)
+    return own & (across | aside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward_kernel(
+    query,
+    key,
+    value,
+    tokens,  # (windows, keys)
+    place_of,  # (windows, keys), or anything where columns are places
+    source,
+    output,
+    logsumexp,
+    channels,
+    rows,
+    cols,
+    all_tokens,
+    keys,
+    places,
+    scaling,
+    LOOK_UP: tl.constexpr,
+    SIDE: tl.constexpr,
+    EXPAND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a window and head, a block of queries."""
+    window = tl.program_id(0) % (rows * cols)
+    image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
+    head = tl.program_id(1)
+    QUERIES: tl.constexpr = SIDE * SIDE
+    FILLED: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    queries = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    real = queries < QUERIES
+    dims = tl.arange(0, BLOCK_D)
+    here = _query_tokens(queries, window, cols, SIDE)[:, None] * channels + head * HEAD_DIM + dims[None, :]
+    here_real = real[:, None] & (dims < HEAD_DIM)[None, :]
+    of_map = image * (rows * cols * QUERIES) * channels
+    key += image * all_tokens * channels + head * HEAD_DIM
+    value += image * all_tokens * channels + head * HEAD_DIM
+    source += head * places * FILLED
+
+    q = tl.load(query + of_map + here, mask=here_real, other=0.0)
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        columns = first + tl.arange(0, BLOCK_K)
+        token = tl.load(tokens + window * keys + columns, mask=columns < keys, other=-1)
+        seen = token >= 0
+        place = tl.load(place_of + window * keys + columns, mask=seen, other=0) if LOOK_UP else columns
+        there = token[:, None] * channels + dims[None, :]
+        there_real = seen[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(key + there, mask=there_real, other=0.0)
+        bias = tl.load(source + place[None, :] * FILLED + queries[:, None], mask=seen[None, :], other=float("-inf"))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling + bias
+        if SHIFT > 0:
+            hidden = _hidden(queries[:, None], place[None, :], window, rows, cols, SIDE, EXPAND, SHIFT)
+            scores = tl.where(hidden, float("-inf"), scores)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # where all so far are hidden
+        weights = tl.exp(scores - base[:, None])
+        faded = tl.exp(highest - base)
+        total = total * faded + tl.sum(weights, axis=1)
+        v = tl.load(value + there, mask=there_real, other=0.0)
+        mixed = tl.dot(weights.to(v.dtype), v, mixed * faded[:, None], input_precision=PRECISION)
+        highest = higher
+    total = tl.where(real, total, 1.0)
+    tl.store(output + of_map + here, (mixed / total[:, None]).to(output.dtype.element_ty), mask=here_real)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
+    tl.store(logsumexp + row * QUERIES + queries, highest + tl.log(total), mask=real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _query_gradient_kernel(
+    query,
+    key,
+    value,
+    tokens,
+    place_of,
+    source,
+    output,
+    logsumexp,
+    grad_output,
+    grad_query,
+    delta,
+    channels,
+    rows,
+    cols,
+    all_tokens,
+    keys,
+    places,
+    scaling,
+    LOOK_UP: tl.constexpr,
+    SIDE: tl.constexpr,
+    EXPAND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a window and head, a block of queries. Writes delta, the sum of output · its gradient, for those below."""
+    window = tl.program_id(0) % (rows * cols)
+    image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
+    head = tl.program_id(1)
+    QUERIES: tl.constexpr = SIDE * SIDE
+    FILLED: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    queries = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    real = queries < QUERIES
+    dims = tl.arange(0, BLOCK_D)
+    here = _query_tokens(queries, window, cols, SIDE)[:, None] * channels + head * HEAD_DIM + dims[None, :]
+    here_real = real[:, None] & (dims < HEAD_DIM)[None, :]
+    of_map = image * (rows * cols * QUERIES) * channels
+    key += image * all_tokens * channels + head * HEAD_DIM
+    value += image * all_tokens * channels + head * HEAD_DIM
+    source += head * places * FILLED
+    row = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * QUERIES
+
+    q = tl.load(query + of_map + here, mask=here_real, other=0.0)
+    grad_out = tl.load(grad_output + of_map + here, mask=here_real, other=0.0)
+    out = tl.load(output + of_map + here, mask=here_real, other=0.0)
+    d = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
+    tl.store(delta + row + queries, d, mask=real)
+    lse = tl.load(logsumexp + row + queries, mask=real, other=0.0)
+    grad = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        columns = first + tl.arange(0, BLOCK_K)
+        token = tl.load(tokens + window * keys + columns, mask=columns < keys, other=-1)
+        seen = token >= 0
+        place = tl.load(place_of + window * keys + columns, mask=seen, other=0) if LOOK_UP else columns
+        there = token[:, None] * channels + dims[None, :]
+        there_real = seen[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(key + there, mask=there_real, other=0.0)
+        v = tl.load(value + there, mask=there_real, other=0.0)
+        bias = tl.load(source + place[None, :] * FILLED + queries[:, None], mask=seen[None, :], other=float("-inf"))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling + bias
+        if SHIFT > 0:
+            hidden = _hidden(queries[:, None], place[None, :], window, rows, cols, SIDE, EXPAND, SHIFT)
+            scores = tl.where(hidden, float("-inf"), scores)
+        weights = tl.exp(scores - lse[:, None])
+        grad_scores = weights * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        grad = tl.dot(grad_scores.to(k.dtype), k, grad, input_precision=PRECISION)
+    tl.store(grad_query + of_map + here, (grad * scaling).to(grad_query.dtype.element_ty), mask=here_real)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "per_program"])
+def _bias_gradient_kernel(
+    query,
+    key,
+    value,
+    token_at,  # (windows, places)
+    source,
+    logsumexp,
+    delta,
+    grad_output,
+    grad_source,  # (parts, heads, places, queries)
+    channels,
+    rows,
+    cols,
+    images,
+    all_tokens,
+    places,
+    per_program,
+    scaling,
+    LOOK_UP: tl.constexpr,
+    SIDE: tl.constexpr,
+    EXPAND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a head, a block of places and one of queries, summed over some of all images' windows."""
+    head = tl.program_id(1)
+    QUERIES: tl.constexpr = SIDE * SIDE
+    FILLED: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    part = tl.program_id(2) // (FILLED // BLOCK_Q)
+    queries = tl.program_id(2) % (FILLED // BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    place = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    real = queries < QUERIES
+    dims = tl.arange(0, BLOCK_D)
+    here_real = real[:, None] & (dims < HEAD_DIM)[None, :]
+    in_table = (place < places)[:, None]
+    in_head = place[:, None] * FILLED + queries[None, :]
+    bias = tl.load(source + head * places * FILLED + in_head, mask=in_table, other=float("-inf"))
+
+    grad = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    for unit in range(part * per_program, min((part + 1) * per_program, rows * cols * images)):
+        window = unit // images
+        image = (unit % images).to(tl.int64)
+        token = tl.load(token_at + window * places + place, mask=place < places, other=-1)
+        seen = token >= 0
+        any_seen = True
+        if LOOK_UP:
+            any_seen = tl.max(token, axis=0) >= 0  # a window sees few of all places
+        if any_seen:
+            of_map = image * (rows * cols * QUERIES) * channels + head * HEAD_DIM
+            here = _query_tokens(queries, window, cols, SIDE)[:, None] * channels + dims[None, :]
+            row = ((image * (rows * cols) + window) * tl.num_programs(1) + head) * QUERIES
+            q = tl.load(query + of_map + here, mask=here_real, other=0.0)
+            grad_out = tl.load(grad_output + of_map + here, mask=here_real, other=0.0)
+            lse = tl.load(logsumexp + row + queries, mask=real, other=0.0)
+            d = tl.load(delta + row + queries, mask=real, other=0.0)
+            of_image = image * all_tokens * channels + head * HEAD_DIM
+            there = token[:, None] * channels + dims[None, :]
+            there_real = seen[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(key + of_image + there, mask=there_real, other=0.0)
+            v = tl.load(value + of_image + there, mask=there_real, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling + bias
+            scores = tl.where(seen[:, None], scores, float("-inf"))
+            if SHIFT > 0:
+                hidden = _hidden(queries[None, :], place[:, None], window, rows, cols, SIDE, EXPAND, SHIFT)
+                scores = tl.where(hidden, float("-inf"), scores)
+            weights = tl.exp(scores - lse[None, :])
+            grad += weights * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - d[None, :])
+    of_part = (part * tl.num_programs(1) + head).to(tl.int64) * places * FILLED
+    tl.store(grad_source + of_part + in_head, grad, mask=in_table)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "height", "width", "first_token", "first_place", "block_rows", "block_cols"])
+def _key_gradient_kernel(
+    query,
+    key,
+    value,
+    token_at,
+    source,
+    logsumexp,
+    delta,
+    grad_output,
+    grad_key,
+    grad_value,
+    channels,
+    rows,
+    cols,
+    all_tokens,
+    places,
+    height,
+    width,
+    first_token,
+    first_place,
+    block_rows,
+    block_cols,
+    scaling,
+    SQUARE_SIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+    WRAPS: tl.constexpr,
+    LOOK_UP: tl.constexpr,
+    SIDE: tl.constexpr,
+    EXPAND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    BLOCK_SIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a head, a square block of a level's tokens, summed over the windows that see any of them, row by row."""
+    block = tl.program_id(0) % (block_rows * block_cols)
+    image = (tl.program_id(0) // (block_rows * block_cols)).to(tl.int64)
+    head = tl.program_id(1)
+    QUERIES: tl.constexpr = SIDE * SIDE
+    FILLED: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    slots = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    top = block // block_cols * BLOCK_SIDE + ORIGIN
+    left = block % block_cols * BLOCK_SIDE + ORIGIN
+    row = top + slots // BLOCK_SIDE
+    col = left + slots % BLOCK_SIDE
+    in_map = slots < BLOCK_SIDE * BLOCK_SIDE
+    if WRAPS:  # the map's first rows and columns come last
+        in_map &= (row < ORIGIN + height) & (col < ORIGIN + width)
+        token = row % height * width + col % width
+    else:
+        in_map &= (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        token = row * width + col
+    there = (first_token + token)[:, None] * channels + head * HEAD_DIM + dims[None, :]
+    there_real = in_map[:, None] & (dims < HEAD_DIM)[None, :]
+    of_image = image * all_tokens * channels
+    k = tl.load(key + of_image + there, mask=there_real, other=0.0)
+    v = tl.load(value + of_image + there, mask=there_real, other=0.0)
+    source += head * places * FILLED
+
+    # Windows whose squares reach into the block, from the map's edge on or, where it wraps, across it. AWAY keeps
+    # numerators positive, as divisions round towards zero.
+    AWAY: tl.constexpr = SQUARE_SIDE + BLOCK_SIDE + SIDE
+    first_row = (top + FIRST - SQUARE_SIDE + STEP + STEP * AWAY) // STEP - AWAY
+    first_col = (left + FIRST - SQUARE_SIDE + STEP + STEP * AWAY) // STEP - AWAY
+    last_row = (top + BLOCK_SIDE - 1 + FIRST + STEP * AWAY) // STEP - AWAY
+    last_col = (left + BLOCK_SIDE - 1 + FIRST + STEP * AWAY) // STEP - AWAY
+    if not WRAPS:
+        first_row, last_row = tl.maximum(first_row, 0), tl.minimum(last_row, rows - 1)
+        first_col, last_col = tl.maximum(first_col, 0), tl.minimum(last_col, cols - 1)
+    across = tl.maximum(last_col - first_col + 1, 0)
+
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for number in range(0, tl.maximum(last_row - first_row + 1, 0) * across):
+        window_row = first_row + number // across
+        window_col = first_col + number % across
+        square_row = row - window_row * STEP + FIRST
+        square_col = col - window_col * STEP + FIRST
+        seen = in_map & (square_row >= 0) & (square_row < SQUARE_SIDE) & (square_col >= 0) & (square_col < SQUARE_SIDE)
+        place = first_place + square_row * SQUARE_SIDE + square_col
+        if WRAPS:
+            window = (window_row + rows * AWAY) % rows * cols + (window_col + cols * AWAY) % cols
+        else:
+            window = window_row * cols + window_col
+        any_seen = True
+        if LOOK_UP:
+            seen = tl.load(token_at + window * places + place, mask=seen, other=-1) >= 0
+            any_seen = tl.max(seen.to(tl.int32), axis=0) > 0
+        if any_seen:
+            of_map = image * (rows * cols * QUERIES) * channels + head * HEAD_DIM
+            of_window = ((image * (rows * cols) + window) * tl.num_programs(1) + head) * QUERIES
+            for first in range(0, QUERIES, BLOCK_Q):
+                queries = first + tl.arange(0, BLOCK_Q)
+                real = queries < QUERIES
+                here = _query_tokens(queries, window, cols, SIDE)[:, None] * channels + dims[None, :]
+                here_real = real[:, None] & (dims < HEAD_DIM)[None, :]
+                q = tl.load(query + of_map + here, mask=here_real, other=0.0)
+                grad_out = tl.load(grad_output + of_map + here, mask=here_real, other=0.0)
+                lse = tl.load(logsumexp + of_window + queries, mask=real, other=0.0)
+                d = tl.load(delta + of_window + queries, mask=real, other=0.0)
+                of_place = source + place[:, None] * FILLED + queries[None, :]
+                bias = tl.load(of_place, mask=seen[:, None], other=float("-inf"))
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling + bias
+                if SHIFT > 0:
+                    hidden = _hidden(queries[None, :], place[:, None], window, rows, cols, SIDE, EXPAND, SHIFT)
+                    scores = tl.where(hidden, float("-inf"), scores)
+                weights = tl.exp(scores - lse[None, :])
+                grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
+                grad_scores = weights * (tl.dot(v, tl.trans(grad_out), input_precision=PRECISION) - d[None, :])
+                grad_k = tl.dot(grad_scores.to(k.dtype), q, grad_k, input_precision=PRECISION)
+    tl.store(grad_key + of_image + there, (grad_k * scaling).to(grad_key.dtype.element_ty), mask=there_real)
+    tl.store(grad_value + of_image + there, grad_v.to(grad_value.dtype.element_ty), mask=there_real)
+
+
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+
+
+# --- How they are launched --------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """How the work is cut, of which only the speed depends."""
+
+    queries: int  # in a block
+    keys: int  # in a block
+    side: int  # of a square block of tokens whose gradients are summed, at most
+    warps: int
+
+
+# By bytes of a number, then by channels of a head, at most. Not yet tuned: chosen by what the compiler reports for
+# compute capability 9.0, so that no registers are spilt for heads of 32 and many programs share a processor. With
+# loads ahead (num_stages above 1) it reads biases by single numbers, and has room for fewer programs.
+LAUNCHES = {
+    2: {64: Launch(64, 32, 8, 4), 128: Launch(64, 32, 4, 8), 256: Launch(16, 16, 4, 8)},
+    4: {32: Launch(32, 32, 8, 8), 128: Launch(32, 16, 4, 8), 256: Launch(16, 16, 4, 8)},
+}
+LARGEST_HEAD = 256
+# Programs of the bias's gradient: enough for every present GPU, few enough for their sums to take little memory.
+BIAS_GRADIENT_PROGRAMS = 1024
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
+    """Why the kernels cannot run, or None if they can."""
+    if dropout:
+        return f"it has no dropout of attention weights (got attention_probs_dropout_prob={dropout} in training)"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"it runs on CUDA devices (got {device.type}), or with TRITON_INTERPRET=1 on a CPU"
+    if device.type == "cuda" and (major := torch.cuda.get_device_properties(device).major) < 8:
+        return f"it needs a GPU of compute capability 8.0 or higher (got {major})"
+    # Interpreted, products of bfloat16 are wrong.
+    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+    if dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))}{' when interpreted' * INTERPRETED} (got {dtype})"
+    if head_dim > LARGEST_HEAD:
+        return f"it takes heads of at most {LARGEST_HEAD} channels (got {head_dim})"
+    return None
+
+
+def power_of_two(number: int) -> int:
+    """The least that is at least `number` and that `tl.dot` takes."""
+    return max(16, triton.next_power_of_2(number))
+
+
+class Work:
+    """What the launches of a pass share: sizes, and settings that are compiled into the kernels."""
+
+    def __init__(self, query, key, tokens, places, source, squares, shift_size, head_dim):
+        self.rows, self.cols, self.keys = tokens.shape
+        self.images, self.all_tokens, self.channels = key.shape
+        self.heads, self.places, self.queries = source.shape[0], source.shape[1], source.shape[2]
+        self.side = math.isqrt(self.queries)
+        self.squares = [Square(*squares[at : at + 3]) for at in range(0, len(squares), 3)]
+        of_size = LAUNCHES[query.element_size()].items()
+        self.launch = next(launch for channels, launch in of_size if head_dim <= channels)
+        tf32 = query.is_cuda and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.settings = {
+            "LOOK_UP": places is not None,
+            "SIDE": self.side,
+            "EXPAND": self.squares[0].first,
+            "SHIFT": shift_size,
+            "HEAD_DIM": head_dim,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "BLOCK_Q": min(self.launch.queries, power_of_two(self.queries)),
+            "BLOCK_D": power_of_two(head_dim),
+            "num_warps": self.launch.warps,
+            "num_stages": 1,
+        }
+
+    @property
+    def query_blocks(self) -> int:
+        return triton.cdiv(self.queries, self.settings["BLOCK_Q"])
+
+    @property
+    def windows_grid(self) -> tuple[int, int, int]:
+        """A program for each window of all images, head, and block of queries."""
+        return self.images * self.rows * self.cols, self.heads, self.query_blocks
+
+    def filled(self, source: torch.Tensor) -> torch.Tensor:
+        """(heads, places, queries) to (heads, places, FILLED queries)."""
+        fill = self.query_blocks * self.settings["BLOCK_Q"] - self.queries
+        return torch.nn.functional.pad(source, (0, fill), value=-math.inf)
+
+    @property
+    def numbers_of_queries(self) -> tuple[int, int, int]:
+        """The shape of what has one number for each query and head."""
+        return self.images * self.rows * self.cols, self.heads, self.queries
+
+
+# In so many words, as older torch does not read `list[...]`.
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? places, Tensor source, SymInt[] squares, "
+    "int shift_size, int head_dim, float scaling"
+)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::triton_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)")
+def triton_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tokens: torch.Tensor,
+    places: torch.Tensor | None,
+    source: torch.Tensor,
+    squares: list[int],
+    shift_size: int,
+    head_dim: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and, for the backward pass, the scores' log-sum-exps (images · windows, heads, queries).
+
+    Args:
+        query (`torch.Tensor` of shape `(images, height · width, channels)`)
+        key, value (`torch.Tensor` of shape `(images, tokens, channels)`)
+        tokens (`torch.Tensor` of shape `(rows, cols, keys)`):
+            As in [`Sight`].
+        places (`torch.Tensor` of shape `(rows, cols, keys)`, *optional*):
+            Where in `source` the bias of each key stands, in int32; in order if not given.
+        source (`torch.Tensor` of shape `(heads, places, queries)`):
+            The bias, in float32.
+        squares (`list[int]`), shift_size (`int`):
+            As in [`Sight`], the numbers of all squares in one list.
+    """
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+    work = Work(query, key, tokens, places, source, squares, shift_size, head_dim)
+    output = torch.empty_like(query)
+    logsumexp = source.new_empty(work.numbers_of_queries)
+    with torch.cuda.device_of(query):
+        _forward_kernel[work.windows_grid](
+            query,
+            key,
+            value,
+            tokens,
+            tokens if places is None else places,
+            work.filled(source),
+            output,
+            logsumexp,
+            work.channels,
+            work.rows,
+            work.cols,
+            work.all_tokens,
+            work.keys,
+            work.places,
+            scaling,
+            BLOCK_K=work.launch.keys,
+            **work.settings,
+        )
+    return output, logsumexp
+
+
+@triton_attention.register_fake
+def _(query, key, value, tokens, places, source, squares, shift_size, head_dim, scaling):
+    windows = query.shape[0] * tokens.shape[0] * tokens.shape[1]
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return output, source.new_empty(windows, source.shape[0], source.shape[2])
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::triton_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor output, Tensor logsumexp, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def triton_attention_backward(
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tokens: torch.Tensor,
+    places: torch.Tensor | None,
+    source: torch.Tensor,
+    squares: list[int],
+    shift_size: int,
+    head_dim: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value and source."""
+    grad_output, query, key, value = (tensor.contiguous() for tensor in (grad_output, query, key, value))
+    work = Work(query, key, tokens, places, source, squares, shift_size, head_dim)
+    grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
+    delta = torch.empty_like(logsumexp)
+    source = work.filled(source)
+    with torch.cuda.device_of(query):
+        _query_gradient_kernel[work.windows_grid](
+            query,
+            key,
+            value,
+            tokens,
+            tokens if places is None else places,
+            source,
+            output,
+            logsumexp,
+            grad_output,
+            grad_query,
+            delta,
+            work.channels,
+            work.rows,
+            work.cols,
+            work.all_tokens,
+            work.keys,
+            work.places,
+            scaling,
+            BLOCK_K=work.launch.keys,
+            **work.settings,
+        )
+        token_at = tokens
+        if places is not None:
+            token_at = tokens.new_full((work.rows, work.cols, work.places), -1).scatter_(2, places.long(), tokens)
+        shared = query, key, value, token_at, source, logsumexp, delta, grad_output
+        grad_source = _bias_gradient(work, *shared, scaling)
+        _write_key_gradients(work, *shared, grad_key, grad_value, scaling)
+    return grad_query, grad_key, grad_value, grad_source
+
+
+def _bias_gradient(work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, scaling):
+    """Windows are shared out among programs, whose sums are added up in order."""
+    units, blocks = work.images * work.rows * work.cols, triton.cdiv(work.places, work.launch.keys)
+    parts = min(units, max(1, BIAS_GRADIENT_PROGRAMS // (work.heads * blocks * work.query_blocks)))
+    per_program = triton.cdiv(units, parts)
+    parts = triton.cdiv(units, per_program)
+    grad_source = source.new_empty(parts, *source.shape)
+    _bias_gradient_kernel[(blocks, work.heads, parts * work.query_blocks)](
+        query,
+        key,
+        value,
+        token_at,
+        source,
+        logsumexp,
+        delta,
+        grad_output,
+        grad_source,
+        work.channels,
+        work.rows,
+        work.cols,
+        work.images,
+        work.all_tokens,
+        work.places,
+        per_program,
+        scaling,
+        BLOCK_K=work.launch.keys,
+        **work.settings,
+    )
+    return grad_source[..., : work.queries].sum(0)
+
+
+def _write_key_gradients(
+    work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value, scaling
+):
+    """Level by level, the pooled ones first: their few programs, which have most to do, then run beside the others."""
+    levels, first_token, first_place = [], 0, 0
+    for square in work.squares:
+        levels.append((square, first_token, first_place))
+        first_token += work.rows * square.step * work.cols * square.step
+        first_place += square.side**2
+    for square, first_token, first_place in reversed(levels):
+        height, width = work.rows * square.step, work.cols * square.step
+        of_map = first_token == 0
+        wraps = of_map and not work.settings["LOOK_UP"]
+        block, origin = min(4, work.launch.side), 0
+        if of_map:
+            # Of whole windows, if they are small enough, and across their corners, where the fewest windows see them.
+            block = work.launch.side // work.side * work.side or work.launch.side
+            origin = work.side // 2 - (0 if wraps else block)
+        block_rows, block_cols = (triton.cdiv(length - min(origin, 0), block) for length in (height, width))
+        settings = work.settings | ({} if of_map else {"SHIFT": 0})
+        _key_gradient_kernel[(work.images * block_rows * block_cols, work.heads)](
+            query,
+            key,
+            value,
+            token_at,
+            source,
+            logsumexp,
+            delta,
+            grad_output,
+            grad_key,
+            grad_value,
+            work.channels,
+            work.rows,
+            work.cols,
+            work.all_tokens,
+            work.places,
+            height,
+            width,
+            first_token,
+            first_place,
+            block_rows,
+            block_cols,
+            scaling,
+            SQUARE_SIDE=square.side,
+            STEP=square.step,
+            FIRST=square.first,
+            WRAPS=wraps,
+            ORIGIN=origin,
+            BLOCK_SIDE=block,
+            BLOCK_N=power_of_two(block**2),
+            **settings,
+        )
+
+
+@triton_attention_backward.register_fake
+def _(
+    grad_output,
+    output,
+    logsumexp,
+    query,
+    key,
+    value,
+    tokens,
+    places,
+    source,
+    squares,
+    shift_size,
+    head_dim,
+    scaling,
+):
+    inputs = query, key, value, source
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+
+
+def _keep(ctx, inputs, output):
+    query, key, value, tokens, places, source, *ctx.numbers = inputs
+    ctx.save_for_backward(*output, query, key, value, tokens, places, source)
+
+
+def _backward(ctx, grad_output, grad_logsumexp):
+    """The log-sum-exps are for the backward pass alone: nothing is made of them that could have a gradient."""
+    output, logsumexp, *rest = ctx.saved_tensors
+    grad_query, grad_key, grad_value, grad_source = triton_attention_backward(
+        grad_output, output, logsumexp, *rest, *ctx.numbers
+    )
+    return grad_query, grad_key, grad_value, None, None, grad_source, None, None, None, None
+
+
+triton_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
+def _operations(query_shape, key_shape, value_shape, tokens_shape, *args, out_shape=None, **kwargs) -> int:
+    """For `torch.utils.flop_counter`, which does not look into operators: two products of queries and their keys."""
+    return 4 * math.prod(query_shape) * tokens_shape[-1]
+
+
+def attend_by_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    neighborhood: Neighborhood,
+    head_dim: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Args and output as `FocalAttention.attend` has them."""
+    tokens, squares, shift_size = neighborhood.sight
+    # Those of a place stand side by side: so they are read, whichever places a window sees.
+    source = torch.cat([part.source.transpose(1, 2) for part in neighborhood.parts], dim=1)
+    places = None
+    if not neighborhood.parts[0].pattern.is_floating_point():
+        of_parts, first = [], 0
+        for part in neighborhood.parts:
+            of_parts.append(part.pattern + first)
+            first += part.source.shape[2]
+        places = torch.cat(of_parts, dim=2).int()
+    numbers = [number for square in squares for number in square]
+    output, _ = triton_attention(
+        query, key, value, tokens, places, at_least_float32(source), numbers, shift_size, head_dim, scaling
+    )
+    return output
