@@ -182,6 +182,17 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             self._auto_class = "AutoConfig"  # for which transformers copies the modules
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    @PreTrainedConfig._attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        """Whatever is asked for comes by here. What a model takes for None, the default, does not."""
+        PreTrainedConfig._attn_implementation.fset(self, value)
+        self._attn_implementation_by_default = value is None
+
+    def to_dict(self) -> dict:
+        serialized = super().to_dict()
+        serialized.pop("_attn_implementation_by_default", None)  # how to attend is not saved
+        return serialized
+
     # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
     # from it must follow.
 

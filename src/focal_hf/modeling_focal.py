@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
-from .cpu_attention_focal import attention_in_pieces, works_in_pieces
+from .cpu_attention_focal import attention_in_pieces, is_exporting, works_in_pieces
 from .neighborhood_focal import (
     FocalNeighborhood,
     Neighborhood,
@@ -399,6 +399,16 @@ def flex_attention_forward(
     return output.view(query.shape).transpose(1, 2).contiguous(), None
 
 
+def reason_against_triton(query: torch.Tensor, head_dim: int, dropout: float) -> str | None:
+    """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
+    try:
+        # Not before it is used: importing Triton takes time, and few machines have it.
+        from .triton_attention_focal import why_not
+    except ImportError as error:
+        return str(error)
+    return why_not(query.device, query.dtype, head_dim, dropout)
+
+
 # Ours among those of transformers, by the name in which it looks for them.
 ALL_ATTENTION_FUNCTIONS: AttentionInterface = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
@@ -488,8 +498,13 @@ class FocalAttention(nn.Module):
             queries, keys).
         """
         batch, heads = query.shape[0], self.num_heads
-        index, parts = neighborhood
+        index, parts = neighborhood.head_index, neighborhood.parts
         dropout = self.attention_dropout if self.training else 0.0
+
+        if self.uses_triton(query, dropout):
+            from .triton_attention_focal import attend_by_triton
+
+            return attend_by_triton(query, key, value, neighborhood, self.head_dim, self.scaling), None
 
         if self.config._attn_implementation == "sdpa" and not dropout and works_in_pieces(query):
             sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
@@ -517,6 +532,21 @@ class FocalAttention(nn.Module):
         # (batch, queries, windows · heads, head_dim)
         output = output.unflatten(2, head_index.shape[1:3]).transpose(1, 2).reshape(windows.shape)
         return output.transpose(2, 3).reshape(query.shape), weights
+
+    def uses_triton(self, query: torch.Tensor, dropout: float) -> bool:
+        """Whether to attend by the kernels in Triton: where that was asked for and, on CUDA, where nothing was."""
+        asked = self.config._attn_implementation == "triton"
+        if not asked and not (self.config._attn_implementation_by_default and query.is_cuda and not is_exporting()):
+            return False
+        reason = reason_against_triton(query, self.head_dim, dropout)
+        if asked and reason:
+            raise ValueError(
+                f"attn_implementation='triton' cannot be used here: {reason}. For another way to attend, call "
+                "model.set_attn_implementation('sdpa')."
+            )
+        if reason and not torch.compiler.is_compiling():
+            logger.info(f"Attention is by sdpa, not by the faster triton: {reason}.")
+        return reason is None
 
 
 class FocalMLP(nn.Module):
@@ -625,6 +655,19 @@ class FocalPreTrainedModel(PreTrainedModel):
         # `from_pretrained(..., key=value)` sets fields after the config has checked itself.
         config.validate()
         super().__init__(config, *args, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if not is_init_check:
+            self.config._attn_implementation_by_default = False
+        # Not among those of transformers, which any other model could be asked to take.
+        if requested_attention == "triton":
+            return requested_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        # Even if it is the default, of which transformers does not ask whether it is correct.
+        self.config._attn_implementation_by_default = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
