@@ -15,12 +15,12 @@ from reference import reference_attention
 
 
 @st.composite
-def one_stage_configs(draw):
-    window = draw(st.integers(1, 5))
+def one_stage_configs(draw, embed_dims=(4,), largest_window=5):
+    window = draw(st.integers(1, largest_window))
     options = {
         "image_size": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
         "patch_size": 1,
-        "embed_dim": 4,
+        "embed_dim": draw(st.sampled_from(embed_dims)),
         "depths": (2,),
         "num_heads": (draw(st.sampled_from([1, 2])),),
         "window_size": window,

@@ -749,6 +749,21 @@ def _operations(query_shape, key_shape, value_shape, tokens_shape, *args, out_sh
     return 4 * math.prod(query_shape) * tokens_shape[-1]
 
 
+def operands(neighborhood: Neighborhood) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int], int]:
+    """What `triton_attention` takes of it: tokens, places, source, squares and shift_size."""
+    tokens, squares, shift_size = neighborhood.sight
+    # Those of a place stand side by side: so they are read, whichever places a window sees.
+    source = torch.cat([at_least_float32(part.source).transpose(1, 2) for part in neighborhood.parts], dim=1)
+    places = None
+    if not neighborhood.parts[0].pattern.is_floating_point():
+        of_parts, first = [], 0
+        for part in neighborhood.parts:
+            of_parts.append(part.pattern + first)
+            first += part.source.shape[2]
+        places = torch.cat(of_parts, dim=2).int()
+    return tokens, places, source, [number for square in squares for number in square], shift_size
+
+
 def attend_by_triton(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -758,18 +773,4 @@ def attend_by_triton(
     scaling: float,
 ) -> torch.Tensor:
     """Args and output as `FocalAttention.attend` has them."""
-    tokens, squares, shift_size = neighborhood.sight
-    # Those of a place stand side by side: so they are read, whichever places a window sees.
-    source = torch.cat([part.source.transpose(1, 2) for part in neighborhood.parts], dim=1)
-    places = None
-    if not neighborhood.parts[0].pattern.is_floating_point():
-        of_parts, first = [], 0
-        for part in neighborhood.parts:
-            of_parts.append(part.pattern + first)
-            first += part.source.shape[2]
-        places = torch.cat(of_parts, dim=2).int()
-    numbers = [number for square in squares for number in square]
-    output, _ = triton_attention(
-        query, key, value, tokens, places, at_least_float32(source), numbers, shift_size, head_dim, scaling
-    )
-    return output
+    return triton_attention(query, key, value, *operands(neighborhood), head_dim, scaling)[0]

@@ -1,0 +1,353 @@
+"""The kernels in Triton: the same answers and gradients, what they refuse, and whom they serve.
+
+Without a GPU they are interpreted (conftest.py says so), far slower than anything else here: shapes are small.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
+
+import golden_cases
+import original
+from focal_hf import FocalForImageClassification, FocalModel
+from focal_hf.modeling_focal import FocalAttention
+from reference import reference_attention
+from test_attention import build, one_stage_configs
+from test_golden import SMALL, load
+from test_model import BOTH, pixels, randomized, tiny
+
+pytest.importorskip("triton", reason="triton is not installed; there are builds of it for Linux")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
+BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
+BLOCK |= {"expand_sizes": (2,), "encoder_stride": 4, "use_shift": True}
+
+
+class OperatorNames(TorchDispatchMode):
+    """Collects the names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **kwargs or {})
+
+    @property
+    def has_triton(self) -> bool:
+        return any("triton_attention" in name for name in self.names)
+
+
+def answers(model, images):
+    with torch.no_grad(), OperatorNames() as called:
+        logits = model(images).logits
+    return logits, called.has_triton
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    config=one_stage_configs(embed_dims=(8, 20, 48), largest_window=4),
+    block=st.integers(0, 1),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    images=st.integers(1, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_slow_reference(config, block, height, width, images, seed):
+    torch.manual_seed(seed)
+    config._attn_implementation = "triton"
+    attention = build(config, block).to(DEVICE)
+    maps = torch.randn(images, height, width, config.embed_dim, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    inputs = [maps, *attention.parameters()]
+    expected = reference_attention(attention, maps)
+    probe = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad((expected * probe).sum(), inputs, materialize_grads=True)
+
+    attention, maps = attention.float(), maps.detach().float().requires_grad_()
+    found = attention(maps)[0]
+    inputs = [maps, *attention.parameters()]
+    gradients = torch.autograd.grad((found * probe.float()).sum(), inputs, materialize_grads=True)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    scale = max(gradient.abs().max() for gradient in expected_gradients)
+    for gradient, of_reference in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - of_reference).abs().max() <= 1e-5 * scale
+
+
+def golden_errors(name, dtype):
+    """Of the answers and of all gradients, on the scale of the largest."""
+    case = golden_cases.case(name)
+    config, state = load(case, _attn_implementation="triton")
+    model = FocalForImageClassification(config).eval()
+    model.load_state_dict(state)
+    model.to(DEVICE, dtype)
+    logits = model(case.pixel_values.to(DEVICE, dtype)).logits
+    (logits * golden_cases.probe(logits.shape).to(logits)).sum().backward()
+    gradients = {key: value.grad.float().cpu() for key, value in model.named_parameters()}
+    gradients |= {key: value for key, value in state.items() if "nearest_index" in key}
+    gradients = original.to_original(gradients, config)
+    expected = {key.removeprefix("grad/"): value for key, value in case.answers.items() if key.startswith("grad/")}
+    scale = max(value.abs().max() for value in expected.values())
+    answer = case.answers["logits"]
+    error = (logits.detach().float().cpu() - answer).abs().max() / answer.abs().max()
+    return error, max((gradients[key] - value).abs().max() / scale for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", SMALL if CUDA else ["patch_2", "shift", "trimmed_pooling", "focalv2"])
+def test_golden_cases(name):
+    assert max(golden_errors(name, torch.float32)) < (2e-5 if CUDA else 1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SMALL)
+def test_golden_cases_in_half_precision(name, dtype):
+    assert golden_errors(name, dtype)[0] < {torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+
+
+@BOTH
+def test_half_precision(attention_type):
+    model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).to(DEVICE)
+    images = pixels(1, 3, 30, 20).to(DEVICE)
+    expected, _ = answers(model, images)
+    model.set_attn_implementation("triton")
+    with torch.autocast(DEVICE, torch.float16):
+        found, by_triton = answers(model, images)
+    assert by_triton
+    torch.testing.assert_close(found.float(), expected, rtol=5e-3, atol=5e-3)
+    found, _ = answers(model.half(), images.half())
+    torch.testing.assert_close(found.float(), expected, rtol=5e-3, atol=5e-3)
+
+
+@BOTH
+def test_the_operator_is_as_torch_wants_it(attention_type):
+    from focal_hf.triton_attention_focal import operands, triton_attention
+
+    config = tiny(attention_type, **BLOCK)
+    attention = FocalAttention(config, 0, config.block_geometry(0, 1)).to(DEVICE)
+    neighborhood = attention.neighborhood(torch.empty(1, 8, 4, 8, device=DEVICE))
+    tokens = neighborhood.head_index.max().item() // 2 + 1
+    query = torch.randn(1, 32, 8, device=DEVICE, requires_grad=True)
+    key, value = torch.randn(2, 1, tokens, 8, device=DEVICE).unbind()
+    inputs = query, key.requires_grad_(), value.requires_grad_()
+    torch.library.opcheck(triton_attention, (*inputs, *operands(neighborhood), 4, 0.5))
+
+
+@BOTH
+def test_compiled_and_exported(attention_type):
+    """In one graph, with gradients; an export holds the operator only where it was asked for."""
+    config = tiny(attention_type, **BLOCK, problem_type="single_label_classification")
+    model = randomized(FocalForImageClassification(config)).to(DEVICE)
+    images, labels = pixels(1, 3, 18, 14).to(DEVICE), torch.tensor([1], device=DEVICE)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(images, labels=labels).loss, parameters)
+    exported = torch.export.export(model, (images,))
+    assert not any("triton" in str(node.target) for node in exported.graph.nodes)
+
+    model.set_attn_implementation("triton")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
+    found = torch.autograd.grad(compiled(images, labels=labels).loss, parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, (images,))
+    assert any("triton_attention" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(images).logits, model(images).logits)
+
+
+def test_what_it_cannot_do_is_refused():
+    images = pixels(1, 3, 16, 16).to(DEVICE)
+
+    def refused(config, reason, dtype=torch.float32):
+        model = FocalModel(config).to(DEVICE, dtype)
+        model.set_attn_implementation("triton")
+        with pytest.raises(ValueError, match=rf"'triton' cannot be used here: .*{reason}.*set_attn_implementation"):
+            model(images.to(dtype))
+
+    refused(tiny(**BLOCK, attention_probs_dropout_prob=0.1), r"no dropout.*attention_probs_dropout_prob=0\.1")
+    refused(tiny(**BLOCK), r"takes torch\.float32, torch\.float16.*got torch\.float64", torch.float64)
+    refused(tiny(**BLOCK | {"embed_dim": 600}), "heads of at most 256 channels.*got 300")
+    if not CUDA:
+        refused(tiny(**BLOCK), r"when interpreted.*got torch\.bfloat16", torch.bfloat16)
+
+
+def by_default(model):
+    return model.config._attn_implementation, model.config._attn_implementation_by_default
+
+
+def test_default_is_told_from_what_was_asked_for(tmp_path):
+    """Who asks for sdpa, by whichever way, has sdpa on a GPU, too."""
+    FocalForImageClassification(tiny(**BLOCK)).save_pretrained(tmp_path)
+    load_model, make = AutoModelForImageClassification.from_pretrained, AutoModelForImageClassification.from_config
+    models = FocalForImageClassification(tiny(**BLOCK)), load_model(tmp_path), make(tiny(**BLOCK))
+    assert by_default(FocalModel(models[0].config)) == ("sdpa", True)
+    for model in models:
+        assert by_default(model) == ("sdpa", True)
+        model.set_attn_implementation("sdpa")
+        assert by_default(model) == ("sdpa", False)
+    for asked in ("sdpa", "eager", "triton"):
+        config = tiny(**BLOCK)
+        config._attn_implementation = asked
+        models = [load_model(tmp_path, attn_implementation=asked), make(tiny(**BLOCK), attn_implementation=asked)]
+        for model in (*models, FocalModel(config)):
+            assert by_default(model) == (asked, False)
+            model.save_pretrained(tmp_path / "again")
+            assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
+    assert by_default(load_model(tmp_path / "again")) == ("sdpa", True)
+
+    backbone = tiny(**SEGMENTER)
+    heads = {"hidden_size": 8, "auxiliary_in_channels": 8, "pool_scales": [1], "auxiliary_channels": 8}
+    whole = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **heads))
+    assert by_default(whole.backbone) == ("sdpa", True)
+    whole.set_attn_implementation({"backbone_config": "sdpa"})
+    assert by_default(whole.backbone) == ("sdpa", False)
+    whole.backbone.set_attn_implementation("triton")
+    assert by_default(whole.backbone) == ("triton", False)
+
+
+SEGMENTER = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "focal_levels": (1, 1, 1, 1)}
+SEGMENTER |= {"focal_windows": (1, 1, 1, 1), "expand_sizes": (0, 0, 0, 0), "encoder_stride": 32}
+SEGMENTER |= {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+
+
+@needs_gpu
+@BOTH
+def test_default_on_a_gpu(attention_type):
+    model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).cuda()
+    images = pixels(2, 3, 40, 52).cuda()
+    found, by_triton = answers(model, images)
+    assert by_triton
+    for asked in ("sdpa", "eager"):
+        model.set_attn_implementation(asked)
+        expected, by_triton = answers(model, images)
+        assert not by_triton
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    model = FocalForImageClassification(tiny(attention_type, **BLOCK, attention_probs_dropout_prob=0.1)).cuda()
+    assert not answers(model.train(), images)[1]
+    assert answers(model.eval(), images)[1]
+
+
+@needs_gpu
+@BOTH
+def test_the_same_bits_every_time(attention_type):
+    """With as many programs at a time as the GPU has room for."""
+    config = tiny(attention_type, **BLOCK | {"image_size": 224, "embed_dim": 32})
+    model = randomized(FocalForImageClassification(config)).cuda()
+    model.set_attn_implementation("triton")
+    images = pixels(8, 3, 224, 224).cuda()
+    attention = model.focal.encoder.layers[0].blocks[0].attention
+    maps = torch.randn(8, 56, 56, 32, device="cuda", requires_grad=True)
+    first = None
+    for _ in range(10):
+        output = attention(maps)[0]
+        gradients = torch.autograd.grad(output.square().sum(), [maps, *attention.neighborhood.parameters()])
+        bits = [answers(model, images)[0], output.detach(), *gradients]
+        first = first or bits
+        assert all(map(torch.equal, bits, first))
+
+
+def run(script, **environment):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_only_where_it_is_used():
+    """Neither the package nor its default needs Triton; who asks for it is told what to do."""
+    run("""
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+
+import torch
+from focal_hf import FocalConfig, FocalModel
+
+model = FocalModel(FocalConfig(image_size=32, embed_dim=12))
+model(torch.zeros(1, 3, 32, 32))
+assert "focal_hf.triton_attention_focal" not in sys.modules
+model.set_attn_implementation("triton")
+try:
+    model(torch.zeros(1, 3, 32, 32))
+except ValueError as error:
+    assert "needs the package triton: pip install triton" in str(error), error
+else:
+    raise AssertionError
+""")
+
+
+COMPILE = """
+import collections, json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from focal_hf import FocalConfig, triton_attention_focal as kernels
+from focal_hf.modeling_focal import FocalAttention
+
+assert not kernels.INTERPRETED
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+found = collections.defaultdict(int)
+
+
+class Compiling:
+    # In a kernel's place: compiles what is launched for a GPU that is not here.
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, num_warps, num_stages, **constants):
+        names = self.kernel.arg_names
+        signature, aligned = dict.fromkeys(constants, "constexpr"), {}
+        for place, (name, value) in enumerate(zip(names, args)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, torch.Tensor) or name == "channels" and value % 16 == 0:
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(
+            fn=self.kernel,
+            signature={name: signature[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=aligned,
+        )
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+        name = self.kernel.__name__
+        assert "cubin" in compiled.asm and "mma" in compiled.asm["ptx"], name
+        found[name] = max(found[name], compiled.metadata.shared)
+
+
+for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+    setattr(kernels, name, Compiling(getattr(kernels, name)))
+for options in ({"use_shift": True, "focal_levels": (2,)}, {"attention_type": "topk", "focal_levels": (1,)}):
+    geometry = {"image_size": 56, "focal_windows": (7,), "expand_sizes": (3,), "num_heads": (1,)}
+    config = FocalConfig(**geometry, **options, depths=(2,), embed_dim=32, out_features=None)
+    attention = FocalAttention(config, 0, config.block_geometry(0, 1))
+    neighborhood = attention.neighborhood(torch.empty(1, 14, 14, 32))
+    query = torch.empty(1, 196, 32, dtype=torch.bfloat16, requires_grad=True)
+    key = torch.empty(1, int(neighborhood.sight.tokens.max()) + 1, 32, dtype=torch.bfloat16)
+    kernels.attend_by_triton(query, key, key, neighborhood, 32, 0.5).sum().backward()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_gpus(capability, tmp_path):
+    """Which the interpreter, which takes more, does not tell: with tensor cores, in every GPU's shared memory."""
+    script = COMPILE.replace("sys.argv[1]", str(capability))
+    shared = json.loads(run(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    assert len(shared) == 4
+    assert max(shared.values()) <= 99 * 2**10
