@@ -5,6 +5,8 @@ each, until the row's time is spent (--seconds) and each had three; reported are
 inference is a forward pass; one of training a forward and a backward pass, without an optimiser. All are the models of
 224 pixels, whatever the size of the images, as with published weights; only the authors' code is built for the size of
 its images, as it must be. A peer has the attention, sdpa or eager, with which it is faster here (tried uncompiled).
+Focal has its default, which on a GPU is kernels of its own (attn_implementation="triton"); the peer sdpa is Focal with
+PyTorch's attention.
 
 Peak memory is what a step takes at its peak, beyond the loaded model and the images; in training, gradients included.
 On a GPU it is torch.cuda.max_memory_allocated less what was allocated before. On a CPU it is measured in a process of
@@ -73,12 +75,12 @@ examples:
     python benchmarks/throughput.py --original Focal-Transformer --peer
 """
 
-OURS, ORIGINAL = "focal_hf", "original"
+OURS, SDPA, ORIGINAL = "focal_hf", "sdpa", "original"
 PEERS = {
     "swin": (SwinConfig, SwinForImageClassification, SwinBackbone),
     "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
 }
-LABELS = {OURS: "Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
+LABELS = {OURS: "Focal", SDPA: "sdpa Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
 MODEL_SIZES = {  # of the published models, the same for all four
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
@@ -152,7 +154,7 @@ def say(text: str) -> None:
 
 
 def title(name: str, work: Work) -> str:
-    kind = " topk" if name in (OURS, ORIGINAL) and work.attention == "topk" else ""
+    kind = " topk" if name in (OURS, SDPA, ORIGINAL) and work.attention == "topk" else ""
     return f"{LABELS[name]}-{work.size.capitalize()}{kind}{' backbone' * work.backbone}"
 
 
@@ -201,7 +203,7 @@ def build(name: str, work: Work, checkout: str | None) -> torch.nn.Module:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
             return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
-    if name == OURS:
+    if name in (OURS, SDPA):
         classes = FocalConfig, FocalForImageClassification, FocalBackbone
         settings = settings | {"attention_type": work.attention, "use_conv_embed": overlapping}
     else:
@@ -224,7 +226,7 @@ class Contender:
         self.pixels = torch.randn(work.batch_size, 3, *work.sides).to(device, dtype)
         self.labels = torch.randint(1000, (work.batch_size,)).to(device)
         self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
-        if attn_implementation:
+        if attn_implementation := attn_implementation or (SDPA if name == SDPA else None):
             self.module.set_attn_implementation(attn_implementation)
         self.forward = torch.compile(self.module) if setting.compile else self.module
 
@@ -529,7 +531,7 @@ def draw(file: Path, lines: list[dict], machine: str) -> None:
         points[line["image_size"]] = max(points.get(line["image_size"], 0), line["images_per_s"])
 
     figure, axes = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
-    colours = {OURS: "#2456c8", "swin": "#d1372c", "focalnet": "#2a8f5b", ORIGINAL: "#8a93a6"}
+    colours = {OURS: "#2456c8", SDPA: "#7fa3f0", "swin": "#d1372c", "focalnet": "#2a8f5b", ORIGINAL: "#8a93a6"}
     for (label, model, size, task), points in sorted(curves.items(), key=lambda curve: -max(curve[1].values())):
         axes.plot(
             *zip(*sorted(points.items()), strict=True),
@@ -599,7 +601,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--growth", action="store_true", help=f"both attentions at {sides}; adds columns per pixel")
 
     group = parser.add_argument_group("beside Focal")
-    group.add_argument("--peer", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: both")
+    peers = {"choices": [*PEERS, SDPA], "default": list(PEERS)}
+    group.add_argument("--peer", nargs="*", **peers, help="default: swin and focalnet; sdpa is Focal, see above")
     group.add_argument("--original", metavar="PATH", help="a checkout of microsoft/Focal-Transformer; its code is run")
 
     group = parser.add_argument_group("how")

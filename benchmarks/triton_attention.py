@@ -1,0 +1,193 @@
+"""Times the attention call alone on a GPU: our kernels in Triton, PyTorch's attention on gathered tokens, the floor.
+
+A row is the attention of one stage's blocks: queries, keys, values and neighbourhood are given, projections and MLPs
+are not counted. Forward is without gradients; backward is a forward and a backward pass less that. The floor is the
+longer of two times: that in which the GPU, at the rate at which it copies a large tensor, reads and writes once what
+goes in and out (queries, keys, values, output; in the backward pass these and their gradients); and that in which it
+does the operations of the products, at the rate of one large matrix product. "All blocks" adds up a model's stages,
+each as often as it has blocks. Whole models are timed by throughput.py: with --peer sdpa swin, beside themselves with
+PyTorch's attention and beside Swin.
+
+The first call of each row compiles; --first-call tells how long, from an empty cache. --tune times other ways to cut
+the work (LAUNCHES in triton_attention_focal.py) and names the fastest for each stage.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from throughput import MODEL_SIZES, Setting, device_name, matmul_rate
+
+from focal_hf import FocalConfig
+from focal_hf.modeling_focal import FocalAttention
+from focal_hf.neighborhood_focal import BiasPart
+
+EXAMPLES = """\
+examples:
+  the attention of the four models, at three sizes:
+    python benchmarks/triton_attention.py --models tiny small base tiny-topk
+
+  whole models, in inference and in training, then compiled:
+    rows="--task inference training --sizes 224 448 896 --peer sdpa swin"
+    python benchmarks/throughput.py --models tiny small base $rows
+    python benchmarks/throughput.py --attention topk $rows
+    python benchmarks/throughput.py --models tiny small base $rows --compile
+    python benchmarks/throughput.py --attention topk $rows --compile
+
+  other ways to cut the work of the first model:
+    python benchmarks/triton_attention.py --sizes 224 --tune
+"""
+IMPLEMENTATIONS = ("triton", "sdpa")
+# Queries and keys in a block, side of a block of tokens, warps.
+LAUNCHES_TO_TRY = list(itertools.product((32, 64), (16, 32, 64), (4, 8), (4, 8)))
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """The median of many calls, each with a cold second-level cache, after some that are not counted."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, return_mode="median") / 1e3
+    start = time.perf_counter()  # interpreted: to see that it runs
+    function()
+    return time.perf_counter() - start
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second read and written by a copy of a large tensor."""
+    source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device)
+
+
+class Call:
+    """The attention of a stage's blocks."""
+
+    def __init__(self, size: str, attention_type: str, stage: int, pixels: int, batch: int, setting: Setting):
+        torch.manual_seed(0)
+        device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
+        self.config = FocalConfig(**MODEL_SIZES[size], attention_type=attention_type)
+        self.blocks = self.config.depths[stage]
+        attention = FocalAttention(self.config, stage, self.config.block_geometry(stage, 0)).to(device, dtype)
+        self.attention = attention.eval()
+        window, channels = attention.window_size, self.config.embed_dim * 2**stage
+        side = -(-pixels // (4 * 2**stage))
+        side = -(-side // window) * window
+        neighborhood = attention.neighborhood(torch.empty(batch, side, side, channels, device=device, dtype=dtype))
+        parts = [BiasPart(part.source.detach().requires_grad_(), part.pattern) for part in neighborhood.parts]
+        self.neighborhood = neighborhood._replace(parts=parts)
+        tokens = int(neighborhood.head_index.max()) // attention.num_heads + 1
+        self.query, self.grad_output = torch.randn(2, batch, side**2, channels, device=device, dtype=dtype).unbind()
+        self.key, self.value = torch.randn(2, batch, tokens, channels, device=device, dtype=dtype).unbind()
+        self.inputs = [self.query, self.key, self.value]
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+
+    def forward(self) -> torch.Tensor:
+        return self.attention.attend(*self.inputs, self.neighborhood)[0]
+
+    def seconds(self, implementation: str) -> tuple[float, float]:
+        """Of the forward and of the backward pass."""
+        self.config._attn_implementation = implementation
+        leaves = [*self.inputs, *(part.source for part in self.neighborhood.parts)]
+        with torch.no_grad():
+            forward = seconds_of(self.forward, self.query.device)
+        both = seconds_of(lambda: torch.autograd.grad(self.forward(), leaves, self.grad_output), self.query.device)
+        return forward, both - forward
+
+    def floors(self, bytes_per_s: float, operations_per_s: float) -> tuple[float, float]:
+        """Of the forward and of the backward pass, in seconds."""
+        queries, keys = (tensor.numel() * tensor.element_size() for tensor in (self.query, self.key))
+        products = 2 * self.query.numel() * self.neighborhood.head_index.shape[-1]  # operations of one
+        return (
+            max((2 * queries + 2 * keys) / bytes_per_s, 2 * products / operations_per_s),
+            max((4 * queries + 4 * keys) / bytes_per_s, 5 * products / operations_per_s),
+        )
+
+
+def first_call(call: Call) -> float:
+    """Seconds until the first forward and backward pass are done."""
+    call.config._attn_implementation = "triton"
+    start = time.perf_counter()
+    torch.autograd.grad(call.forward(), call.inputs, call.grad_output)
+    if call.query.is_cuda:
+        torch.cuda.synchronize(call.query.device)
+    return time.perf_counter() - start
+
+
+def tune(call: Call) -> list[tuple[float, tuple[int, ...]]]:
+    """Seconds of a forward and backward pass by every way to cut the work that runs, the fastest first."""
+    from focal_hf import triton_attention_focal as kernels
+
+    size, found = call.query.element_size(), []
+    kept = dict(kernels.LAUNCHES[size])
+    for numbers in LAUNCHES_TO_TRY:
+        kernels.LAUNCHES[size] = {kernels.LARGEST_HEAD: kernels.Launch(*numbers)}
+        try:
+            found.append((sum(call.seconds("triton")), numbers))
+        except Exception as error:  # more shared memory or registers than there are
+            print(f"    {numbers}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+    kernels.LAUNCHES[size] = kept
+    return sorted(found)
+
+
+def row(cells: list) -> str:
+    return f"| {' | '.join(f'{cell:,.3f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = ["tiny", "small", "base", "tiny-topk", "small-topk", "base-topk"]
+    parser.add_argument("--models", nargs="+", choices=models, default=["tiny"], help="default: tiny")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896], metavar="PIXELS", help="of a side")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 64 of 224 pixels, or as many pixels")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, or cpu with TRITON_INTERPRET=1")
+    parser.add_argument("--first-call", action="store_true", help="how long the first call takes, from an empty cache")
+    parser.add_argument("--tune", action="store_true", help="also time other ways to cut the work: minutes a stage")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here. To see that it runs: TRITON_INTERPRET=1 ... --device cpu --sizes 28.")
+    if arguments.first_call:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # read when a kernel is first launched
+
+    setting = Setting(arguments.device, arguments.dtype, compile=False, threads=1, original=None)
+    bandwidth, rate = copy_rate(device), matmul_rate(setting) * 1e9
+    print(f"{device_name(arguments.device)}, {arguments.dtype}, torch {torch.__version__}: ", end="")
+    print(f"{bandwidth / 1e9:,.0f} GB/s copied, {rate / 1e12:,.2f} TFLOP/s in a matrix product. Times in ms.\n")
+    heads = ["model", "pixels", "batch", "stage", "pass", *IMPLEMENTATIONS, "floor", "sdpa / triton", "triton / floor"]
+    print(row(heads), row(["---"] * len(heads)), sep="\n")
+    notes = []
+    for name, pixels in itertools.product(arguments.models, arguments.sizes):
+        size, _, kind = name.partition("-")
+        batch, totals = arguments.batch_size or max(1, 64 * 224**2 // pixels**2), {}
+        for stage in range(4):
+            call = Call(size, kind or "focal", stage, pixels, batch, setting)
+            if arguments.first_call:
+                notes.append(f"{name}, {pixels} pixels, stage {stage + 1}: first call {first_call(call):.1f} s")
+            if arguments.tune:
+                fastest = ", ".join(f"{numbers} {seconds * 1e3:.3f} ms" for seconds, numbers in tune(call)[:3])
+                notes.append(f"{name}, {pixels} pixels, stage {stage + 1}: fastest {fastest}")
+            times = *(call.seconds(implementation) for implementation in IMPLEMENTATIONS), call.floors(bandwidth, rate)
+            for number, direction in enumerate(("forward", "backward")):
+                cells = [1e3 * of_passes[number] for of_passes in times]
+                before = totals.get(direction, [0.0] * len(cells))
+                totals[direction] = [total + call.blocks * cell for total, cell in zip(before, cells, strict=True)]
+                print(
+                    row([name, pixels, batch, stage + 1, direction, *cells, cells[1] / cells[0], cells[0] / cells[2]])
+                )
+        for direction, cells in totals.items():
+            print(row([name, pixels, batch, "all blocks", direction, *cells, cells[1] / cells[0], cells[0] / cells[2]]))
+    print("", *notes, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
