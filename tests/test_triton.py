@@ -10,14 +10,15 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
 
 import golden_cases
 import original
-from focal_hf import FocalForImageClassification, FocalModel
+from conftest import ROOT
+from focal_hf import FocalConfig, FocalForImageClassification, FocalModel
 from focal_hf.modeling_focal import FocalAttention
 from reference import reference_attention
 from test_attention import build, one_stage_configs
@@ -31,6 +32,12 @@ DEVICE = "cuda" if CUDA else "cpu"
 needs_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
 BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
 BLOCK |= {"expand_sizes": (2,), "encoder_stride": 4, "use_shift": True}
+
+
+@pytest.fixture(autouse=True)
+def float32_without_tf32(monkeypatch):
+    """In convolutions; in matrix products it is PyTorch's default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 class OperatorNames(TorchDispatchMode):
@@ -55,7 +62,15 @@ def answers(model, images):
     return logits, called.has_triton
 
 
-@settings(max_examples=10, deadline=None)
+ONE_STAGE = {"image_size": 9, "patch_size": 1, "depths": (2,), "embed_dim": 20, "num_heads": (2,), "out_features": None}
+ONE_STAGE |= {"focal_windows": (3,), "expand_sizes": (3,), "topk": 11}
+EVERYTHING = FocalConfig(**ONE_STAGE, window_size=4, focal_levels=(3,), use_shift=True)
+TOPK = FocalConfig(**ONE_STAGE, window_size=3, focal_levels=(2,), attention_type="topk")
+
+
+@settings(max_examples=1, deadline=None)
+@example(config=EVERYTHING, block=1, height=9, width=8, images=2, seed=0)
+@example(config=TOPK, block=0, height=9, width=7, images=2, seed=0)
 @given(
     config=one_stage_configs(embed_dims=(8, 20, 48), largest_window=4),
     block=st.integers(0, 1),
@@ -67,21 +82,21 @@ def answers(model, images):
 def test_equals_the_slow_reference(config, block, height, width, images, seed):
     torch.manual_seed(seed)
     config._attn_implementation = "triton"
-    attention = build(config, block).to(DEVICE)
-    maps = torch.randn(images, height, width, config.embed_dim, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    attention = build(config, block)
+    maps = torch.randn(images, height, width, config.embed_dim, dtype=torch.float64, requires_grad=True)
     inputs = [maps, *attention.parameters()]
     expected = reference_attention(attention, maps)
     probe = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad((expected * probe).sum(), inputs, materialize_grads=True)
 
-    attention, maps = attention.float(), maps.detach().float().requires_grad_()
+    attention, maps = attention.to(DEVICE, torch.float32), maps.detach().to(DEVICE, torch.float32).requires_grad_()
     found = attention(maps)[0]
     inputs = [maps, *attention.parameters()]
-    gradients = torch.autograd.grad((found * probe.float()).sum(), inputs, materialize_grads=True)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    gradients = torch.autograd.grad((found * probe.to(found)).sum(), inputs, materialize_grads=True)
+    assert (found.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
     scale = max(gradient.abs().max() for gradient in expected_gradients)
     for gradient, of_reference in zip(gradients, expected_gradients, strict=True):
-        assert (gradient - of_reference).abs().max() <= 1e-5 * scale
+        assert (gradient.cpu() - of_reference).abs().max() <= 1e-5 * scale
 
 
 def golden_errors(name, dtype):
@@ -351,3 +366,16 @@ def test_compiles_for_gpus(capability, tmp_path):
     shared = json.loads(run(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
     assert len(shared) == 4
     assert max(shared.values()) <= 99 * 2**10
+
+
+@pytest.mark.slow
+def test_benchmark():
+    small = ["--sizes", "7", "--batch-size", "1", "--dtype", "float16", "--device", DEVICE, "--first-call"]
+    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "triton_attention.py", *small]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 10  # two passes of four stages, and of all blocks
+    for _, _, _, _, _, triton, sdpa, _, ratio, _ in rows:
+        assert float(ratio) == pytest.approx(float(sdpa.replace(",", "")) / float(triton.replace(",", "")), abs=1e-3)
+    assert result.stdout.count("first call") == 4
