@@ -359,6 +359,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(CUDA, reason="the other tests compile them")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_gpus(capability, tmp_path):
     """Which the interpreter, which takes more, does not tell: with tensor cores, in every GPU's shared memory."""

@@ -624,7 +624,8 @@ def triton_attention_backward(
 def _bias_gradient(work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, scaling):
     """Windows are shared out among programs, whose sums are added up in order."""
     units, blocks = work.images * work.rows * work.cols, triton.cdiv(work.places, work.launch.keys)
-    parts = min(units, max(1, BIAS_GRADIENT_PROGRAMS // (work.heads * blocks * work.query_blocks)))
+    busy = work.heads * triton.cdiv(work.keys, work.launch.keys) * work.query_blocks  # most see none of other places
+    parts = min(units, max(1, BIAS_GRADIENT_PROGRAMS // busy))
     per_program = triton.cdiv(units, parts)
     parts = triton.cdiv(units, per_program)
     grad_source = source.new_empty(parts, *source.shape)
@@ -655,13 +656,9 @@ def _bias_gradient(work: Work, query, key, value, token_at, source, logsumexp, d
 def _write_key_gradients(
     work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value, scaling
 ):
-    """Level by level, the pooled ones first: their few programs, which have most to do, then run beside the others."""
-    levels, first_token, first_place = [], 0, 0
+    """Level by level."""
+    first_token, first_place = 0, 0
     for square in work.squares:
-        levels.append((square, first_token, first_place))
-        first_token += work.rows * square.step * work.cols * square.step
-        first_place += square.side**2
-    for square, first_token, first_place in reversed(levels):
         height, width = work.rows * square.step, work.cols * square.step
         of_map = first_token == 0
         wraps = of_map and not work.settings["LOOK_UP"]
@@ -704,6 +701,8 @@ def _write_key_gradients(
             BLOCK_N=power_of_two(block**2),
             **settings,
         )
+        first_token += height * width
+        first_place += square.side**2
 
 
 @triton_attention_backward.register_fake
