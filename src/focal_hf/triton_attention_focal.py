@@ -450,6 +450,13 @@ def power_of_two(number: int) -> int:
     return max(16, triton.next_power_of_2(number))
 
 
+def tf32_is_allowed() -> bool:
+    """Whether products of float32 may be less precise, by torch's settings of matrix products."""
+    settings = torch.backends.cuda.matmul
+    # torch from 2.9 on refuses the older question once the newer setting was used.
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
 class Work:
     """What the launches of a pass share: sizes, and settings that are compiled into the kernels."""
 
@@ -461,14 +468,13 @@ class Work:
         self.squares = [Square(*squares[at : at + 3]) for at in range(0, len(squares), 3)]
         of_size = LAUNCHES[query.element_size()].items()
         self.launch = next(launch for channels, launch in of_size if head_dim <= channels)
-        tf32 = query.is_cuda and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.settings = {
             "LOOK_UP": places is not None,
             "SIDE": self.side,
             "EXPAND": self.squares[0].first,
             "SHIFT": shift_size,
             "HEAD_DIM": head_dim,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if tf32_is_allowed() else "ieee",  # of float32
             "BLOCK_Q": min(self.launch.queries, power_of_two(self.queries)),
             "BLOCK_D": power_of_two(head_dim),
             "num_warps": self.launch.warps,
