@@ -236,7 +236,11 @@ SEGMENTER |= {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 
 @needs_gpu
 @BOTH
-def test_default_on_a_gpu(attention_type):
+def test_default_on_a_gpu(attention_type, monkeypatch):
+    """Of a kind on which these tests have passed."""
+    from focal_hf import triton_attention_focal
+
+    monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [torch.cuda.get_device_capability()])
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).cuda()
     images = pixels(2, 3, 40, 52).cuda()
     found, by_triton = answers(model, images)
@@ -249,6 +253,8 @@ def test_default_on_a_gpu(attention_type):
     model = FocalForImageClassification(tiny(attention_type, **BLOCK, attention_probs_dropout_prob=0.1)).cuda()
     assert not answers(model.train(), images)[1]
     assert answers(model.eval(), images)[1]
+    monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [])
+    assert not answers(model, images)[1]
 
 
 @needs_gpu

@@ -399,14 +399,14 @@ def flex_attention_forward(
     return output.view(query.shape).transpose(1, 2).contiguous(), None
 
 
-def reason_against_triton(query: torch.Tensor, head_dim: int, dropout: float) -> str | None:
+def reason_against_triton(query: torch.Tensor, head_dim: int, dropout: float, asked: bool) -> str | None:
     """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
     try:
         # Not before it is used: importing Triton takes time, and few machines have it.
         from .triton_attention_focal import why_not
     except ImportError as error:
         return str(error)
-    return why_not(query.device, query.dtype, head_dim, dropout)
+    return why_not(query.device, query.dtype, head_dim, dropout, asked)
 
 
 # Ours among those of transformers, by the name in which it looks for them.
@@ -538,7 +538,7 @@ class FocalAttention(nn.Module):
         asked = self.config._attn_implementation == "triton"
         if not asked and not (self.config._attn_implementation_by_default and query.is_cuda and not is_exporting()):
             return False
-        reason = reason_against_triton(query, self.head_dim, dropout)
+        reason = reason_against_triton(query, self.head_dim, dropout, asked)
         if asked and reason:
             raise ValueError(
                 f"attn_implementation='triton' cannot be used here: {reason}. For another way to attend, call "

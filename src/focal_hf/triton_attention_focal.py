@@ -424,18 +424,25 @@ LAUNCHES = {
     4: {32: Launch(32, 32, 8, 8), 128: Launch(32, 16, 4, 8), 256: Launch(16, 16, 4, 8)},
 }
 LARGEST_HEAD = 256
+# Compute capabilities, (major, minor), of the GPUs on which tests/test_triton.py has passed. Only there do the kernels
+# take the place of the default; on others they have to be asked for.
+TESTED_ON: list[tuple[int, int]] = []
 # Programs of the bias's gradient: enough for every present GPU, few enough for their sums to take little memory.
 BIAS_GRADIENT_PROGRAMS = 1024
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
-    """Why the kernels cannot run, or None if they can."""
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, asked: bool) -> str | None:
+    """Why the kernels cannot run, or None if they can. Who has not asked for them gets them where they are tested."""
     if dropout:
         return f"it has no dropout of attention weights (got attention_probs_dropout_prob={dropout} in training)"
     if device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA devices (got {device.type}), or with TRITON_INTERPRET=1 on a CPU"
-    if device.type == "cuda" and (major := torch.cuda.get_device_properties(device).major) < 8:
-        return f"it needs a GPU of compute capability 8.0 or higher (got {major})"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return f"it needs a GPU of compute capability 8.0 or higher (got {properties.major}.{properties.minor})"
+        if not asked and (properties.major, properties.minor) not in TESTED_ON:
+            return f"it is not tested yet on GPUs of compute capability {properties.major}.{properties.minor}"
     # Interpreted, products of bfloat16 are wrong.
     dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
     if dtype not in dtypes:
