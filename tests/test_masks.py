@@ -38,7 +38,7 @@ from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from test_detection import LEVELS, NAMES, SCRIPT, STAGES, draw_scenes, official, read, rectangle
 from test_finetune import results
-from test_training import Run, assert_same
+from test_training import Run
 
 HEAD = {
     **{"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32},
@@ -112,16 +112,6 @@ def test_learns_to_find_masks(place, trained):
     assert sure > 0
     # transformers' post-processing takes masks of 384 x 384 pixels for those of the picture.
     assert official(content, answers, "segm")[1] == pytest.approx(best["ap50"], abs=0.05)
-
-
-def test_killed_goes_on_to_the_same_bytes(place, trained):
-    """Though the loss is of points that are drawn at random."""
-    options = (*OPTIONS, "--output", "killed/out")
-    folder = place / "killed" / "out"
-    Run(place, *options, script=SCRIPT).kill_after(folder / "checkpoints", random.randrange(3, 60, 3))
-    said, _ = Run(place, *options, "--resume", script=SCRIPT).end()
-    assert "Going on after step" in said
-    assert_same(folder, trained[0])
 
 
 def test_processes_divide_the_same_work(place, tmp_path):
