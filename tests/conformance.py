@@ -62,8 +62,6 @@ TOPK = {"window_size": 4, "attention_type": "topk", "topk": 8, "keys": 8 + 8}
 SUBJECTS = {
     "swin": Subject(SwinConfig, window_size=2, keys=2**2),
     "focal": Subject(FocalConfig, **FOCAL),
-    "focal_conv": Subject(FocalConfig, **FOCAL, use_conv_embed=True),
-    "topk": Subject(FocalConfig, **TOPK),
     "topk_conv": Subject(FocalConfig, **TOPK, use_conv_embed=True),
 }
 SUBJECT = SUBJECTS[os.environ["SUBJECT"]]

@@ -19,7 +19,7 @@ import transformers
 
 from conftest import ROOT
 
-SUBJECTS = ["swin", "focal", "focal_conv", "topk", "topk_conv"]  # of conformance.py
+SUBJECTS = ["swin", "focal", "topk_conv"]  # of conformance.py
 
 # What the common tests import and the distribution leaves out.
 STAND_INS = {
