@@ -24,7 +24,7 @@ from common.segmentation import NO_CLASS, probabilities, training_view, whole_vi
 from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from test_finetune import results
-from test_training import Run, assert_same
+from test_training import Run
 
 SCRIPT = "finetune_segmentation.py"
 NAMES = ["ground", "red", "blue"]
@@ -129,15 +129,6 @@ def test_learns_and_is_measured_as_by_hand(place, trained):
     assert str(place) not in card
     with Image.open(folder / "predictions.png") as drawn:
         assert drawn.width > 800
-
-
-def test_killed_goes_on_to_the_same_bytes(place, trained):
-    options = (*OPTIONS, "--output", "killed/out")
-    folder = place / "killed" / "out"
-    Run(place, *options, script=SCRIPT).kill_after(folder / "checkpoints", random.randrange(2, 40, 2))
-    said, _ = Run(place, *options, "--resume", script=SCRIPT).end()
-    assert "Going on after step" in said
-    assert_same(folder, trained[0])
 
 
 def test_two_processes_do_the_work_of_one(place):
