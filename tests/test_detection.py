@@ -44,7 +44,7 @@ from common.detection import (
 from common.loading import Item
 from common.options import Problem
 from example_runs import COLOURS, TWO_PROCESSES, run_examples_in_turn, tiny_config
-from focal_hf import FocalForImageClassification
+from focal_hf import FocalConfig, FocalForImageClassification
 from test_finetune import results
 from test_training import Run, assert_same
 
@@ -112,14 +112,19 @@ def read(folder: Path, masks: bool = False, **options) -> tuple[dict, dict, list
     return *read_objects(args, said.append, masks), said
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("detection")
+def scenes_and_backbone(place: Path) -> FocalConfig:
+    """Writes scenes, of which one cannot be read, and returns what is to learn from them."""
     draw_scenes(place / "scenes", "train", 98)
     draw_scenes(place / "scenes", "validation", 13)
     whole = (place / "scenes" / "train" / "5.png").read_bytes()
     (place / "scenes" / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
-    backbone = tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
+    return tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("detection")
+    backbone = scenes_and_backbone(place)
     RTDetrConfig(backbone_config=backbone, **RT_DETR).save_pretrained(place / "rt_detr")
     DeformableDetrConfig(
         **{"backbone_config": backbone, "use_timm_backbone": False, "encoder_layers": 1, "dropout": 0.0},

@@ -36,7 +36,7 @@ from common.detection import (
 from common.options import Problem
 from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
-from test_detection import LEVELS, NAMES, SCRIPT, STAGES, draw_scenes, official, read, rectangle
+from test_detection import LEVELS, NAMES, SCRIPT, STAGES, draw_scenes, official, read, rectangle, scenes_and_backbone
 from test_finetune import results
 from test_training import Run
 
@@ -55,11 +55,7 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("masks")
-    draw_scenes(place / "scenes", "train", 98)
-    draw_scenes(place / "scenes", "validation", 13)
-    whole = (place / "scenes" / "train" / "5.png").read_bytes()
-    (place / "scenes" / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
-    backbone = tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
+    backbone = scenes_and_backbone(place)
     backbone.save_pretrained(place / "backbone")
     Mask2FormerConfig(backbone_config=backbone, **HEAD).save_pretrained(place / "mask2former")
     layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in LAYERS.items()}
