@@ -35,7 +35,7 @@ from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
-TOKENS_PER_PIECE = 1024  # of an MLP
+TOKENS_PER_PIECE = 1600  # of an MLP
 VALUES_PER_PIECE = 256 * 1024  # of a map that is pooled
 
 
