@@ -275,7 +275,11 @@ class FocalDownsample(nn.Module):
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
-        maps = self.projection(pad_to_multiple(self.pre_norm(maps), 2))
+        maps = pad_to_multiple(self.pre_norm(maps), 2)
+        if self.projection.weight.numel() > maps.numel():
+            # For channels last, weights are put in another order at every call: it is less to turn the map.
+            maps = maps.contiguous()
+        maps = self.projection(maps)
         return self.norm(maps.flatten(2).transpose(1, 2))
 
 
