@@ -177,6 +177,11 @@ def half(dimensions: tuple[int, int]) -> tuple[int, int]:
     return -(-dimensions[0] // 2), -(-dimensions[1] // 2)
 
 
+def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Them side by side, or a single one as it is."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
 def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:
     """(batch, tokens, channels) to (batch, channels, height, width)."""
     return hidden_states.unflatten(1, dimensions).permute(0, 3, 1, 2).contiguous()
@@ -329,14 +334,14 @@ class FocalPooling(nn.Module):
         cells = self.cells_of(windows, level).flatten(0, 1)
         if in_cpu_inference(self, cells):
             pieces = cells.split(max(1, VALUES_PER_PIECE // cells[0].numel()))
-            pooled = torch.cat([self.pool_cells(piece, level) for piece in pieces])
+            pooled = joined([self.pool_cells(piece, level) for piece in pieces])
         else:
             pooled = self.pool_cells(cells, level)
         return pooled.view(windows.shape[0], -1, cells.shape[-1])
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
-        return torch.cat([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
+        return joined([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
 
 
 def eager_attention_forward(
@@ -568,7 +573,7 @@ class FocalMLP(nn.Module):
             return self.mix(hidden_states)
         tokens = hidden_states.flatten(0, -2)
         pieces = tokens.chunk(-(-len(tokens) // TOKENS_PER_PIECE))
-        return torch.cat([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
+        return joined([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
 
     def mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
