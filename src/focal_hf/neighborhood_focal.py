@@ -152,14 +152,15 @@ def cached_table(function):
     Not while compiling, exporting or tracing, where the arithmetic belongs in the graph. Never as inference tensors,
     which autograd could not use later.
     """
-    cached = functools.lru_cache(maxsize=64)(function)
+
+    @functools.lru_cache(maxsize=64)
+    def cached(*args):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args)
 
     @functools.wraps(function)
     def wrapper(*args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*args)
-        with torch.inference_mode(False), torch.no_grad():
-            return cached(*args)
+        return (function if torch.compiler.is_compiling() or torch.jit.is_tracing() else cached)(*args)
 
     return wrapper
 
