@@ -108,3 +108,19 @@ def test_tables_made_in_inference_serve_training(attention_type):
         attention(maps)
     attention(maps)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in attention.parameters())
+
+
+def test_what_is_remembered_for_one_size_does_not_serve_another():
+    """Small maps are attended to at once, others window by window."""
+    config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
+                         expand_sizes=(2,), window_size=5, use_shift=True)  # fmt: skip
+    config._attn_implementation = "sdpa"
+    attention = build(config, block=1)
+    sizes = [(10, 10), (20, 15), (9, 10), (10, 15), (10, 10), (5, 10)]
+    with torch.inference_mode():
+        at_once = [attention.neighborhood(torch.empty(1, 10, width, 8)).whole_bias is not None for width in (10, 15)]
+        assert at_once == [True, False]
+        for size in sizes:
+            maps = torch.randn(2, *size, 8, dtype=torch.float64)
+            expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
+            torch.testing.assert_close(attention(maps)[0], expected, rtol=1e-9, atol=1e-9)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, picked
+from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, keys_to_fill, picked
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
-KEY_VALUES_PER_PIECE = 768 * 1024
+KEY_VALUES_PER_PIECE = 320 * 1024
 
 
 def is_exporting() -> bool:
@@ -53,39 +53,40 @@ def slices(length: int, step: int) -> list[slice]:
 
 
 def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iterator[Piece]:
-    """All windows of all images, piece by piece. The bias of one is written over that of the one before.
-
-    PyTorch's attention takes keys 16 at a time and those that remain one by one, at almost half the cost of 16 each. So
-    a few more are given to it, hidden ones.
-    """
+    """All windows of all images, piece by piece. The bias of one is written over that of the one before."""
     index, parts = neighborhood.head_index, neighborhood.parts
     rows, cols, heads, keys = index.shape
     images, tokens, channels = key.shape
     size = max(1, KEY_VALUES_PER_PIECE // (keys * channels))  # windows in a piece
     some_images = slices(images, max(1, size // (rows * cols)))
-    padding = -keys % 16 if keys % 16 > 2 else 0
-    columns = [*(part.columns for part in parts), padding]
-    bias, written = torch.empty(0, 0), [None] * len(parts)
+    filling = keys_to_fill(keys)
+    if filling:
+        index = torch.cat([index, index[..., :1].expand(-1, -1, -1, filling)], dim=-1)
+    columns = [*(part.columns for part in parts), filling]
+    windows, bias, targets, written = 0, torch.empty(0), [], []
     # Down the columns, and from image to image, pieces differ least.
     for some_cols in slices(cols, size):
         for some_rows in slices(rows, max(1, size // cols)):
             places = some_rows, some_cols
             of_image = index[places].flatten(0, 1)
-            if padding:
-                of_image = torch.cat([of_image, of_image[..., :1].expand(-1, -1, padding)], dim=-1)
-            if bias.shape[1] != len(of_image):
-                shape = some_images[0].stop, len(of_image), heads, parts[0].source.shape[1], keys + padding
-                bias, written = key.new_full(shape, -torch.inf), [None] * len(parts)
+            if windows != len(of_image):
+                windows = len(of_image)
+                bias = key.new_empty(some_images[0].stop, windows, heads, parts[0].queries, keys + filling)
+                *targets, hidden = bias.split(columns, dim=-1)
+                hidden.fill_(-torch.inf)
+                written = [None] * len(parts)
             # Away from the map's edges most windows have the patterns of those before, and their bias.
-            for number, (part, target) in enumerate(zip(parts, bias.split(columns, dim=-1), strict=False)):
+            for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
                 pattern = part.pattern[places]
                 if written[number] is None or not torch.equal(pattern, written[number]):
                     part.write_bias(target, places)
                 written[number] = pattern
             for some in some_images:
                 here = slice(some.start * rows + some_rows.start, (some.stop - 1) * rows + some_rows.stop), some_cols
-                head_index = [of_image + image * tokens * heads for image in range(some.start, some.stop)]
-                head_index = torch.cat(head_index) if len(head_index) > 1 else head_index[0]
+                head_index = of_image
+                if images > 1:
+                    numbers = range(some.start, some.stop)
+                    head_index = torch.cat([of_image + image * tokens * heads for image in numbers])
                 yield Piece(here, places, head_index, bias.flatten(0, 1)[: len(head_index)])
 
 

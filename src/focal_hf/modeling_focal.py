@@ -477,9 +477,16 @@ class FocalAttention(nn.Module):
 
         tokens = maps.flatten(1, 2)
         query = self.q_proj(tokens)
+        tokens = [tokens]
         if self.pooling is not None:
-            tokens = torch.cat([tokens, self.pooling(cut_windows(maps, self.window_size))], dim=1)
-        output, weights = self.attend(query, self.k_proj(tokens), self.v_proj(tokens), neighborhood, **kwargs)
+            tokens.append(self.pooling(cut_windows(maps, self.window_size)))
+        if neighborhood.whole_bias is not None:
+            filling = neighborhood.whole_bias.shape[2] - sum(part.shape[1] for part in tokens)
+            tokens.append(maps.new_zeros(maps.shape[0], filling, maps.shape[3]))
+        tokens = joined(tokens, dim=1)
+        key, value = self.k_proj(tokens), self.v_proj(tokens)
+        del tokens  # What follows takes its memory.
+        output, weights = self.attend(query, key, value, neighborhood, **kwargs)
         output = self.o_proj(output).unflatten(1, maps.shape[1:3])
 
         if self.shift_size:
@@ -516,6 +523,14 @@ class FocalAttention(nn.Module):
             return attend_by_triton(query, key, value, neighborhood, self.head_dim, self.scaling), None
 
         if self.config._attn_implementation == "sdpa" and not dropout and works_in_pieces(query):
+            if neighborhood.whole_bias is not None:
+                # Four dimensions of the bias, too, or PyTorch takes its slow way.
+                output = nn.functional.scaled_dot_product_attention(
+                    *(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (query, key, value)),
+                    attn_mask=neighborhood.whole_bias[None].to(query.dtype),
+                    scale=self.scaling,
+                )
+                return output.transpose(1, 2).reshape(query.shape), None
             sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
             return attention_in_pieces(query, key, value, index, sources, patterns, self.head_dim, self.scaling), None
 

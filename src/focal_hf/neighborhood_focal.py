@@ -20,11 +20,14 @@ buffers, so that a model loaded through the meta device has nothing to refill.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+# Numbers in the bias of a whole map, at most: what is remembered of it for every block.
+WHOLE_BIAS = 1024 * 1024
 
 
 def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
@@ -43,12 +46,16 @@ class BiasPart(NamedTuple):
 
     `source` follows from the weights; `pattern` (rows, cols, ...) is what is particular to a window, and windows of one
     pattern have one bias. A pattern of floating point (rows, cols, queries or 1, columns or 1) is added to `source`
-    (heads, queries, columns); one of integers (rows, cols, columns) says where each column stands in `source` (heads,
-    queries, places).
+    (heads, queries, columns); one of integers (rows, cols, columns) says which row of `source` (places, heads, queries)
+    each column has.
     """
 
     source: torch.Tensor
     pattern: torch.Tensor
+
+    @property
+    def queries(self) -> int:
+        return self.source.shape[1 if self.pattern.is_floating_point() else 2]
 
     @property
     def columns(self) -> int:
@@ -59,8 +66,7 @@ class BiasPart(NamedTuple):
         pattern = self.pattern[places].flatten(0, 1)
         if pattern.is_floating_point():
             return self.source + pattern[:, None]
-        pattern = pattern[:, None, None].expand(-1, *self.source.shape[:2], -1)
-        return self.source.expand(len(pattern), -1, -1, -1).gather(3, pattern)
+        return self.source.index_select(0, pattern.flatten()).unflatten(0, pattern.shape).permute(0, 2, 3, 1)
 
     def write_bias(self, target: torch.Tensor, places: tuple[slice, slice]):
         """Writes it into (images, windows, heads, queries, columns)."""
@@ -74,10 +80,9 @@ class BiasPart(NamedTuple):
         """That of `source`, from that of the bias of all these windows, of one image or more."""
         if self.pattern.is_floating_point():
             return gradient.sum(0)
-        pattern = self.pattern[places].flatten(0, 1)
-        pattern = pattern.repeat(len(gradient) // len(pattern), 1)[:, None, None].expand_as(gradient)
-        of_windows = gradient.new_zeros(len(gradient), *self.source.shape)
-        return of_windows.scatter_add_(3, pattern, gradient).sum(0)
+        pattern = self.pattern[places].flatten()
+        of_columns = gradient.unflatten(0, (-1, len(pattern) // self.columns)).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
+        return gradient.new_zeros(self.source.shape).index_add_(0, pattern, of_columns)
 
 
 class Square(NamedTuple):
@@ -114,6 +119,9 @@ class Neighborhood(NamedTuple):
     head_index: torch.Tensor  # (rows, cols, heads, keys)
     parts: list[BiasPart]
     sight: Sight | None = None
+    # Of a map that is small enough, of all its queries to all tokens, and to some more to fill up: (heads, height ·
+    # width, tokens), -inf where hidden. To attend to all at once is faster there than to gather most for each window.
+    whole_bias: torch.Tensor | None = None
 
     def bias(self, places: tuple[slice, slice]) -> torch.Tensor:
         """Of the windows in some rows and columns, (windows, heads, queries, keys)."""
@@ -134,6 +142,14 @@ def picked(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> tor
     """Heads of tokens (..., channels), by their places among all, to (*head_index.shape, head_dim)."""
     picked = tokens.reshape(-1, head_dim).index_select(0, head_index.reshape(-1))
     return picked.view(*head_index.shape, head_dim)
+
+
+def keys_to_fill(keys: int) -> int:
+    """How many hidden keys to add to some, so that attention takes less time.
+
+    PyTorch's attention takes keys 16 at a time and those that remain one by one, at almost half the cost of 16 each.
+    """
+    return -keys % 16 if keys % 16 > 2 else 0
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -287,6 +303,25 @@ def focal_index(
     return head_index(torch.cat(index, dim=2), heads), patterns, torch.cat(seen, dim=2).int()
 
 
+def whole_bias(neighborhood: Neighborhood, seen: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The bias of all queries of a map to all of its tokens, from that of its windows.
+
+    Args:
+        seen: the index of a `Sight`, no token twice.
+        tokens: how many there are, pooled ones included, or more.
+
+    Returns:
+        The bias (heads, height · width, tokens), -inf where a query does not see a token.
+    """
+    bias = neighborhood.bias((slice(None), slice(None)))
+    place = seen.masked_fill(seen < 0, tokens).flatten(0, 1).long()
+    everywhere = bias.new_full((*bias.shape[:3], tokens + 1), -torch.inf)
+    everywhere.scatter_(3, place[:, None, None].expand_as(bias), bias)
+    side = math.isqrt(bias.shape[2])
+    everywhere = everywhere[..., :tokens].unflatten(2, (side, side)).unflatten(0, seen.shape[:2])
+    return everywhere.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)
+
+
 def nearest_radius(height: int, width: int, topk: int) -> int:
     """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred.
 
@@ -387,8 +422,10 @@ class RememberingModule(nn.Module):
     def __getstate__(self):
         return self.__dict__ | {"_remembered": None}  # copies and pickles carry the weights alone
 
-    def remembered(self, make: Callable, *tensors: torch.Tensor):
+    def remembered(self, make: Callable, *tensors: torch.Tensor, key: Hashable = None):
         """`make(*tensors)`, in inference on a CPU made once for as long as the tensors hold the same numbers.
+
+        What was made for another `key` is forgotten.
 
         The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
         `.data`, loading or swapping.
@@ -396,10 +433,10 @@ class RememberingModule(nn.Module):
         if not in_cpu_inference(self, tensors[0]):
             return make(*tensors)
         remembered = self._remembered
-        if remembered is None or not all(map(same, remembered[0], tensors)):
+        if remembered is None or remembered[0] != key or not all(map(same, remembered[1], tensors)):
             with torch.inference_mode(False), torch.no_grad():
-                remembered = self._remembered = [tensor.clone() for tensor in tensors], make(*tensors)
-        return remembered[1]
+                remembered = self._remembered = key, [tensor.clone() for tensor in tensors], make(*tensors)
+        return remembered[2]
 
 
 class FocalNeighborhood(RememberingModule):
@@ -457,8 +494,10 @@ class FocalNeighborhood(RememberingModule):
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         """Of (batch, height, width, channels) maps, their sides multiples of the window's."""
+        height, width = maps.shape[1:3]
         index, masks, tokens = focal_index(
-            *maps.shape[1:3],
+            height,
+            width,
             self.num_heads,
             self.window_size,
             self.expand_size,
@@ -467,12 +506,31 @@ class FocalNeighborhood(RememberingModule):
             self.pooled_levels,
             maps.device,
         )
-        biases = self.remembered(lambda *tables: self.biases(), *self.parameters())
+
+        # Of the map's and pooled tokens, if windows see so many of them that all may attend to all of them at once.
+        whole = self.tokens_at_once(height, width) if in_cpu_inference(self, maps) else None
+
+        def made(*tables: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+            biases = self.biases()
+            parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
+            return biases, whole and whole_bias(Neighborhood(index, parts), tokens, whole)
+
+        biases, bias_at_once = self.remembered(made, *self.parameters(), key=whole and (height, width))
         parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
         squares = [Square(self.window_size + 2 * self.expand_size, self.window_size, self.expand_size)]
         for level in range(self.pooled_levels):
             squares.append(Square(self.focal_window + 2**level - 1, 2**level, (self.focal_window - 1) // 2))
-        return Neighborhood(index, parts, Sight(tokens, squares, self.shift_size))
+        return Neighborhood(index, parts, Sight(tokens, squares, self.shift_size), bias_at_once)
+
+    def tokens_at_once(self, height: int, width: int) -> int | None:
+        """How many tokens a map has, pooled ones included and filled up, if each window sees most, and none twice."""
+        side = self.window_size + 2 * self.expand_size
+        keys = side**2 + sum((self.focal_window + 2**level - 1) ** 2 for level in range(self.pooled_levels))
+        windows = height * width // self.window_size**2
+        tokens = height * width + windows * sum(4**level for level in range(self.pooled_levels))
+        tokens += keys_to_fill(tokens)
+        small = tokens <= keys * 4 / 3 and self.num_heads * height * width * tokens <= WHOLE_BIAS
+        return tokens if small and side <= min(height, width) else None
 
     def biases(self) -> list[torch.Tensor]:
         """Bias of every query of a window to its fine, and to its pooled tokens, each (heads, queries, tokens)."""
@@ -525,7 +583,7 @@ class TopkNeighborhood(RememberingModule):
     def biases(self, radii: list[int], maps: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the bias of every query of a window to every token of that level within a radius of its centre.
 
-        Each (heads, queries, (2 · radius + 1)²), by the token's place in that square.
+        Each ((2 · radius + 1)², heads, queries), by the token's place in that square.
         """
         biases = []
         window = self.window_size
@@ -535,9 +593,9 @@ class TopkNeighborhood(RememberingModule):
             reach = step * radius + window // 2
             axis = torch.arange(-reach, reach + window % 2, device=maps.device)
             offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-            table = mlp(offsets.to(maps.dtype)).permute(2, 0, 1).unfold(1, window, step).unfold(2, window, step)
+            table = mlp(offsets.to(maps.dtype)).unfold(0, window, step).unfold(1, window, step)
             # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
-            biases.append(table.flip(1, 2).permute(0, 3, 4, 1, 2).flatten(3).flatten(1, 2))
+            biases.append(table.flip(0, 1).flatten(3).flatten(0, 1))
         return biases
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:

@@ -764,15 +764,18 @@ def _operations(query_shape, key_shape, value_shape, tokens_shape, *args, out_sh
 def operands(neighborhood: Neighborhood) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int], int]:
     """What `triton_attention` takes of it: tokens, places, source, squares and shift_size."""
     tokens, squares, shift_size = neighborhood.sight
-    # Those of a place stand side by side: so they are read, whichever places a window sees.
-    source = torch.cat([at_least_float32(part.source).transpose(1, 2) for part in neighborhood.parts], dim=1)
+    sources = [at_least_float32(part.source) for part in neighborhood.parts]
     places = None
-    if not neighborhood.parts[0].pattern.is_floating_point():
+    if neighborhood.parts[0].pattern.is_floating_point():
+        sources = [source.permute(2, 0, 1) for source in sources]
+    else:
         of_parts, first = [], 0
         for part in neighborhood.parts:
             of_parts.append(part.pattern + first)
-            first += part.source.shape[2]
+            first += len(part.source)
         places = torch.cat(of_parts, dim=2).int()
+    # Those of a place stand side by side: so they are read, whichever places a window sees.
+    source = torch.cat(sources).transpose(0, 1).contiguous()
     return tokens, places, source, [number for square in squares for number in square], shift_size
 
 
