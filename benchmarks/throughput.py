@@ -1,12 +1,12 @@
 """Times Focal beside Swin, FocalNet and the authors' code on this machine: speed, peak memory, and what takes the time.
 
-The models of a row have random weights and share images, dtype and process. After a warm-up they take turns, one step
-each, until the row's time is spent (--seconds) and each had three; reported are the median and the quartiles. A step of
-inference is a forward pass; one of training a forward and a backward pass, without an optimiser. All are the models of
-224 pixels, whatever the size of the images, as with published weights; only the authors' code is built for the size of
-its images, as it must be. A peer has the attention, sdpa or eager, with which it is faster here (tried uncompiled).
-Focal has its default, which on a GPU is kernels of its own (attn_implementation="triton"); the peer sdpa is Focal with
-PyTorch's attention.
+The models of a row have random weights and share images, dtype and a process, which is the row's own. After a warm-up
+they take turns, one step each, until the row's time is spent (--seconds) and each had three; reported are the median
+and the quartiles. A step of inference is a forward pass; one of training a forward and a backward pass, without an
+optimiser. All are the models of 224 pixels, whatever the size of the images, as with published weights; only the
+authors' code is built for the size of its images, as it must be. A peer has the attention, sdpa or eager, with which it
+is faster here (tried uncompiled). Focal has its default, which on a GPU is kernels of its own
+(attn_implementation="triton"); the peer sdpa is Focal with PyTorch's attention.
 
 Peak memory is what a step takes at its peak, beyond the loaded model and the images; in training, gradients included.
 On a GPU it is torch.cuda.max_memory_allocated less what was allocated before. On a CPU it is measured in a process of
@@ -23,6 +23,7 @@ import gc
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -35,6 +36,8 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -388,7 +391,8 @@ def share_of(group: str) -> str:
 
 def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate: float | None) -> list[dict]:
     """A row of the table: a line of results.csv for each model, ours first. Given the machine's rate, it profiles."""
-    torch._dynamo.reset()
+    if setting.device == "cpu":
+        torch.set_num_threads(setting.threads)
     contenders = []
     for name in names:
         try:
@@ -709,7 +713,12 @@ def main() -> None:
     lines = []
     for count, work in enumerate(works, start=1):
         say(f"[{count}/{len(works)}] {title(OURS, work)}, {work.task}, {work.image_size} px, batch {work.batch_size}")
-        lines += measure(names, work, setting, arguments.seconds, rate)
+        # What other rows leave in the allocator's hands changes a model's time by up to a fifth.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                lines += process.submit(measure, names, work, setting, arguments.seconds, rate).result()
+            except BrokenProcessPool:
+                say("    The row's process was killed, by the system if there was too little memory.")
         if lines:
             write_csv(arguments.output / "results.csv", lines)  # after every row: what is measured is not lost
     if lines:
