@@ -17,7 +17,7 @@ from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, keys_t
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
-KEY_VALUES_PER_PIECE = 320 * 1024
+KEY_VALUES_PER_PIECE = 768 * 1024
 
 
 def is_exporting() -> bool:
@@ -57,7 +57,9 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
     index, parts = neighborhood.head_index, neighborhood.parts
     rows, cols, heads, keys = index.shape
     images, tokens, channels = key.shape
-    size = max(1, KEY_VALUES_PER_PIECE // (keys * channels))  # windows in a piece
+    # Pieces that are large beside the model's own tensors would be given back to the system, and asked for, every time.
+    key_values = min(KEY_VALUES_PER_PIECE, max(key.numel(), KEY_VALUES_PER_PIECE * 5 // 12))
+    size = max(1, key_values // (keys * channels))  # windows in a piece
     some_images = slices(images, max(1, size // (rows * cols)))
     filling = keys_to_fill(keys)
     if filling:
