@@ -307,7 +307,7 @@ def test_recording_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks for module in model.modules() if isinstance(module, FocalAttention))
     with torch.no_grad():
         assert torch.equal(model(pixel_values).logits, before)
-    np.testing.assert_allclose(record.logits, before[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(record.logits, before[0].numpy(), rtol=1e-5, atol=1e-6)
     sums = torch.cat([block.weights.sum(-1).flatten() for stage in record.stages for block in stage])
     torch.testing.assert_close(sums, torch.ones_like(sums))
 

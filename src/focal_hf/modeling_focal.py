@@ -281,8 +281,9 @@ class FocalDownsample(nn.Module):
         # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
         maps = pad_to_multiple(self.pre_norm(maps), 2)
-        if self.projection.weight.numel() > maps.numel():
-            # For channels last, weights are put in another order at every call: it is less to turn the map.
+        # For channels last, weights are put in another order at every call: it may be less to turn the map. (Compiled,
+        # there would be graphs for the one and the other.)
+        if not torch.compiler.is_compiling() and self.projection.weight.numel() > maps.numel():
             maps = maps.contiguous()
         maps = self.projection(maps)
         return self.norm(maps.flatten(2).transpose(1, 2))
