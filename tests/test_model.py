@@ -320,7 +320,6 @@ def test_low_precision(attention_type, dtype, tmp_path):
 def test_gradient_checkpointing(attention_type, reentrant, monkeypatch):
     """Reentrant checkpointing first runs without gradients, and must draw the same random numbers then."""
     monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
-    monkeypatch.setattr(modeling_focal, "VALUES_PER_PIECE", 1500)
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.3}
     model = randomized(FocalForImageClassification(tiny(attention_type, **rates))).train()
     gradients = []
@@ -350,7 +349,6 @@ def test_dropout_and_stochastic_depth(attention_type, rate):
 def test_inference_in_pieces_is_the_same(attention_type, shift, monkeypatch):
     """Without gradients a CPU works in pieces; many small ones here."""
     monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
-    monkeypatch.setattr(modeling_focal, "VALUES_PER_PIECE", 1500)
     model = randomized(FocalForImageClassification(tiny(attention_type, use_shift=shift)))
     image = pixels(5, 3, 52, 71)
     whole = model(image, output_hidden_states=True)

@@ -36,7 +36,6 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 # What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
 TOKENS_PER_PIECE = 1600  # of an MLP
-VALUES_PER_PIECE = 256 * 1024  # of a map that is pooled
 
 
 @dataclass
@@ -318,27 +317,20 @@ class FocalPooling(nn.Module):
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
         return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
-    def pool_cells(self, cells: torch.Tensor, level: int) -> torch.Tensor:
-        """(rows, cols, side, side, channels) cells of a level to pooled tokens (rows · cols, channels)."""
-        cells = cells.flatten(2, 3).flatten(0, 1)
-        if self.pool == "mean":
-            return cells.mean(dim=1)
-        if self.pool == "max":
-            return cells.amax(dim=1)
-        layer = self.layers[level]
-        if self.pool == "fc":
-            return layer(cells.transpose(1, 2)).squeeze(-1)
-        return layer(cells.transpose(1, 2).unflatten(2, layer.kernel_size)).flatten(1)
-
     def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
         cells = self.cells_of(windows, level).flatten(0, 1)
-        if in_cpu_inference(self, cells):
-            pieces = cells.split(max(1, VALUES_PER_PIECE // cells[0].numel()))
-            pooled = joined([self.pool_cells(piece, level) for piece in pieces])
+        channels = cells.shape[-1]
+        if self.pool == "mean":
+            pooled = cells.mean(dim=(2, 3))
+        elif self.pool == "max":
+            pooled = cells.amax(dim=(2, 3))
+        elif self.pool == "fc":
+            # Places first, as channels are copied side by side so; what the layer takes is a view of that.
+            pooled = self.layers[level](cells.permute(2, 3, 0, 1, 4).reshape(self.cells[level] ** 2, -1).t())
         else:
-            pooled = self.pool_cells(cells, level)
-        return pooled.view(windows.shape[0], -1, cells.shape[-1])
+            pooled = self.layers[level](cells.permute(0, 1, 4, 2, 3).flatten(0, 1))
+        return pooled.view(windows.shape[0], -1, channels)
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
