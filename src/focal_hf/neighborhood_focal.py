@@ -209,15 +209,25 @@ def slot_tokens(window_size: int, expand_size: int, device: torch.device) -> tor
     )
 
 
+def slot_count(window_size: int, expand_size: int) -> int:
+    """How many tokens have a slot."""
+    return 4 * (window_size**2 - (window_size - expand_size) ** 2)
+
+
 @cached_table
-def fine_columns(window_size: int, expand_size: int, device: torch.device) -> torch.Tensor:
-    """Where the bias of each fine token stands, shape (2, (window_size + 2 · expand_size)²).
+def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the bias of each fine token stands.
 
     The fine tokens are the square of the window and `expand_size` tokens around it, row by row. Their biases stand in
     `[the window's own tokens | the slots of the tokens around it]`. The slots are those of four windows, displaced by
-    `expand_size` along both diagonals, without the tokens in the window itself. So a token has one column (then both
-    rows here agree), two where displaced windows overlap, or none (-1) where they leave a gap.
+    `expand_size` along both diagonals, without the tokens in the window itself. So a token has one place there, two
+    where displaced windows overlap, or none where they leave a gap.
+
+    Returns:
+        The pairs of places of the tokens that have two, (2, pairs); and for each fine token its place, or its pair's
+        place behind them all, or -1.
     """
+    side = window_size + 2 * expand_size
     square = torch.arange(-expand_size, window_size + expand_size, device=device)
     slots = slot_tokens(window_size, expand_size, device).flatten().cumsum(0) + window_size**2 - 1
 
@@ -226,10 +236,18 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> to
         row, col = square - down, square - right  # in the displaced window
         inside = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
         found.append(torch.where(in_window(row, col, window_size), slot[inside], -1))
-    found = torch.stack(found).sort(dim=0, descending=True).values[:2]
-    found[1] = torch.where(found[1] < 0, found[0], found[1])
+    found = torch.stack(found).sort(dim=0, descending=True).values.flatten(1)
     own_column = square[:, None] * window_size + square[None, :]
-    return torch.where(in_window(square, square, window_size), own_column, found).flatten(1)
+    columns = torch.where(in_window(square, square, window_size).flatten(), own_column.flatten(), found[0])
+
+    # In the rows, or columns, that windows displaced either way reach, beside the window itself.
+    both = torch.arange(2 * expand_size, max(window_size, 2 * expand_size), device=device)
+    reached = torch.arange(expand_size, device=device)
+    beside = torch.cat([reached, side - expand_size + reached])
+    twice = torch.cat([both[:, None] * side + beside, beside * side + both[:, None]]).flatten()
+    behind = window_size**2 + slot_count(window_size, expand_size)
+    columns[twice] = behind + torch.arange(twice.shape[0], device=device)
+    return found[:2, twice], columns
 
 
 @cached_table
@@ -460,9 +478,10 @@ class FocalNeighborhood(RememberingModule):
 
         window = window_size**2
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-        slots = 4 * window - 4 * (window_size - expand_size) ** 2
         self.relative_position_bias_table_to_neighbors = (
-            nn.Parameter(torch.zeros(1, num_heads, window, slots)) if expand_size else None
+            nn.Parameter(torch.zeros(1, num_heads, window, slot_count(window_size, expand_size)))
+            if expand_size
+            else None
         )
         # Not a ParameterList, which is never called: offloading brings weights in when their module is called.
         for level in range(pooled_levels):
@@ -481,10 +500,12 @@ class FocalNeighborhood(RememberingModule):
         if self.relative_position_bias_table_to_neighbors is None:
             return own
         listed = torch.cat([own, at_least_float32(self.relative_position_bias_table_to_neighbors[0])], dim=-1)
-        first, second = fine_columns(self.window_size, self.expand_size, table.device)
-        once, again = listed[..., first], listed[..., second]
-        bias = torch.where(first == second, once, torch.logaddexp(once, again))
-        return bias.masked_fill(first < 0, -torch.inf) if 2 * self.expand_size > self.window_size else bias
+        pairs, columns = fine_columns(self.window_size, self.expand_size, table.device)
+        # Gathered, which takes a third of the time of indexing.
+        first, second = (listed.gather(-1, of_pair.expand(*listed.shape[:2], -1)) for of_pair in pairs)
+        listed = torch.cat([listed, torch.logaddexp(first, second)], dim=-1)
+        bias = listed.gather(-1, columns.clamp(min=0).expand(*listed.shape[:2], -1))
+        return bias.masked_fill(columns < 0, -torch.inf) if 2 * self.expand_size > self.window_size else bias
 
     def pooled_bias(self, level: int) -> torch.Tensor:
         """Bias of every query of a window to its pooled tokens of a level, shape (heads, queries, pooled tokens)."""
