@@ -321,8 +321,8 @@ def focal_index(
     return head_index(torch.cat(index, dim=2), heads), patterns, torch.cat(seen, dim=2).int()
 
 
-def whole_bias(neighborhood: Neighborhood, seen: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The bias of all queries of a map to all of its tokens, from that of its windows.
+def whole_bias(bias: torch.Tensor, seen: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The bias of all queries of a map to all of its tokens, from that of a window.
 
     Args:
         seen: the index of a `Sight`, no token twice.
@@ -331,16 +331,20 @@ def whole_bias(neighborhood: Neighborhood, seen: torch.Tensor, tokens: int) -> t
     Returns:
         The bias (heads, height · width, tokens), -inf where a query does not see a token.
     """
-    bias = neighborhood.bias((slice(None), slice(None)))
+    heads, queries, keys = bias.shape
+    bias = nn.functional.pad(bias, (0, 1), value=-torch.inf)  # a last column, of what is hidden
     place = seen.masked_fill(seen < 0, tokens).flatten(0, 1).long()
-    everywhere = bias.new_full((*bias.shape[:3], tokens + 1), -torch.inf)
-    everywhere.scatter_(3, place[:, None, None].expand_as(bias), bias)
-    side = math.isqrt(bias.shape[2])
-    everywhere = everywhere[..., :tokens].unflatten(2, (side, side)).unflatten(0, seen.shape[:2])
+    column = place.new_full((place.shape[0], tokens + 1), keys)
+    column.scatter_(1, place, torch.arange(keys, device=place.device).expand_as(place))
+    shape = place.shape[0], heads, queries, -1
+    everywhere = bias.expand(shape).gather(3, column[:, None, None, :tokens].expand(shape))
+    side = math.isqrt(queries)
+    everywhere = everywhere.unflatten(2, (side, side)).unflatten(0, seen.shape[:2])
     return everywhere.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)
 
 
 def nearest_radius(height: int, width: int, topk: int) -> int:
+        bias: what all windows share, (heads, queries, keys).
     """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred.
 
     Not by searching the least one: compiled code knows a map's size only as a symbol.
@@ -533,8 +537,7 @@ class FocalNeighborhood(RememberingModule):
 
         def made(*tables: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
             biases = self.biases()
-            parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
-            return biases, whole and whole_bias(Neighborhood(index, parts), tokens, whole)
+            return biases, whole and whole_bias(torch.cat(biases, dim=-1), tokens, whole)
 
         biases, bias_at_once = self.remembered(made, *self.parameters(), key=whole and (height, width))
         parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
@@ -551,7 +554,8 @@ class FocalNeighborhood(RememberingModule):
         tokens = height * width + windows * sum(4**level for level in range(self.pooled_levels))
         tokens += keys_to_fill(tokens)
         small = tokens <= keys * 4 / 3 and self.num_heads * height * width * tokens <= WHOLE_BIAS
-        return tokens if small and side <= min(height, width) else None
+        # A shift hides more than the index tells.
+        return tokens if small and side <= min(height, width) and not self.shift_size else None
 
     def biases(self) -> list[torch.Tensor]:
         """Bias of every query of a window to its fine, and to its pooled tokens, each (heads, queries, tokens)."""
