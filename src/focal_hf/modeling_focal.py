@@ -472,7 +472,8 @@ class FocalAttention(nn.Module):
         query = self.q_proj(tokens)
         tokens = [tokens]
         if self.pooling is not None:
-            tokens.append(self.pooling(cut_windows(maps, self.window_size)))
+            # Of tokens once more, not of maps, which compiled code would lay out in an order that suits nothing.
+            tokens.append(self.pooling(cut_windows(tokens[0].unflatten(1, maps.shape[1:3]), self.window_size)))
         if neighborhood.whole_bias is not None:
             filling = neighborhood.whole_bias.shape[2] - sum(part.shape[1] for part in tokens)
             tokens.append(maps.new_zeros(maps.shape[0], filling, maps.shape[3]))
