@@ -113,7 +113,7 @@ def test_tables_made_in_inference_serve_training(attention_type):
 def test_what_is_remembered_for_one_size_does_not_serve_another():
     """Small maps are attended to at once, others window by window."""
     config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
-                         expand_sizes=(2,), window_size=5, use_shift=True)  # fmt: skip
+                         expand_sizes=(2,), window_size=5)  # fmt: skip
     config._attn_implementation = "sdpa"
     attention = build(config, block=1)
     sizes = [(10, 10), (20, 15), (9, 10), (10, 15), (10, 10), (5, 10)]
@@ -124,3 +124,25 @@ def test_what_is_remembered_for_one_size_does_not_serve_another():
             maps = torch.randn(2, *size, 8, dtype=torch.float64)
             expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
             torch.testing.assert_close(attention(maps)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch before 2.8 cannot tell for which sizes it compiles")
+@pytest.mark.parametrize("shift", [False, True])
+def test_small_maps_are_attended_to_at_once_in_graphs_too(shift):
+    config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
+                         expand_sizes=(2,), window_size=5, use_shift=shift)  # fmt: skip
+    config._attn_implementation = "sdpa"
+    attention = build(config, block=1)
+    maps = torch.randn(2, 9, 10, 8, dtype=torch.float64)
+    expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
+    torch.compiler.reset()
+    calls = []
+
+    def backend(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.inference_mode():
+        found = torch.compile(attention, fullgraph=True, dynamic=False, backend=backend)(maps)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert any("attention_in_pieces" in call for call in calls) == shift

@@ -8,7 +8,7 @@ from transformers import __version__ as transformers_version
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, modeling_focal
 from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
@@ -40,8 +40,9 @@ def graphs():
 @needs_compile
 @BOTH
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs):
+def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs, monkeypatch):
     """Whatever is asked of a model, which must have been asked before: transformers then installs hooks."""
+    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
     for model_class in (FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone):
         model = randomized(model_class(tiny(attention_type, **BLOCK)))
         model.set_attn_implementation(implementation)
@@ -79,8 +80,9 @@ def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
 
 @needs_compile
 @BOTH
-def test_few_graphs_for_images_of_many_sizes(attention_type, graphs):
+def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch):
     """More sizes than the graphs that PyTorch keeps, whether or not they are whole patches and windows."""
+    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 100)
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK)))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     assert len(SIZES) > torch._dynamo.config.recompile_limit

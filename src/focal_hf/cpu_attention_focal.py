@@ -13,18 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, keys_to_fill, picked
+from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, is_exporting, keys_to_fill, picked
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
 KEY_VALUES_PER_PIECE = 768 * 1024
-
-
-def is_exporting() -> bool:
-    """Whether the graph may run where our operators are not known."""
-    # torch before 2.7 cannot tell exporting from compiling.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return exporting() or torch.jit.is_tracing()
 
 
 def works_in_pieces(query: torch.Tensor) -> bool:

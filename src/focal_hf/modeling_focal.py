@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_focal import BlockGeometry, FocalConfig
-from .cpu_attention_focal import attention_in_pieces, is_exporting, works_in_pieces
+from .cpu_attention_focal import attention_in_pieces, works_in_pieces
 from .neighborhood_focal import (
     FocalNeighborhood,
     Neighborhood,
@@ -27,6 +27,8 @@ from .neighborhood_focal import (
     at_least_float32,
     cut_windows,
     in_cpu_inference,
+    is_exporting,
+    is_fixed,
     picked,
 )
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
@@ -34,8 +36,11 @@ from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 # Below transformers' own logger, so that its verbosity holds here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# What is worked on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
-TOKENS_PER_PIECE = 1600  # of an MLP
+# What an MLP works on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
+TOKENS_PER_PIECE = 1600
+# Larger pieces than that in compiled graphs, which have all of them one after the other: the gain is in memory that is
+# used again rather than asked for.
+PIECES_IN_GRAPH = 8
 
 
 @dataclass
@@ -578,11 +583,13 @@ class FocalMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not in_cpu_inference(self, hidden_states):
-            return self.mix(hidden_states)
         tokens = hidden_states.flatten(0, -2)
-        pieces = tokens.chunk(-(-len(tokens) // TOKENS_PER_PIECE))
-        return joined([self.mix(piece) for piece in pieces]).view(hidden_states.shape)
+        if not (in_cpu_inference(self, tokens) and is_fixed(tokens.shape[0])):
+            return self.mix(hidden_states)
+        count = -(-tokens.shape[0] // TOKENS_PER_PIECE)
+        if torch.compiler.is_compiling():
+            count = min(count, PIECES_IN_GRAPH)
+        return joined([self.mix(piece) for piece in tokens.chunk(count)]).view(hidden_states.shape)
 
     def mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))

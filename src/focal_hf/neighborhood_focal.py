@@ -25,20 +25,36 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.fx.experimental import symbolic_shapes
 
 # Numbers in the bias of a whole map, at most: what is remembered of it for every block.
 WHOLE_BIAS = 1024 * 1024
 
 
+def is_exporting() -> bool:
+    """Whether the graph may run where our operators are not known."""
+    # torch before 2.7 cannot tell exporting from compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return exporting() or torch.jit.is_tracing()
+
+
+def is_fixed(*sizes: int) -> bool:
+    """Whether what runs now, or is compiled, runs for these sizes alone."""
+    if is_exporting():
+        return False
+    # torch before 2.8 cannot tell.
+    known = getattr(symbolic_shapes, "has_static_value", None)
+    return not torch.compiler.is_compiling() or (known is not None and all(known(size) for size in sizes))
+
+
 def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether this is inference on a CPU outside of any graph, where work in pieces and memory used again pay."""
-    return (
-        tensor.device.type == "cpu"
-        and not module.training
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    """Whether this is inference on a CPU, where work in pieces and memory used again pay."""
+    return tensor.device.type == "cpu" and not module.training and not torch.is_grad_enabled()
+
+
+def in_graph() -> bool:
+    """Whether what runs now is recorded, to be run later."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class BiasPart(NamedTuple):
@@ -176,7 +192,7 @@ def cached_table(function):
 
     @functools.wraps(function)
     def wrapper(*args):
-        return (function if torch.compiler.is_compiling() or torch.jit.is_tracing() else cached)(*args)
+        return (function if in_graph() else cached)(*args)
 
     return wrapper
 
@@ -325,6 +341,7 @@ def whole_bias(bias: torch.Tensor, seen: torch.Tensor, tokens: int) -> torch.Ten
     """The bias of all queries of a map to all of its tokens, from that of a window.
 
     Args:
+        bias: what all windows share, (heads, queries, keys).
         seen: the index of a `Sight`, no token twice.
         tokens: how many there are, pooled ones included, or more.
 
@@ -344,7 +361,6 @@ def whole_bias(bias: torch.Tensor, seen: torch.Tensor, tokens: int) -> torch.Ten
 
 
 def nearest_radius(height: int, width: int, topk: int) -> int:
-        bias: what all windows share, (heads, queries, keys).
     """A radius in tokens of a disc that holds `topk` of a map's tokens, or all, wherever in the map it is centred.
 
     Not by searching the least one: compiled code knows a map's size only as a symbol.
@@ -452,7 +468,7 @@ class RememberingModule(nn.Module):
         The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
         `.data`, loading or swapping.
         """
-        if not in_cpu_inference(self, tensors[0]):
+        if in_graph() or not in_cpu_inference(self, tensors[0]):
             return make(*tensors)
         remembered = self._remembered
         if remembered is None or remembered[0] != key or not all(map(same, remembered[1], tensors)):
@@ -533,7 +549,8 @@ class FocalNeighborhood(RememberingModule):
         )
 
         # Of the map's and pooled tokens, if windows see so many of them that all may attend to all of them at once.
-        whole = self.tokens_at_once(height, width) if in_cpu_inference(self, maps) else None
+        at_once = in_cpu_inference(self, maps) and is_fixed(height, width)
+        whole = self.tokens_at_once(height, width) if at_once else None
 
         def made(*tables: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
             biases = self.biases()
