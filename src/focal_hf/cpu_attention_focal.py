@@ -80,8 +80,8 @@ def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
                 here = slice(some.start * rows + some_rows.start, (some.stop - 1) * rows + some_rows.stop), some_cols
                 head_index = of_image
                 if images > 1:
-                    numbers = range(some.start, some.stop)
-                    head_index = torch.cat([of_image + image * tokens * heads for image in numbers])
+                    first = torch.arange(some.start, some.stop) * (tokens * heads)
+                    head_index = (first[:, None, None, None] + of_image).flatten(0, 1)
                 yield Piece(here, places, head_index, bias.flatten(0, 1)[: len(head_index)])
 
 
@@ -168,14 +168,16 @@ def attention_in_pieces_backward(
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value and the sources."""
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
-    gradients = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value, *sources)]
-    grad_query, grad_key, grad_value, *grad_sources = gradients
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sums = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in (key, value, *sources)]
+    grad_key, grad_value, *grad_sources = sums
     windows = [all_windows(tokens, *index.shape[:2]) for tokens in (query, output, grad_output)]
     grad_queries = all_windows(grad_query, *index.shape[:2])
     for here, places, head_index, bias in pieces(neighborhood, key, head_dim):
         q, out, grad_out = (by_head(maps[here], head_dim) for maps in windows)
         k, v = picked(key, head_index, head_dim), picked(value, head_index, head_dim)
-        scores = torch.matmul(q, k.transpose(2, 3)).mul_(scaling).add_(bias)
+        q = q * scaling  # with fewer numbers than its scores
+        scores = torch.matmul(q, k.transpose(2, 3)).add_(bias)
         weights = at_least_float32(scores).softmax(dim=-1).to(q.dtype)
         grad_scores = torch.matmul(grad_out, v.transpose(2, 3))
         grad_scores.sub_((grad_out * out).sum(dim=-1, keepdim=True)).mul_(weights)
@@ -184,14 +186,13 @@ def attention_in_pieces_backward(
             grad = grad_scores[..., first : first + part.columns].to(grad_source.dtype)
             grad_source += part.gradient(grad, places)
             first += part.columns
-        grad_scores.mul_(scaling)
-        put(torch.matmul(grad_scores, k), grad_queries[here])
+        put(torch.matmul(grad_scores, k).mul_(scaling), grad_queries[here])
         for grad, of_picked in (
             (grad_key, torch.matmul(grad_scores.transpose(2, 3), q)),
             (grad_value, torch.matmul(weights.transpose(2, 3), grad_out)),
         ):
             grad.view(-1, head_dim).index_add_(0, head_index.flatten(), of_picked.flatten(0, 2))
-    return gradients
+    return [grad_query, *sums]
 
 
 @attention_in_pieces_backward.register_fake
