@@ -45,7 +45,7 @@ def slices(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def pieces(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iterator[Piece]:
+def pieces(neighborhood: Neighborhood, key: torch.Tensor) -> Iterator[Piece]:
     """All windows of all images, piece by piece. The bias of one is written over that of the one before."""
     index, parts = neighborhood.head_index, neighborhood.parts
     rows, cols, heads, keys = index.shape
@@ -131,7 +131,7 @@ def attention_in_pieces(
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     queries, outputs = (all_windows(tokens, *index.shape[:2]) for tokens in (query, output))
-    for piece in pieces(neighborhood, key, head_dim):
+    for piece in pieces(neighborhood, key):
         attended = nn.functional.scaled_dot_product_attention(
             by_head(queries[piece.here], head_dim),
             picked(key, piece.head_index, head_dim),
@@ -173,7 +173,7 @@ def attention_in_pieces_backward(
     grad_key, grad_value, *grad_sources = sums
     windows = [all_windows(tokens, *index.shape[:2]) for tokens in (query, output, grad_output)]
     grad_queries = all_windows(grad_query, *index.shape[:2])
-    for here, places, head_index, bias in pieces(neighborhood, key, head_dim):
+    for here, places, head_index, bias in pieces(neighborhood, key):
         q, out, grad_out = (by_head(maps[here], head_dim) for maps in windows)
         k, v = picked(key, head_index, head_dim), picked(value, head_index, head_dim)
         q = q * scaling  # with fewer numbers than its scores
