@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs, is_triton_available, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -408,11 +408,11 @@ def flex_attention_forward(
 
 def reason_against_triton(query: torch.Tensor, head_dim: int, dropout: float, asked: bool) -> str | None:
     """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
-    try:
-        # Not before it is used: importing Triton takes time, and few machines have it.
-        from .triton_attention_focal import why_not
-    except ImportError as error:
-        return str(error)
+    if not is_triton_available():
+        return "it needs the package triton: pip install triton"
+    # Not before it is used, as importing Triton takes time.
+    from .triton_attention_focal import why_not
+
     return why_not(query.device, query.dtype, head_dim, dropout, asked)
 
 

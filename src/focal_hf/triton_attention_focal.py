@@ -21,11 +21,11 @@ from torch.utils.flop_counter import register_flop_formula
 from .cpu_attention_focal import NAMESPACE
 from .neighborhood_focal import Neighborhood, Square, at_least_float32
 
-try:
+try:  # Transformers asks of code that comes with a checkpoint that all it imports is there, unless it is tried.
     import triton
     import triton.language as tl
-except ImportError as error:
-    raise ImportError("The attention implementation 'triton' needs the package triton: pip install triton") from error
+except ImportError:
+    raise
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
