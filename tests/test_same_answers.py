@@ -17,10 +17,14 @@ from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from focal_hf import FocalForImageClassification, cpu_attention_focal, modeling_focal
 from focal_hf.modeling_focal import FocalAttention
+from focal_hf.neighborhood_focal import FocalNeighborhood
 from test_attention import build, one_stage_configs
 from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
 
@@ -552,3 +556,47 @@ def test_compiled_models_answer_and_train_the_same(attention_type, backend):
         compiled(IMAGES, labels=LABELS).loss.backward()
         found = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.testing.assert_close(found, expected[1], rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_after_a_dry_run_of_fake_tensors(attention_type):
+    """Tables are remembered by sizes alone: none may be left behind by a mode whose tensors hold nothing."""
+    model = classifier(attention_type)
+    images = pixels(1, 3, 44, 36)  # a size of its own: nothing is remembered of it yet
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        answers(model, images=images)
+    torch.testing.assert_close(answers(model, images=images), answers(fresh(model, "eager"), images=images))
+
+
+@BOTH
+def test_pruned(attention_type):
+    """A pruned table is an attribute, and no parameter any more."""
+    model = classifier(attention_type, focal_levels=(1, 1, 1))
+    before = answers(model)
+    for module in model.modules():
+        for name in [name for name, _ in module.named_parameters(recurse=False) if "bias_table" in name]:
+            prune.random_unstructured(module, name, amount=0.5)
+    found = answers(model)
+    assert attention_type == "topk" or not torch.equal(found, before)
+    for implementation in ("sdpa", "eager"):
+        expected = copy.deepcopy(model)
+        for module in expected.modules():
+            if prune.is_pruned(module) and isinstance(module, FocalNeighborhood):
+                for name in [name for name in dict(module.named_buffers(recurse=False)) if name.endswith("_mask")]:
+                    prune.remove(module, name.removesuffix("_mask"))
+        torch.testing.assert_close(found, answers(fresh(expected, implementation)))
+
+
+def test_sharded_with_flat_parameters(tmp_path):
+    """FSDP's default, `use_orig_params=False`, leaves modules their weights as attributes only."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = classifier("focal")
+        expected, step = answers(model), model(IMAGES, labels=LABELS).loss.detach()
+        sharded = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+        torch.testing.assert_close(answers(sharded), expected)
+        loss = sharded(IMAGES, labels=LABELS).loss
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), step)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch.fx.experimental import symbolic_shapes
 
 # Numbers in the bias of a whole map, at most: what is remembered of it for every block.
@@ -52,9 +53,15 @@ def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not module.training and not torch.is_grad_enabled()
 
 
-def in_graph() -> bool:
-    """Whether what runs now is recorded, to be run later."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def may_remember() -> bool:
+    """Whether what is computed now is good for later.
+
+    Not while compiling, exporting or tracing, where the arithmetic belongs in the graph, nor under a fake mode or a
+    transform of `torch.func`, whose tensors hold nothing afterwards.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return detect_fake_mode() is None and not torch._C._are_functorch_transforms_active()
 
 
 class BiasPart(NamedTuple):
@@ -181,8 +188,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def cached_table(function):
     """Remembers the tables that a function of integers and a device has made.
 
-    Not while compiling, exporting or tracing, where the arithmetic belongs in the graph. Never as inference tensors,
-    which autograd could not use later.
+    Never as inference tensors, which autograd could not use later.
     """
 
     @functools.lru_cache(maxsize=64)
@@ -192,7 +198,7 @@ def cached_table(function):
 
     @functools.wraps(function)
     def wrapper(*args):
-        return (function if in_graph() else cached)(*args)
+        return (cached if may_remember() else function)(*args)
 
     return wrapper
 
@@ -468,7 +474,7 @@ class RememberingModule(nn.Module):
         The numbers themselves are compared: neither versions nor addresses tell of every change by fused optimizers,
         `.data`, loading or swapping.
         """
-        if in_graph() or not in_cpu_inference(self, tensors[0]):
+        if not (may_remember() and in_cpu_inference(self, tensors[0])):
             return make(*tensors)
         remembered = self._remembered
         if remembered is None or remembered[0] != key or not all(map(same, remembered[1], tensors)):
@@ -511,6 +517,11 @@ class FocalNeighborhood(RememberingModule):
     def pooled_tables(self) -> list[nn.Parameter]:
         """The table of each pooled level, each (heads, relative positions)."""
         return [getattr(self, f"relative_position_bias_table_to_windows_{k}") for k in range(self.pooled_levels)]
+
+    def tables(self) -> list[torch.Tensor]:
+        """All there are. `parameters` has none in replicas of DataParallel, nor in FSDP's modules."""
+        tables = [self.relative_position_bias_table, self.relative_position_bias_table_to_neighbors]
+        return [table for table in (*tables, *self.pooled_tables()) if table is not None]
 
     def fine_bias(self) -> torch.Tensor:
         """Bias of every query of a window to its fine tokens, shape (heads, queries, fine tokens)."""
@@ -556,7 +567,7 @@ class FocalNeighborhood(RememberingModule):
             biases = self.biases()
             return biases, whole and whole_bias(torch.cat(biases, dim=-1), tokens, whole)
 
-        biases, bias_at_once = self.remembered(made, *self.parameters(), key=whole and (height, width))
+        biases, bias_at_once = self.remembered(made, *self.tables(), key=whole and (height, width))
         parts = [BiasPart(*part) for part in zip(biases, masks, strict=True)]
         squares = [Square(self.window_size + 2 * self.expand_size, self.window_size, self.expand_size)]
         for level in range(self.pooled_levels):
