@@ -317,6 +317,11 @@ def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, t
     assert AutoModelForImageClassification.from_pretrained(output).config.embed_dim == 8
     assert not (output / "stale.txt").exists()
 
+    refused = finetune("--model", output, *options[2:], "--overwrite")
+    assert refused.returncode == 1
+    assert "contains the --data, --config or --model of this run" in refused.stderr
+    assert (output / "model.safetensors").exists()
+
     (output / "config.json").unlink()
     refused = finetune(*options, "--overwrite")
     assert refused.returncode == 1

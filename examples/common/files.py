@@ -35,8 +35,9 @@ def check_output(args: argparse.Namespace) -> None:
             )
         if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
             raise Problem(f"--output {folder} holds something else than a model: --overwrite will not delete that.")
-        if any(Path(source).resolve().is_relative_to(folder.resolve()) for source in (args.data, args.config or "/")):
-            raise Problem(f"--output {folder} contains the --data or --config of this run: name another folder.")
+        sources = (source for source in (args.data, args.config, args.model) if source)
+        if any(Path(source).resolve().is_relative_to(folder.resolve()) for source in sources):
+            raise Problem(f"--output {folder} contains the --data, --config or --model of this run: name another.")
 
 
 def write_results(folder: Path, results: dict) -> None:
