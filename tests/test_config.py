@@ -70,6 +70,8 @@ def test_unused_settings_do_not_contradict():
     FocalConfig(**TINY | {"attention_type": "topk", "focal_windows": (4, 2)})
     FocalConfig(**TINY | {"focal_stages": (1,), "focal_windows": (4, 1)})
     FocalConfig(**TINY | {"focal_levels": (0, 1), "focal_windows": (4, 2)})
+    FocalConfig(**TINY | {"attention_type": "topk", "window_size": 2, "expand_sizes": (3, 3)})
+    FocalConfig(**TINY | {"focal_levels": (0, 0), "window_size": 2, "expand_sizes": (3, 3)})
 
 
 def test_derived_settings_may_be_given_where_they_agree():

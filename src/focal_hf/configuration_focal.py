@@ -14,7 +14,7 @@ EXPAND_LAYERS = ("all", "even", "odd")
 
 
 class BlockGeometry(NamedTuple):
-    """How one block divides its map; all lengths in tokens."""
+    """How one block divides its map; lengths in tokens, `focal_window` in pooled ones."""
 
     window_size: int
     expand_size: int
@@ -95,7 +95,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the truncated normal for linear layers, position tables and absolute positions.
+            Standard deviation of the truncated normal for linear layers, absolute positions and position tables, other
+            than the window's own, which start at 0.
         encoder_stride (`int`, *optional*, defaults to 32):
             Pixels per token of the last map, which masked image modelling turns back into pixels.
         out_features (`list[str]`, *optional*):
@@ -334,10 +335,11 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"window's side, but a window of stage {stage} is {geometry.window_size} tokens wide at image_size="
                     f"{self.image_size}. Use fewer levels, a larger window_size or a larger image_size."
                 )
-            if self.expand_sizes[stage] > self.window_size:
+            expand_size = max(self.block_geometry(stage, block).expand_size for block in range(self.depths[stage]))
+            if expand_size > self.window_size:
                 raise ValueError(
                     f"expand_sizes must be at most window_size = {self.window_size}; expand_sizes[{stage}] is "
-                    f"{self.expand_sizes[stage]}."
+                    f"{expand_size}."
                 )
 
 
