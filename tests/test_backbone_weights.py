@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import DetrConfig, DetrForObjectDetection, SwinConfig, SwinForImageClassification
 
@@ -133,6 +134,18 @@ def with_swin(folder):
     return DetrForObjectDetection(DetrConfig(backbone_config=swin, **DETR))
 
 
+def partly_elsewhere(folder):
+    model = detr()
+    backbone_of(model).focal.encoder.layers[1].to("meta")
+    return model
+
+
+def adapted(folder):
+    model = detr()
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), backbone_of(model))
+    return model
+
+
 PATCHES = "focal.embeddings.patch_embeddings.projection.bias"
 TABLE = "focal.encoder.layers.0.blocks.0.attention.neighborhood.relative_position_bias_table_to_neighbors"
 
@@ -167,6 +180,8 @@ TABLE = "focal.encoder.layers.0.blocks.0.attention.neighborhood.relative_positio
             saved,
             "is on the meta device and cannot hold weights",
         ),
+        (partly_elsewhere, saved, "is on the meta device and cannot hold weights"),
+        (adapted, saved, "8 weights have no place: "),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(model, checkpoint, message, tmp_path):

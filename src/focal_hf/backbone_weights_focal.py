@@ -78,7 +78,7 @@ def load_backbone_weights(
             "backbone_config; of several backbones, give one at a time."
         )
     (backbone,) = backbones.values()
-    if backbone.device.type == "meta":
+    if any(parameter.is_meta for parameter in backbone.parameters()):
         raise ValueError(
             f"the backbone of {type(model).__name__} is on the meta device and cannot hold weights: load them before "
             "offloading, or build the model on another device."
@@ -118,6 +118,11 @@ def load_backbone_weights(
         )
     kept = {key for key in info["missing_keys"] if key.startswith(NORMS)}
     weights = {key: value for key, value in loaded.state_dict().items() if key not in kept}
+    if changed := sorted(weights.keys() - backbone.state_dict().keys()):
+        raise ValueError(
+            f"the backbone of {type(model).__name__} has no longer the layers of a Focal model: {len(changed)} weights "
+            f"have no place: {', '.join(changed[:3])}. Load them before adapters or the like are put in."
+        )
     backbone.load_state_dict(weights, strict=False)
     return model
 
