@@ -1,5 +1,6 @@
 """focal_hf.visualization: positions worked out by hand, attention rebuilt from them, rollout, and the script."""
 
+import copy
 import itertools
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import disk_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -304,13 +306,22 @@ def test_recording_leaves_the_model_as_it_was():
     with torch.no_grad():
         before = model(pixel_values).logits
     record = record_attention(model, pixel_values)
-    assert model.config._attn_implementation == "sdpa"
+    assert (model.config._attn_implementation, model.config._attn_implementation_by_default) == ("sdpa", True)
     assert not any(module._forward_hooks for module in model.modules() if isinstance(module, FocalAttention))
     with torch.no_grad():
         assert torch.equal(model(pixel_values).logits, before)
     np.testing.assert_allclose(record.logits, before[0].numpy(), atol=1e-6)
     sums = torch.cat([block.weights.sum(-1).flatten() for stage in record.stages for block in stage])
     torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_recording_wherever_and_in_whatever_type_the_model_is(tmp_path):
+    model, pixel_values = two_stages(), torch.randn(1, 3, 16, 16)
+    expected = record_attention(model, pixel_values).logits
+    half = record_attention(copy.deepcopy(model).bfloat16(), pixel_values).logits
+    np.testing.assert_allclose(half, expected, atol=0.1 * np.abs(expected).max())
+    offloaded = disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    np.testing.assert_array_equal(record_attention(offloaded, pixel_values).logits, expected)
 
 
 def test_what_cannot_be_is_said():

@@ -175,12 +175,15 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     for attention in (attention for stage in stages for attention in stage):
         hooks.append(attention.neighborhood.register_forward_hook(keep_neighborhood))
         hooks.append(attention.register_forward_hook(keep_weights))
-    implementation = focal.config._attn_implementation
+    implementation, by_default = focal.config._attn_implementation, focal.config._attn_implementation_by_default
     focal.set_attn_implementation("eager")
     try:
-        last_hidden_state = focal(pixel_values.to(focal.device)).last_hidden_state
+        # Offloaded models have no device; their hooks bring the image to where it is needed.
+        device = None if focal.device.type == "meta" else focal.device
+        last_hidden_state = focal(pixel_values.to(device, focal.dtype)).last_hidden_state
     finally:
         focal.set_attn_implementation(implementation)
+        focal.config._attn_implementation_by_default = by_default
         for hook in hooks:
             hook.remove()
 
