@@ -5,6 +5,8 @@ import copy
 import io
 import json
 import random
+import struct
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from transformers import (
     pipeline,
 )
 
+from common.data import unreadable_pictures
 from common.detection import (
     ObjectImages,
     View,
@@ -38,6 +41,7 @@ from common.detection import (
     build_detector,
     detection_loss,
     ground_truth,
+    picture_size,
     read_objects,
     training_sizes,
 )
@@ -426,6 +430,17 @@ def test_errors_are_one_line(place):
         assert len(errors) == 1
         assert expected in errors[0]
     assert not (place / "none").exists()
+
+
+def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
+    """Pillow does not open what may fill the memory."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 15000, 15000, 8, 2, 0, 0, 0)
+    file = tmp_path / "large.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+    cell = {"path": str(file), "bytes": None}
+    assert picture_size(cell) == (0, 0)
+    rows = datasets.Dataset.from_dict({"image": [cell]}, features=datasets.Features({"image": datasets.Image()}))
+    assert [*unreadable_pictures(rows, "image")] == [str(file)]
 
 
 def test_unreadable_and_turned_pictures(tmp_path):

@@ -78,7 +78,7 @@ def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
         if cell["path"] and os.path.isfile(cell["path"]):
             try:
                 Image.open(cell["path"]).close()
-            except OSError:
+            except (OSError, Image.DecompressionBombError):
                 yield cell["path"]
 
 

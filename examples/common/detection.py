@@ -151,7 +151,7 @@ def picture_size(cell: dict) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as image:
             return image.size
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return 0, 0
 
 
