@@ -15,6 +15,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
+from common.options import positive
+
 CONTENTS = """\
 what FOLDER then holds, the same for equal options:
   SPLIT/NUMBER.png                   the scenes
@@ -42,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "strokes alone are pasted, in any colour",
     )
     parser.add_argument("--size", type=int, default=128, metavar="N", help="side of a scene (default: 128 pixels)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=positive(int, or_zero=True), default=0, metavar="N", help="default: 0")
     return parser.parse_args()
 
 

@@ -167,7 +167,7 @@ def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str],
     )
     group.add_argument("--weight-decay", type=not_negative, metavar="WD", help=told("weight_decay"))
     group.add_argument("--clip", type=positive(float), metavar="NORM", help=f"largest gradient norm {told('clip')}")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    group.add_argument("--seed", type=positive(int, or_zero=True), default=0, metavar="N", help="default: 0")
 
 
 def view_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
