@@ -568,22 +568,24 @@ def test_after_a_dry_run_of_fake_tensors(attention_type):
     torch.testing.assert_close(answers(model, images=images), answers(fresh(model, "eager"), images=images))
 
 
-@BOTH
-def test_pruned(attention_type):
+def test_pruned():
     """A pruned table is an attribute, and no parameter any more."""
-    model = classifier(attention_type, focal_levels=(1, 1, 1))
+
+    def tables(model):
+        neighborhoods = [module for module in model.modules() if isinstance(module, FocalNeighborhood)]
+        names = ["relative_position_bias_table", "relative_position_bias_table_to_neighbors"]
+        return [(module, name) for module in neighborhoods for name in names if getattr(module, name) is not None]
+
+    model = classifier("focal", focal_levels=(1, 1, 1))
     before = answers(model)
-    for module in model.modules():
-        for name in [name for name, _ in module.named_parameters(recurse=False) if "bias_table" in name]:
-            prune.random_unstructured(module, name, amount=0.5)
+    for module, name in tables(model):
+        prune.random_unstructured(module, name, amount=0.5)
     found = answers(model)
-    assert attention_type == "topk" or not torch.equal(found, before)
+    assert not torch.equal(found, before)
+    expected = copy.deepcopy(model)
+    for module, name in tables(expected):
+        prune.remove(module, name)
     for implementation in ("sdpa", "eager"):
-        expected = copy.deepcopy(model)
-        for module in expected.modules():
-            if prune.is_pruned(module) and isinstance(module, FocalNeighborhood):
-                for name in [name for name in dict(module.named_buffers(recurse=False)) if name.endswith("_mask")]:
-                    prune.remove(module, name.removesuffix("_mask"))
         torch.testing.assert_close(found, answers(fresh(expected, implementation)))
 
 
