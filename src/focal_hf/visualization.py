@@ -15,7 +15,7 @@ to whole windows: planes have those rows and columns, too, since weight falls on
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -267,7 +267,7 @@ class QueryAttention:
     stride: int
     image_size: tuple[int, int]
 
-    def plane(self, levels: Iterable[int] | None = None) -> np.ndarray:
+    def plane(self, levels: Collection[int] | None = None) -> np.ndarray:
         """(rows, columns) of the padded map: the weight on each token, of some levels or (then its sum is 1) of all."""
         chosen = range(len(self.levels)) if levels is None else levels
         return sum((self.levels[level].plane for level in chosen), np.zeros_like(self.levels[0].plane))
@@ -511,13 +511,13 @@ def of_one(colour: tuple[int, int, int]) -> tuple[float, ...]:
     return tuple(part / 255 for part in colour)
 
 
-def drawn(seen: QueryAttention, levels: Iterable[int] | None) -> list[LevelAttention]:
+def drawn(seen: QueryAttention, levels: Collection[int] | None) -> list[LevelAttention]:
     """The levels that are to be drawn, the finest first."""
     chosen = seen.levels if levels is None else [seen.levels[level] for level in set(levels)]
     return sorted(chosen, key=lambda level: level.cell)
 
 
-def shown_size(seen: QueryAttention, levels: Iterable[int] | None = None) -> tuple[int, int]:
+def shown_size(seen: QueryAttention, levels: Collection[int] | None = None) -> tuple[int, int]:
     """Height and width in pixels of the image, with the padding where weight falls on it."""
     if not any(level.outside.any() for level in drawn(seen, levels)):
         return seen.image_size
@@ -533,7 +533,7 @@ def covered(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def shaded(image: np.ndarray, seen: QueryAttention, levels: Iterable[int] | None = None) -> np.ndarray:
+def shaded(image: np.ndarray, seen: QueryAttention, levels: Collection[int] | None = None) -> np.ndarray:
     """The image, grey and dimmed, with what a query looks at in colour. Needs no matplotlib, and a few milliseconds.
 
     Each level has its colour, the stronger the higher the weight, by the square root of its share of the level's
@@ -544,7 +544,7 @@ def shaded(image: np.ndarray, seen: QueryAttention, levels: Iterable[int] | None
             What the model was shown, of type uint8 and of `seen.image_size`.
         seen ([`QueryAttention`]):
             From [`query_attention`].
-        levels (`Iterable[int]`, *optional*):
+        levels (`Collection[int]`, *optional*):
             The levels to draw; all by default.
 
     Returns:
@@ -579,7 +579,7 @@ def outline(mask: np.ndarray, stride: int) -> list[list[tuple[int, int]]]:
     return [[(int(x) * stride, int(y) * stride) for x, y in line] for line in lines]
 
 
-def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Iterable[int] | None = None, line: float = 1.0):
+def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Collection[int] | None = None, line: float = 1.0):
     """Draws into a matplotlib `Axes` what [`shaded`] makes, with lines.
 
     They are around the query's token (red), its window (white), the region of the fine tokens and the cells of the
