@@ -428,6 +428,22 @@ def test_adapters_are_trained_switched_and_merged(attention_type, inference, tar
 
 @BOTH
 @INFERENCE
+def test_every_image_has_the_adapter_that_it_names(attention_type, inference):
+    low_rank = LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False)
+    model = get_peft_model(classifier(attention_type), low_rank, "first")
+    model.add_adapter("second", low_rank)
+    model.eval()
+    expected = []
+    for name, image in zip(["second", "first"], IMAGES.split(1), strict=True):
+        model.set_adapter(name)
+        expected.append(answers(model, inference, image))
+    with inference():
+        found = model(IMAGES, adapter_names=["second", "first"]).logits
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+@BOTH
+@INFERENCE
 @pytest.mark.parametrize("pool", ["fc", "conv"])
 def test_every_layer_runs_by_its_own_call(attention_type, inference, pool):
     """So that hooks see, and may change, what each gives. The biases' own layers run only when biases are made."""

@@ -584,7 +584,9 @@ class FocalMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        if not (in_cpu_inference(self, tokens) and is_fixed(tokens.shape[0])):
+        # Layers in the place of these may need to see which image a token is of, as PEFT's with an adapter per image.
+        plain = type(self.fc1) is type(self.fc2) is nn.Linear
+        if not (plain and in_cpu_inference(self, tokens) and is_fixed(tokens.shape[0])):
             return self.mix(hidden_states)
         count = -(-tokens.shape[0] // TOKENS_PER_PIECE)
         if torch.compiler.is_compiling():
