@@ -698,7 +698,8 @@ class FocalPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As the original's: truncated normals for linear layers and tables, PyTorch's own for convolutions."""
+        """As the original's: truncated normals for linear layers and tables, but zeros for the window's own table, and
+        PyTorch's own for convolutions."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
