@@ -302,6 +302,42 @@ def test_gradients_with_memory_saved(attention_type, memory):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@BOTH
+@pytest.mark.parametrize("size", [(32, 32), (40, 52)])
+def test_gradients_of_gradients(attention_type, size):
+    """As a penalty on the gradient that each image's loss has in its pixels."""
+    model = classifier(attention_type, use_shift=True).double()
+    found = []
+    for same_model in (model, fresh(model, "eager")):
+        images = pixels(2, 3, *size).double().requires_grad_()
+        loss = same_model(images, labels=LABELS).loss
+        (of_pixels,) = torch.autograd.grad(loss, images, create_graph=True)
+        weights = list(same_model.parameters())
+        found.append(torch.autograd.grad(of_pixels.norm(), weights, materialize_grads=True))
+    assert max(gradient.abs().max() for gradient in found[0]) > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+@BOTH
+def test_gradients_of_each_image(attention_type):
+    """By the transforms of `torch.func`."""
+    model = classifier(attention_type)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(weights, image, label):
+        return torch.func.functional_call(model, weights, image[None], {"labels": label[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, IMAGES, LABELS)
+    for number in range(len(IMAGES)):
+        model.zero_grad()
+        model(IMAGES[number : number + 1], labels=LABELS[number : number + 1]).loss.backward()
+        expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.testing.assert_close({name: each[number] for name, each in found.items()}, expected)
+    with torch.no_grad():
+        of_each = torch.func.vmap(lambda image: model(image[None]).logits[0])(IMAGES)
+    torch.testing.assert_close(of_each, answers(model))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     config=one_stage_configs(),

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .neighborhood_focal import BiasPart, Neighborhood, at_least_float32, is_exporting, keys_to_fill, picked
+from .neighborhood_focal import (
+    BiasPart,
+    Neighborhood,
+    at_least_float32,
+    is_exporting,
+    is_transforming,
+    keys_to_fill,
+    picked,
+)
 
 # Numbers in the keys that the windows of a piece gather: measured on a processor with 2 MB of second-level cache per
 # core.
@@ -21,8 +29,8 @@ KEY_VALUES_PER_PIECE = 768 * 1024
 
 
 def works_in_pieces(query: torch.Tensor) -> bool:
-    """Whether `attention_in_pieces` is the way to attend."""
-    return query.device.type == "cpu" and not is_exporting()
+    """Whether `attention_in_pieces` is the way to attend. It has no rules for `torch.func`."""
+    return query.device.type == "cpu" and not is_exporting() and not is_transforming()
 
 
 class Piece(NamedTuple):
@@ -202,6 +210,21 @@ def _(grad_output, output, query, key, value, index, sources, patterns, head_dim
     ]
 
 
+def written_out(query, key, value, index, sources, patterns, head_dim, scaling) -> torch.Tensor:
+    """What `attention_in_pieces` computes, of all windows at once and as often differentiable as one likes."""
+    neighborhood, sides = Neighborhood(index, list(map(BiasPart, sources, patterns))), index.shape[:2]
+    head_index = index.flatten(0, 1) + torch.arange(len(key))[:, None, None, None] * (key[0].numel() // head_dim)
+    queries = all_windows(query, *sides)
+    scores = torch.matmul(
+        by_head(queries, head_dim).unflatten(0, (len(query), -1)) * scaling,
+        picked(key, head_index, head_dim).transpose(3, 4),
+    )
+    bias = neighborhood.bias((slice(None), slice(None)))
+    weights = at_least_float32(scores + bias.to(scores.dtype)).softmax(dim=-1).to(query.dtype)
+    attended = torch.matmul(weights, picked(value, head_index, head_dim)).flatten(0, 1)
+    return attended.transpose(1, 2).reshape(queries.shape).transpose(1, 2).reshape(query.shape)
+
+
 def _keep(ctx, inputs, output):
     query, key, value, index, sources, patterns, ctx.head_dim, ctx.scaling = inputs
     ctx.sources = len(sources)
@@ -211,10 +234,14 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad_output):
     output, query, key, value, index, *rest = ctx.saved_tensors
     sources, patterns = rest[: ctx.sources], rest[ctx.sources :]
-    grad_query, grad_key, grad_value, *grad_sources = attention_in_pieces_backward(
-        grad_output, output, query, key, value, index, sources, patterns, ctx.head_dim, ctx.scaling
-    )
-    return grad_query, grad_key, grad_value, None, grad_sources, [None] * len(patterns), None, None
+    inputs = query, key, value, index, sources, patterns, ctx.head_dim, ctx.scaling
+    if torch.is_grad_enabled():  # create_graph=True: these gradients will have gradients
+        wanted = [tensor for tensor in (query, key, value, *sources) if tensor.requires_grad]
+        found = iter(torch.autograd.grad(written_out(*inputs), wanted, grad_output, create_graph=True))
+        grads = [next(found) if tensor.requires_grad else None for tensor in (query, key, value, *sources)]
+    else:
+        grads = attention_in_pieces_backward(grad_output, output, *inputs)
+    return *grads[:3], None, list(grads[3:]), [None] * len(patterns), None, None
 
 
 attention_in_pieces.register_autograd(_backward, setup_context=_keep)

@@ -224,8 +224,9 @@ class FocalPatchEmbeddings(nn.Module):
                 f"pixel_values must be floating point, normalised by the image processor; got {pixel_values.dtype}."
             )
         pixel_values = pad_to_multiple(pixel_values, self.patch_size)
-        # So that the projection gives tokens as they are needed, without a transposition.
-        embeddings = self.projection(pixel_values.contiguous(memory_format=torch.channels_last))
+        # Channels last, so that the projection gives tokens as they are needed, without a transposition. (Not asked for
+        # by its name, which `torch.func.vmap` does not know.)
+        embeddings = self.projection(pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         return embeddings.flatten(2).transpose(1, 2), tuple(embeddings.shape[2:])
 
 

@@ -53,6 +53,11 @@ def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not module.training and not torch.is_grad_enabled()
 
 
+def is_transforming() -> bool:
+    """Whether this runs under a transform of `torch.func`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def may_remember() -> bool:
     """Whether what is computed now is good for later.
 
@@ -61,7 +66,7 @@ def may_remember() -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return detect_fake_mode() is None and not torch._C._are_functorch_transforms_active()
+    return detect_fake_mode() is None and not is_transforming()
 
 
 class BiasPart(NamedTuple):
