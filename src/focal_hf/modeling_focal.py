@@ -29,6 +29,7 @@ from .neighborhood_focal import (
     in_cpu_inference,
     is_exporting,
     is_fixed,
+    is_transforming,
     picked,
 )
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
@@ -224,9 +225,10 @@ class FocalPatchEmbeddings(nn.Module):
                 f"pixel_values must be floating point, normalised by the image processor; got {pixel_values.dtype}."
             )
         pixel_values = pad_to_multiple(pixel_values, self.patch_size)
-        # Channels last, so that the projection gives tokens as they are needed, without a transposition. (Not asked for
-        # by its name, which `torch.func.vmap` does not know.)
-        embeddings = self.projection(pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        # So that the projection gives tokens as they are needed, without a transposition. `torch.func.vmap` cannot.
+        if not is_transforming():
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        embeddings = self.projection(pixel_values)
         return embeddings.flatten(2).transpose(1, 2), tuple(embeddings.shape[2:])
 
 
