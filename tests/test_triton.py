@@ -377,7 +377,7 @@ def test_compiles_for_gpus(capability, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark():
-    small = ["--sizes", "7", "--batch-size", "1", "--dtype", "float16", "--device", DEVICE, "--first-call"]
+    small = ["--sizes", "7", "--batch-size", "1", "--dtype", "float32", "--device", DEVICE, "--first-call"]
     command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "triton_attention.py", *small]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
