@@ -118,9 +118,11 @@ def _use(config: FocalConfig, model_id: str, with_code: bool, backbone: bool) ->
             "and `trust_remote_code` is not needed."
         )
         package, trust = "", ", trust_remote_code=True"
+        inside = "`load_state_dict` then takes the weights into the backbone that it has."
     else:
         code = "The model's code is the Python package `focal_hf`; importing it makes transformers know the model."
         package, trust = "\nimport focal_hf\n", ""
+        inside = f'`focal_hf.load_backbone_weights(model, "{model_id}")` then puts the weights into it.'
     if backbone:
         source, load = ("transformers", "AutoBackbone") if with_code else ("focal_hf", "FocalBackbone")
         hub = "  # by its name on the Hub: this class does not look into folders" if with_code else ""
@@ -137,8 +139,8 @@ with torch.no_grad():
     feature_maps = backbone(pixel_values).feature_maps
 ```
 
-A detector or segmenter of transformers is built for it with `backbone_config=backbone.config`; `load_state_dict` then
-takes the weights into the backbone that it has."""
+A detector or segmenter of transformers is built for it with `backbone_config=backbone.config`;
+{inside}"""
     return f"""\
 {code}
 

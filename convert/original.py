@@ -130,11 +130,11 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
     """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`."""
     model, data = _section(settings, "MODEL"), _section(settings, "DATA")
     focal = _section(model, "FOCAL")
-    if unknown := sorted(set(focal) - set(_FOCAL_DEFAULTS)):
+    if unknown := sorted(map(str, set(focal) - set(_FOCAL_DEFAULTS))):
         raise ConversionError(f"MODEL.FOCAL has no {', '.join(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
     focal = _FOCAL_DEFAULTS | focal
     kind = model.get("TYPE", "focal")
-    if kind not in _ATTENTION_TYPES:
+    if not isinstance(kind, str) or kind not in _ATTENTION_TYPES:
         raise ConversionError(f"MODEL.TYPE must be focal or focalv2; the settings say {kind!r}.")
     for key, default in _FOCAL_DEFAULTS.items():
         listed = isinstance(focal[key], list) and all(type(value) is int for value in focal[key])
@@ -188,7 +188,7 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
     Raises:
         ConversionError: where the original has no such setting.
     """
-    for setting, fixed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
+    for setting, fixed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("attention_probs_dropout_prob", 0)):
         if (value := getattr(config, setting)) != fixed:
             raise ConversionError(f"The original always has {setting} = {fixed}; this model has {value}.")
     kinds = {ours: theirs for theirs, ours in _ATTENTION_TYPES.items()}

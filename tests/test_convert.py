@@ -320,6 +320,9 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "activation":
         config.hidden_act = "relu"
         FocalForImageClassification(config).save_pretrained(folder)
+    elif kind == "dropout":
+        config.attention_probs_dropout_prob = 0.1
+        FocalForImageClassification(config).save_pretrained(folder)
     elif kind == "stem":
         config.out_features = ["stem", "stage2"]
         FocalBackbone(config).save_pretrained(folder)
@@ -335,6 +338,7 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
         ("masked", "not an image classifier or backbone with all its weights: classifier.bias"),
         ("resnet", "is a resnet model"),
         ("activation", "always has hidden_act = gelu; this model has relu"),
+        ("dropout", "always has attention_probs_dropout_prob = 0; this model has 0.1"),
         ("stem", "returns the stem's map, for which the original has no norm"),
         ("truncated", "as far as can be read"),
         ("absent", "as far as can be read"),
@@ -596,6 +600,7 @@ def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
         ({"FOCAL_STAGES": None}, "MODEL.FOCAL.FOCAL_STAGES must list whole numbers"),
         ({"FOCAL_POOL": "sum"}, "focal_pool must be one of"),
         ({"WINDOWS": 7}, "MODEL.FOCAL has no WINDOWS"),
+        ({"WINDOWS": 7, 8: 9}, "MODEL.FOCAL has no 8, WINDOWS"),
     ],
 )
 def test_settings_of_another_model(convert, case, tmp_path, changes, message):
@@ -612,6 +617,7 @@ def test_settings_of_another_model(convert, case, tmp_path, changes, message):
         ("MODEL: [1", "is not a YAML file that can be read"),
         ("just words", "must hold settings such as"),
         ("MODEL: 3", "MODEL in the settings must hold further settings; it holds 3"),
+        ("MODEL: {TYPE: [focal]}", r"MODEL.TYPE must be focal or focalv2; the settings say \['focal'\]"),
         ("BASE: 3", "must list YAML files; it holds 3"),
         ("MODEL: {NUM_CLASSES: ten}", "NUM_CLASSES must be a number of classes"),
         ("BASE: nowhere.yaml", "nowhere.yaml under BASE, and there is no such file"),
