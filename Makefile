@@ -55,7 +55,7 @@ $(READY): Makefile setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
 	    "error: %s is Python %d.%d, this project needs 3.11 or newer. Choose another: make PYTHON=python3.12" \
 	    % (sys.executable, *sys.version_info[:2]))'
-	@test -x $(BIN)/python || { echo "Making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(MAKE) --no-print-directory torch VENV=$(VENV) TORCH='$(TORCH)'
 	@echo "Installing this package and what its examples and tests need (minutes the first time)"
 	@$(PIP) install -e '.[test]' $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
