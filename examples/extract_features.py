@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreT
 from transformers.utils import ModelOutput, logging
 
 from common.batches import Batches, check_columns, load_split, run_apart
+from common.files import check_place
 from common.models import load_trained, resize_views, try_out
 from common.options import Problem, batch_size_option, first_line, image_size_option, positive, workers_option
 
@@ -149,8 +150,6 @@ def shard_file(folder: Path, number: int, count: int) -> Path:
 def check_shards(args: argparse.Namespace, settings: dict) -> list[Path]:
     """Shards in the output folder that were made with other settings; refused without --overwrite."""
     folder, others = args.output, {}
-    if folder.exists() and not folder.is_dir():
-        raise Problem(f"--output {folder} is a file: name a folder.")
     for file in sorted(folder.glob("features-*-of-*.parquet")):
         try:
             made_with = json.loads((pq.read_schema(file).metadata or {}).get(SETTINGS, b"{}"))
@@ -190,6 +189,7 @@ def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
 
 @torch.no_grad()
 def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    check_place("--output", args.output)
     with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
         model, processor = load_model(args)
         data = load_split(args.data, args.split, streaming=args.streaming, drop_labels=None)

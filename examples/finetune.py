@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from PIL import Image
 from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 
-from common.data import central_view, random_view, read_data, report_unreadable
+from common.data import central_view, random_view, read_data, read_names, report_unreadable
 from common.files import save_model
 from common.loading import IGNORED, Loader, Order, listed, shuffled
 from common.models import add_adapters, build_model, freeze, input_size, stages_of
@@ -190,8 +190,8 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise Problem("--classes is for --streaming: leave it out, or add that.")
     if args.streaming and args.class_weights:
         raise Problem("--class-weights counts the images of each class, which --streaming cannot: leave one out.")
-    if args.classes and not Path(args.classes).is_file():
-        raise Problem(f"No such file: --classes {args.classes}. It holds the classes' names, one a line.")
+    if args.classes:
+        read_names(Path(args.classes))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -228,7 +228,7 @@ def labelled_loaders(
             listed(part["rows"], [config.label2id[name] for name in part["labels"]], args.image_column) for part in data
         ]
     views = (
-        functools.partial(training_view, input_size(config), args, processor.resample),
+        functools.partial(training_view, input_size(config, processor), args, processor.resample),
         functools.partial(central_view, processor),
     )
     return make_loaders(args, accelerator, keys, images, in_turn, fetchers, views)
@@ -297,6 +297,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training = begin(
         *(args, accelerator, model, order, train_loader, settings),
         about=f"{len(names)} classes",
+        pixels="{} x {}".format(*input_size(config, processor)),
         ema=args.ema,
         layer_decay=args.layer_decay,
     )

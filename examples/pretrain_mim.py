@@ -252,7 +252,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     settings = settings_of(args, accelerator, images)
     hidden, squares = hidden_squares(args, *size)
     about = f"{hidden} of {squares} squares of {args.mask_patch} pixels hidden"
-    training = begin(args, accelerator, model, order, train_loader, settings, about)
+    pixels = "{} x {}".format(*size)
+    training = begin(args, accelerator, model, order, train_loader, settings, about, pixels)
     shown = None
 
     def measure(model: torch.nn.Module) -> dict:

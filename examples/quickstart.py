@@ -136,6 +136,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     started = time.perf_counter()
 
+    if folder.exists() and not (folder.is_dir() and ((folder / "digits").is_dir() or not any(folder.iterdir()))):
+        sys.exit(f"error: --folder {folder} holds something else than an earlier quickstart: name another.")
     for part in ("digits", "config", "model", "cache"):  # of an earlier run
         shutil.rmtree(folder / part, ignore_errors=True)
     write_pictures(folder / "digits")

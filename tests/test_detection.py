@@ -383,6 +383,10 @@ def change(content: dict, kind: str) -> None:
         annotations[2]["image_id"] = 77
     elif kind == "three":
         annotations[2]["bbox"].pop()
+    elif kind == "boxless":
+        del annotations[2]["bbox"]
+    elif kind == "unnamed":
+        content["categories"] = [1, 2]
 
 
 WRONG = {
@@ -392,6 +396,8 @@ WRONG = {
     "twice": "has two images with the file 3.png: remove one.",
     "unlisted": "is of image 77, which is not listed.",
     "three": "expected four numbers, [left, top, width, height].",
+    "boxless": "has no bbox, or a wrong one, in entry 2 of annotations: {",
+    "unnamed": "has no id, or a wrong one, in entry 0 of categories: 1. Each needs id, name.",
 }
 
 
@@ -422,8 +428,12 @@ def test_errors_are_one_line(place):
             ["--config", "rt_detr", "--data", "scenes", "--image-size", 64, "--smallest-size", 65],
             "--smallest-size 65 is above the 64 pixels of --image-size.",
         ),
+        (
+            ["--model", "none", "--head", "rt_detr", "--data", "scenes", "--output", "rt_detr", "--overwrite"],
+            "--output rt_detr contains the --head of this run: name another folder.",
+        ),
     ]
-    answers = run_examples_in_turn(SCRIPT, [[*line, "--output", "none"] for line, _ in lines], place)
+    answers = run_examples_in_turn(SCRIPT, [["--output", "none", *line] for line, _ in lines], place)
     for (line, expected), (status, _, complained) in zip(lines, answers, strict=True):
         errors = [text for text in complained.splitlines() if text.startswith("error: ")]
         assert status == 1, (line, complained)

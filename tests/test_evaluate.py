@@ -170,6 +170,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(tmp_path):
         ("--data", good, "--model", "./nothing"): "Cannot load --model ./nothing and its image processor: ",
         ("--data", good, "--model", headless): "lacks weights that FocalForImageClassification needs: classifier.bias",
         ("--data", good, "--report", model): f"--report {model} exists and is not an empty folder: name another one.",
+        ("--data", good, "--report", headless / "config.json" / "out"): "config.json: Not a directory): name another",
         ("--data", good, "--label-column", "kind"): "has no column kind; its columns are image, label.",
         ("--data", good, "--image-column", "label"): "Column label of --data ",
         ("--data", cows): f"1 of the 2 classes of --data {cows} are not among those of --model {model}: cow;",

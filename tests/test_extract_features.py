@@ -131,6 +131,7 @@ def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
         ["--output", "none", "--label-column", "kind"],
         ["--output", "none", "--data", "./nowhere"],
         ["--output", "none", "--strict"],
+        ["--output", model / "config.json" / "none"],
         [],
         ["--features", "stage2"],
         ["--shards", 2],
@@ -143,6 +144,7 @@ def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
         "has no column kind; its columns are image.",  # one class alone is no label
         "No such folder: --data ./nowhere.",
         "Not a readable image: cat/9.png (UnidentifiedImageError",
+        "config.json: Not a directory): name another folder.",
         None,
         "out/features-00000-of-00001.parquet was made with other settings (features, weights): name another --output",
         "out/features-00000-of-00001.parquet was made with other settings (shards): name another --output, or add",

@@ -11,7 +11,15 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessorPil,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
 
 from common.data import random_view
 from common.files import save_model
@@ -192,6 +200,18 @@ class TestStartingFromACheckpoint:
         torch.testing.assert_close(model.focal.state_dict(), before.focal.state_dict())
 
 
+def test_a_model_that_tells_no_size_has_that_of_its_image_processor(finetune, data, tmp_path):
+    """A classifier of other layers, too: a linear one behind others."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    ConvNextImageProcessorPil(size={"shortest_edge": 24}).save_pretrained(tmp_path / "resnet")
+    run = finetune("--model", "resnet", "--data", data, "--output", tmp_path / "out", "--epochs", 1)
+    assert run.returncode == 0, run.stderr
+    assert "resnet knows other classes: its classifier starts anew, with the 3 classes of the data." in run.stdout
+    assert "25 training images of 24 x 24 pixels" in run.stdout
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "out")) is ResNetForImageClassification
+
+
 def test_without_a_validation_split_holds_out_a_share_of_each_class(finetune, config, tmp_path):
     folder = draw_pictures(tmp_path / "flat", {"red": 20, "green": 12, "blue": 2})
     options = ("--config", config, "--data", folder, "--validation-fraction", 0.25, "--epochs", 1)
@@ -252,6 +272,15 @@ def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monk
     assert {file.name: file.read_bytes() for file in (tmp_path / "hub_side").iterdir()} == expected
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= expected.keys()
     assert 'model="org/mine"' in expected["README.md"].decode()
+
+
+def test_quickstart_leaves_folders_of_others_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(f"error: --folder {tmp_path} holds something else than")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
@@ -319,7 +348,7 @@ def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, t
 
     refused = finetune("--model", output, *options[2:], "--overwrite")
     assert refused.returncode == 1
-    assert "contains the --data, --config or --model of this run" in refused.stderr
+    assert f"--output {output} contains the --model of this run" in refused.stderr
     assert (output / "model.safetensors").exists()
 
     (output / "config.json").unlink()
@@ -382,6 +411,26 @@ def grey_config(tmp_path: Path) -> list[str]:
     return ["--config", "grey"]
 
 
+def config_without_a_size(tmp_path: Path) -> list[str]:
+    ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "resnet")
+    return ["--config", "resnet"]
+
+
+def classes_of_another_encoding(tmp_path: Path) -> list[str]:
+    (tmp_path / "names.txt").write_bytes("grün".encode("latin-1"))
+    return ["--streaming", "--classes", "names.txt"]
+
+
+def no_classes(tmp_path: Path) -> list[str]:
+    (tmp_path / "names.txt").write_text("\n")
+    return ["--streaming", "--classes", "names.txt"]
+
+
+def output_below_a_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "file").touch()
+    return ["--output", "file/out"]
+
+
 def output_not_empty(tmp_path: Path) -> list[str]:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("three years of work")
@@ -400,6 +449,10 @@ ERRORS = {
     no_such_config: "No such file or folder: --config missing.json",
     contradictory_config: "Cannot build an image classifier from --config wrong.json: ",
     grey_config: "grey takes 1 channels; this script feeds colour images (3 channels).",
+    config_without_a_size: "A resnet takes images of any size, and there is no image processor to choose one",
+    classes_of_another_encoding: "Cannot read names.txt (UnicodeDecodeError: ",
+    no_classes: "names.txt names no classes: write one a line",
+    output_below_a_file: "file: Not a directory): name another folder.",
     output_not_empty: "--output full exists and is not empty: name another folder, or add --overwrite.",
 }
 

@@ -56,14 +56,30 @@ OF_BOXES = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of m
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
+# What each list of a file of COCO's must tell about each thing that it lists, and in which types.
+FIELDS = {
+    "images": {"id": int | str, "file_name": str, "width": int | float, "height": int | float},
+    "annotations": {"image_id": int | str, "category_id": int | str, "bbox": list},
+    "categories": {"id": int | str, "name": int | str},
+}
+
+
 def read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text())
-        lists = {name: content[name] for name in ("images", "annotations", "categories")}
+        content = json.loads(file.read_bytes())
+        lists = {name: list(content[name]) for name in FIELDS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(
             f"Cannot read {file} ({first_line(error)}): expected COCO's format, with images, annotations, categories."
         ) from error
+    for name, fields in FIELDS.items():
+        for place, item in enumerate(lists[name]):
+            for field, kind in fields.items():
+                if not (isinstance(item, dict) and isinstance(item.get(field), kind)):
+                    raise Problem(
+                        f"{file} has no {field}, or a wrong one, in entry {place} of {name}: {str(item)[:200]}. Each "
+                        f"needs {', '.join(fields)}."
+                    )
     return lists
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +13,31 @@ from transformers import BitImageProcessorPil, PreTrainedModel
 from .options import Problem, first_line
 
 
+def check_place(option: str, folder: Path) -> None:
+    """Refuse what cannot be a folder to write into."""
+    if folder.exists() and not folder.is_dir():
+        raise Problem(f"{option} {folder} is a file: name a folder.")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise Problem(
+            f"Cannot write into {option} {folder} ({there}: {error.strerror}): name another folder."
+        ) from error
+
+
 def check_new(option: str, folder: Path) -> None:
     """Refuse a folder that holds something."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    check_place(option, folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise Problem(f"{option} {folder} exists and is not an empty folder: name another one.")
 
 
 def check_output(args: argparse.Namespace) -> None:
     """Refuse an output folder whose content would be lost by mistake."""
     folder = args.output
-    if folder.exists() and not folder.is_dir():
-        raise Problem(f"--output {folder} is a file: name a folder that is new or empty.")
+    check_place("--output", folder)
     if folder.is_dir() and any(folder.iterdir()):
         if args.resume:
             if not (folder / "checkpoints").is_dir() and not (folder / "last").is_dir():
@@ -35,9 +50,10 @@ def check_output(args: argparse.Namespace) -> None:
             )
         if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
             raise Problem(f"--output {folder} holds something else than a model: --overwrite will not delete that.")
-        sources = (source for source in (args.data, args.config, args.model) if source)
-        if any(Path(source).resolve().is_relative_to(folder.resolve()) for source in sources):
-            raise Problem(f"--output {folder} contains the --data, --config or --model of this run: name another.")
+        for option in ("data", "config", "model", "head"):
+            source = getattr(args, option, None)
+            if source and Path(source).resolve().is_relative_to(folder.resolve()):
+                raise Problem(f"--output {folder} contains the --{option} of this run: name another folder.")
 
 
 def write_results(folder: Path, results: dict) -> None:
@@ -58,16 +74,16 @@ def save_model(
 
     Of one run, no file but that of the weights differs in what a model does, and a folder gets its config last.
     """
-    folder = folder.resolve()
-    aside = folder.with_name(f".{folder.name}.part")
+    aside = folder / ".part"  # not beside it, which may be another disk
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
         add(aside)
         write_results(aside, results)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise Problem(f"Cannot save the model ({first_line(error)}); what {folder} holds is as it was.") from error
     for file in sorted(aside.rglob("*"), key=lambda file: file.name == "config.json"):
         if file.is_file():

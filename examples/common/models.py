@@ -121,8 +121,10 @@ def build_model(
             say(f"{args.model} has no classifier: one starts anew, with the {len(names)} classes of the data.")
         elif not same_labels:
             if not any(name.startswith("classifier.") for name, *_ in loading["mismatched_keys"]):  # as many, but other
-                torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)
-                torch.nn.init.zeros_(model.classifier.bias)
+                for layer in model.classifier.modules():
+                    if isinstance(layer, torch.nn.Linear):
+                        torch.nn.init.trunc_normal_(layer.weight, std=0.02)
+                        torch.nn.init.zeros_(layer.bias)
             told = f"with the {len(names)} classes of the data"
             say(f"{args.model} knows other classes: its classifier starts anew, {told}.")
     return model, load_processor(args, model.config, say)
@@ -166,7 +168,7 @@ def prepare(processor: BaseImageProcessor, image: Image.Image) -> tuple[torch.Te
 def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
     """Make the views of a processor `pixels` on their shorter side; their shape and the share cut off stay the same."""
     crops = getattr(processor, "do_center_crop", False)
-    side = min(dict(processor.crop_size if crops else processor.size).values())
+    side = view_side(processor)
     for name in ("size", "crop_size") if crops else ("size",):
         setattr(
             processor,
@@ -190,9 +192,21 @@ def try_out(model: PreTrainedModel, processor: BaseImageProcessor, name: str) ->
         ) from error
 
 
-def input_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width of the images that a model takes."""
-    size = config.image_size
+def view_side(processor: BaseImageProcessor) -> int:
+    """The shorter side of what an image processor makes of a picture."""
+    return min(dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size).values())
+
+
+def input_size(config: PreTrainedConfig, processor: BaseImageProcessor | None = None) -> tuple[int, int]:
+    """Height and width of the images that a model takes, by its config or, if that is silent, by its processor."""
+    size = getattr(config, "image_size", None)
+    if size is None and processor is not None:
+        size = view_side(processor)
+    if size is None:
+        raise Problem(
+            f"A {config.model_type} takes images of any size, and there is no image processor to choose one: write one "
+            'into its config.json, as "image_size": 224.'
+        )
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

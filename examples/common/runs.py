@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from .engine import Training
 from .files import check_output, write_results
 from .loading import Images, InTurn, Loader, Order
-from .models import decay_groups, input_size
+from .models import decay_groups
 from .options import Problem, first_line, run_script
 from .recipe import schedule
 from .reports import draw_curves
@@ -109,17 +109,17 @@ def begin(
     loader: Loader,
     settings: dict,
     about: str,
+    pixels: str,
     *,
     decay: Callable = schedule,
     ema: float | None = None,
     layer_decay: float = 1.0,
     groups: list[dict] | None = None,
-    pixels: str | None = None,
 ) -> Training:
     """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
 
-    `decay` is the learning rate's schedule; `groups` are the optimizer's, if not those of `decay_groups`; `pixels` are
-    the size of the training images in words, if it is not the one that the model's config has.
+    `pixels` are the size of the training images in words; `decay` is the learning rate's schedule; `groups` are the
+    optimizer's, if not those of `decay_groups`.
     """
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
@@ -144,7 +144,6 @@ def begin(
     engine = "" if alone else f" ({accelerator.distributed_type.value})"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    pixels = pixels or "{} x {}".format(*input_size(model.config))
     accelerator.print(
         f"{model.config.model_type}, {parameters / 1e6:.2f} M parameters"
         + (f" ({learning / 1e6:.2f} M learn)" if learning < parameters else "")

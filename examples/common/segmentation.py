@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .data import hold_out, load_splits
+from .data import hold_out, load_splits, read_names
 from .loading import Images, Item
 from .models import load_model
 from .options import Problem, first_line
@@ -86,8 +86,7 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
         splits = load_splits(args.data)
         if not args.classes:
             raise Problem(f"--data {args.data} does not tell its classes: name a file of names, one a line: --classes.")
-    if not names.is_file():
-        raise Problem(f"No such file: {names}. It holds the classes' names, one a line, in the order of their numbers.")
+    names = read_names(names)
     for split, rows in splits.items():
         for option, column in (("--image-column", args.image_column), ("--map-column", args.map_column)):
             if not isinstance(rows.features.get(column), datasets.Image):
@@ -98,7 +97,6 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
         splits[split] = rows.select_columns([args.image_column, args.map_column])
         for column in (args.image_column, args.map_column):
             splits[split] = splits[split].cast_column(column, datasets.Image(decode=False))
-    names = [line.strip() for line in names.read_text().splitlines() if line.strip()]
     if not 2 <= len(names) < NO_CLASS:
         raise Problem(f"{len(names)} classes are named: there must be at least 2 and at most {NO_CLASS - 1}.")
     return splits, names

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from .batches import check_columns
-from .data import load_splits
+from .data import load_splits, read_names
 from .loading import seed_of
 from .options import Problem
 
@@ -49,7 +49,7 @@ def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> lis
     """In the order of their indices."""
     feature = rows.features[args.label_column]
     if args.classes:
-        names = [line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()]
+        names = read_names(Path(args.classes))
     elif isinstance(feature, datasets.ClassLabel):
         names = feature.names
     else:
@@ -58,9 +58,7 @@ def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> lis
             "advance: name a file with one class a line by --classes, in the order of their numbers."
         )
     if len(names) < 2:
-        raise Problem(
-            f"--data {args.data} has only one class ({names[0]}) to train on: a classifier needs at least two."
-        )
+        raise Problem(f"Only one class ({names[0]}) is named to train on: a classifier needs at least two.")
     return names
 
 
