@@ -191,7 +191,7 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.streaming and args.class_weights:
         raise Problem("--class-weights counts the images of each class, which --streaming cannot: leave one out.")
     if args.classes:
-        read_names(Path(args.classes))
+        read_names(Path(args.classes), "--classes")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

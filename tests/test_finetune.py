@@ -450,8 +450,8 @@ ERRORS = {
     contradictory_config: "Cannot build an image classifier from --config wrong.json: ",
     grey_config: "grey takes 1 channels; this script feeds colour images (3 channels).",
     config_without_a_size: "A resnet takes images of any size, and there is no image processor to choose one",
-    classes_of_another_encoding: "Cannot read names.txt (UnicodeDecodeError: ",
-    no_classes: "names.txt names no classes: write one a line",
+    classes_of_another_encoding: "Cannot read --classes names.txt (UnicodeDecodeError: ",
+    no_classes: "--classes names.txt names no classes: write one a line",
     output_below_a_file: "file: Not a directory): name another folder.",
     output_not_empty: "--output full exists and is not empty: name another folder, or add --overwrite.",
 }

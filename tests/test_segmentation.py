@@ -314,7 +314,7 @@ def test_what_is_wrong_with_the_data_is_one_clear_line(place, trained):
         ("--data", "small", *start): r"/02.png has 9 x 7 pixels, and its image 48 x 36: a map must be as large",
         ("--data", "unnamed", *start): r"/02.png has class 3, and the 3 named classes are 0 to 2: name it, too",
         ("--data", "coloured", *start): r"02.png is not a readable map: .*expected one number for each pixel, not 3",
-        ("--data", "nameless", *start): r"Cannot read .*/annotations/classes.txt \(FileNotFoundError: ",
+        ("--data", "nameless", *start): r"No such file: .*/annotations/classes.txt. It holds the classes' names",
         ("--data", "mapless", *start): r"--data mapless has no maps: expected FOLDER/train/",
         ("--data", "good", *start, "--batch-size", 1): "Batch normalization needs two images, .* --batch-size 1 and 4",
         ("--data", "good", *start, "--resize", 2, 1): "--resize 2 1: the least comes first",

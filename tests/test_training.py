@@ -431,7 +431,7 @@ CONTRADICTIONS = {
     "--class-weights counts the images of each class, which --streaming cannot": (
         *("--streaming", "--class-weights", "balanced"),
     ),
-    "Cannot read missing.txt (FileNotFoundError: ": ("--streaming", "--classes", "missing.txt"),
+    "No such file: --classes missing.txt.": ("--streaming", "--classes", "missing.txt"),
     "--report-to dvclive: that tracker is not installed here.": ("--report-to", "dvclive"),
     "nothing can be held out of a stream: see --validation-split.": ("--streaming", "--validation-split", "val"),
     "a stream is not read in advance: name a file with one class a line by --classes": (

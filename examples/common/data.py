@@ -57,17 +57,20 @@ def label_names(split: datasets.Dataset, column: str | None) -> list[str]:
     return [str(value) for value in split[column]]
 
 
-def read_names(file: Path) -> list[str]:
-    """The classes' names in a file, one a line, in the order of their numbers."""
+def read_names(file: Path, option: str = "") -> list[str]:
+    """The classes' names in a file, one a line, in the order of their numbers. `option` is the one that named it."""
+    shown = f"{option} {file}".strip()
+    if not file.is_file():
+        raise Problem(f"No such file: {shown}. It holds the classes' names, one a line, in the order of their numbers.")
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(
-            f"Cannot read {file} ({first_line(error)}). It should hold the classes' names, one a line, in the order of "
-            "their numbers, as text in UTF-8."
+            f"Cannot read {shown} ({first_line(error)}). It should hold the classes' names, one a line, in the order "
+            "of their numbers, as text in UTF-8."
         ) from error
     if not names:
-        raise Problem(f"{file} names no classes: write one a line, in the order of their numbers.")
+        raise Problem(f"{shown} names no classes: write one a line, in the order of their numbers.")
     return names
 
 

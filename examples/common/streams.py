@@ -49,7 +49,7 @@ def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> lis
     """In the order of their indices."""
     feature = rows.features[args.label_column]
     if args.classes:
-        names = read_names(Path(args.classes))
+        names = read_names(Path(args.classes), "--classes")
     elif isinstance(feature, datasets.ClassLabel):
         names = feature.names
     else:
