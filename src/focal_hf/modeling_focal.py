@@ -400,12 +400,16 @@ def flex_attention_forward(
     def biased(score, number, head, query_place, key_place):
         return score + bias[number % bias.shape[0], query_place, key_place]
 
-    flat = (tensor.flatten(0, 1)[:, None] for tensor in (query, key, value))
+    flat_query, flat_key, flat_value = (tensor.flatten(0, 1)[:, None] for tensor in (query, key, value))
     if query.device.type == "cpu":
-        # As it is: compiled for sizes that change, it does not get past the C++ compiler (torch 2.13).
-        output = flex_attention(*flat, score_mod=biased, scale=scaling)
+        # As it is: compiled for sizes that change, it does not get past the C++ compiler (torch 2.13). Scaled before,
+        # half in each, as the compiler takes queries and keys in memory of their own shape alone.
+        root = scaling**0.5
+        output = flex_attention(flat_query * root, flat_key * root, flat_value, score_mod=biased, scale=1.0)
     else:
-        output = compile_friendly_flex_attention(*flat, training=module.training, score_mod=biased, scale=scaling)
+        output = compile_friendly_flex_attention(
+            flat_query, flat_key, flat_value, training=module.training, score_mod=biased, scale=scaling
+        )
     return output.view(query.shape).transpose(1, 2).contiguous(), None
 
 
