@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -336,6 +337,28 @@ def test_gradients_of_each_image(attention_type):
     with torch.no_grad():
         of_each = torch.func.vmap(lambda image: model(image[None]).logits[0])(IMAGES)
     torch.testing.assert_close(of_each, answers(model))
+
+
+@BOTH
+def test_derivatives_in_one_direction(attention_type):
+    """In forward mode: eager attention has them, PyTorch's attention refuses, and none are left out without a word."""
+    model = fresh(classifier(attention_type), "eager").eval().requires_grad_(False)
+    direction = IMAGES.flip(0)
+    images = IMAGES.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).logits.sum(), images)
+    expected = (gradient * direction).sum()
+    assert expected.abs() > 1e-3
+
+    def logits(images):
+        return model(images).logits.sum()
+
+    torch.testing.assert_close(torch.func.jvp(logits, (IMAGES,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(logits(forward_ad.make_dual(IMAGES, direction))).tangent
+    torch.testing.assert_close(found, expected)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(NotImplementedError, match="forward AD"), forward_ad.dual_level():
+        logits(forward_ad.make_dual(IMAGES, direction))
 
 
 @settings(max_examples=80, deadline=None)

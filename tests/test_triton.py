@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
 
@@ -241,6 +242,8 @@ def test_default_on_a_gpu(attention_type, monkeypatch):
     from focal_hf import triton_attention_focal
 
     monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [torch.cuda.get_device_capability()])
+    with forward_ad.dual_level():
+        refused(tiny(**BLOCK), "no rules for .* forward-mode derivatives")
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).cuda()
     images = pixels(2, 3, 40, 52).cuda()
     found, by_triton = answers(model, images)

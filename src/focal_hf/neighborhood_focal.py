@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
 from torch.fx.experimental import symbolic_shapes
 
 # Numbers in the bias of a whole map, at most: what is remembered of it for every block.
@@ -54,8 +55,13 @@ def in_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether this runs under a transform of `torch.func`."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether this runs under a transform of `torch.func`, or with forward-mode derivatives.
+
+    Our operators have rules for neither, and would leave out the latter without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_remember() -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .cpu_attention_focal import NAMESPACE
-from .neighborhood_focal import Neighborhood, Square, at_least_float32
+from .neighborhood_focal import Neighborhood, Square, at_least_float32, is_transforming
 
 try:  # Transformers asks of code that comes with a checkpoint that all it imports is there, unless it is tried.
     import triton
@@ -433,6 +433,8 @@ BIAS_GRADIENT_PROGRAMS = 1024
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, asked: bool) -> str | None:
     """Why the kernels cannot run, or None if they can. Who has not asked for them gets them where they are tested."""
+    if is_transforming():
+        return "it has no rules for the transforms of torch.func, nor for forward-mode derivatives"
     if dropout:
         return f"it has no dropout of attention weights (got attention_probs_dropout_prob={dropout} in training)"
     if device.type != "cuda" and not INTERPRETED:
