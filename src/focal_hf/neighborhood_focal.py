@@ -68,9 +68,10 @@ def may_remember() -> bool:
     """Whether what is computed now is good for later.
 
     Not while compiling, exporting or tracing, where the arithmetic belongs in the graph, nor under a fake mode or a
-    transform of `torch.func`, whose tensors hold nothing afterwards.
+    transform of `torch.func`, whose tensors hold nothing afterwards, nor in a CUDA graph, whose tensors do not yet.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing:
         return False
     return detect_fake_mode() is None and not is_transforming()
 
