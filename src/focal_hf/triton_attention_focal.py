@@ -439,6 +439,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: fl
         return f"it has no dropout of attention weights (got attention_probs_dropout_prob={dropout} in training)"
     if device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA devices (got {device.type}), or with TRITON_INTERPRET=1 on a CPU"
+    if torch.version.hip:
+        return "it is for NVIDIA's GPUs (this is PyTorch for AMD's)"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
