@@ -482,7 +482,7 @@ class Work:
         self.settings = {
             "LOOK_UP": places is not None,
             "SIDE": self.side,
-            "EXPAND": self.squares[0].first,
+            "EXPAND": self.squares[0].first if shift_size else 0,  # or each radius of topk would be compiled for
             "SHIFT": shift_size,
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if tf32_is_allowed() else "ieee",  # of float32
