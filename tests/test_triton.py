@@ -21,6 +21,7 @@ import original
 from conftest import ROOT
 from focal_hf import FocalConfig, FocalForImageClassification, FocalModel
 from focal_hf.modeling_focal import FocalAttention
+from focal_hf.neighborhood_focal import BiasPart
 from reference import reference_attention
 from test_attention import build, one_stage_configs
 from test_golden import SMALL, load
@@ -100,10 +101,10 @@ def test_equals_the_slow_reference(config, block, height, width, images, seed):
         assert (gradient.cpu() - of_reference).abs().max() <= 1e-5 * scale
 
 
-def golden_errors(name, dtype):
+def golden_errors(name, dtype, implementation="triton"):
     """Of the answers and of all gradients, on the scale of the largest."""
     case = golden_cases.case(name)
-    config, state = load(case, _attn_implementation="triton")
+    config, state = load(case, _attn_implementation=implementation)
     model = FocalForImageClassification(config).eval()
     model.load_state_dict(state)
     model.to(DEVICE, dtype)
@@ -128,7 +129,54 @@ def test_golden_cases(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_golden_cases_in_half_precision(name, dtype):
-    assert golden_errors(name, dtype)[0] < {torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    limit = {torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    # Which the rounding of a model's weights and other layers reaches by itself in one case in bfloat16.
+    assert golden_errors(name, dtype)[0] < max(limit, 1.2 * golden_errors(name, dtype, "eager")[0])
+
+
+RELEASED = {"embed_dim": 64, "num_heads": (2,), "depths": (2,), "image_size": 112, "focal_windows": (7,)}
+RELEASED |= {"expand_sizes": (3,), "focal_levels": (2,), "out_features": None}
+KINDS = {"focal": {}, "shift": {"use_shift": True}, "topk": {"attention_type": "topk"}}
+PRECISIONS = {"float32": 2e-5, "tf32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_as_released(kind, precision):
+    """Windows of 7 and heads of 32 channels: outputs and gradients, beside those of the same numbers in float64."""
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    config = FocalConfig(**RELEASED, **KINDS[kind])
+    attention = build(config, 1)
+    maps = torch.empty(3, 28, 21, 64, dtype=torch.float64)
+    with torch.no_grad():
+        neighborhood = attention.neighborhood(maps)
+    tokens = int(neighborhood.head_index.max()) // 2 + 1
+    inputs = [torch.randn(3, length, 64).to(dtype) for length in (28 * 21, tokens, tokens, 28 * 21)]
+
+    def answer(implementation, device, dtype):
+        config._attn_implementation = implementation
+        of_bias = torch.promote_types(dtype, torch.float32)
+        sources = [part.source.float().to(device, of_bias).requires_grad_() for part in neighborhood.parts]
+        patterns = [part.pattern.to(device) for part in neighborhood.parts]
+        there = neighborhood._replace(
+            head_index=neighborhood.head_index.to(device),
+            parts=list(map(BiasPart, sources, patterns)),
+            sight=neighborhood.sight._replace(tokens=neighborhood.sight.tokens.to(device)),
+        )
+        *leaves, grad_output = (tensor.detach().to(device, dtype).requires_grad_() for tensor in inputs)
+        output = attention.attend(*leaves, there)[0]
+        gradients = torch.autograd.grad(output, [*leaves, *sources], grad_output)
+        return [tensor.detach().cpu() for tensor in (output, *gradients)]
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        found = answer("triton", DEVICE, dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for tensor, expected in zip(found, answer("eager", "cpu", torch.float64), strict=True):
+        assert (tensor.double() - expected).abs().max() <= PRECISIONS[precision] * expected.abs().max()
 
 
 @BOTH
@@ -194,6 +242,8 @@ def test_what_it_cannot_do_is_refused():
     refused(tiny(**BLOCK | {"embed_dim": 600}), "heads of at most 256 channels.*got 300")
     if not CUDA:
         refused(tiny(**BLOCK), r"when interpreted.*got torch\.bfloat16", torch.bfloat16)
+    with forward_ad.dual_level():
+        refused(tiny(**BLOCK), "no rules for .* forward-mode derivatives")
 
 
 def by_default(model):
@@ -242,8 +292,6 @@ def test_default_on_a_gpu(attention_type, monkeypatch):
     from focal_hf import triton_attention_focal
 
     monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [torch.cuda.get_device_capability()])
-    with forward_ad.dual_level():
-        refused(tiny(**BLOCK), "no rules for .* forward-mode derivatives")
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).cuda()
     images = pixels(2, 3, 40, 52).cuda()
     found, by_triton = answers(model, images)
@@ -387,5 +435,6 @@ def test_benchmark():
     rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| tiny")]
     assert len(rows) == 10  # two passes of four stages, and of all blocks
     for _, _, _, _, _, triton, sdpa, _, ratio, _ in rows:
-        assert float(ratio) == pytest.approx(float(sdpa.replace(",", "")) / float(triton.replace(",", "")), abs=1e-3)
+        # Of times that are not rounded, as those printed are: on a GPU to a hundredth of them.
+        assert float(ratio) == pytest.approx(float(sdpa.replace(",", "")) / float(triton.replace(",", "")), rel=0.05, abs=1e-3)
     assert result.stdout.count("first call") == 4
