@@ -5,7 +5,7 @@ they take turns, one step each, until the row's time is spent (--seconds) and ea
 and the quartiles. A step of inference is a forward pass; one of training a forward and a backward pass, without an
 optimiser. All are the models of 224 pixels, whatever the size of the images, as with published weights; only the
 authors' code is built for the size of its images, as it must be. A peer has the attention, sdpa or eager, with which it
-is faster here (tried uncompiled). Focal has its default, which on a GPU is kernels of its own
+is faster here (tried uncompiled). Focal has its default and, on a GPU that can run them, kernels of its own
 (attn_implementation="triton"); the peer sdpa is Focal with PyTorch's attention.
 
 Peak memory is what a step takes at its peak, beyond the loaded model and the images; in training, gradients included.
@@ -54,7 +54,7 @@ from transformers import (
 )
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
-from focal_hf.modeling_focal import FocalDropPath
+from focal_hf.modeling_focal import FocalDropPath, reason_against_triton
 
 EXAMPLES = """\
 examples:
@@ -229,6 +229,9 @@ class Contender:
         self.pixels = torch.randn(work.batch_size, 3, *work.sides).to(device, dtype)
         self.labels = torch.randint(1000, (work.batch_size,)).to(device)
         self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
+        # Asked for, as the default is for GPUs on which it has been tested.
+        if name == OURS and self.pixels.is_cuda and not reason_against_triton(self.pixels, 32, 0.0, asked=True):
+            attn_implementation = "triton"
         if attn_implementation := attn_implementation or (SDPA if name == SDPA else None):
             self.module.set_attn_implementation(attn_implementation)
         self.forward = torch.compile(self.module) if setting.compile else self.module

@@ -8,6 +8,9 @@ does the operations of the products, at the rate of one large matrix product. "A
 each as often as it has blocks. Whole models are timed by throughput.py: with --peer sdpa swin, beside themselves with
 PyTorch's attention and beside Swin.
 
+Timed is the GPU alone, by replaying a CUDA graph of many calls, whose inputs may still be in its second-level cache;
+with --eager, calls as a program makes them, with a cold cache and, where the GPU waits for it, the time of Python.
+
 The first call of each row compiles; --first-call tells how long, from an empty cache. --tune times other ways to cut
 the work (LAUNCHES in triton_attention_focal.py) and names the fastest for each stage.
 """
@@ -47,12 +50,12 @@ IMPLEMENTATIONS = ("triton", "sdpa")
 LAUNCHES_TO_TRY = list(itertools.product((32, 64), (16, 32, 64), (4, 8), (4, 8)))
 
 
-def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """The median of many calls, each with a cold second-level cache, after some that are not counted."""
+def seconds_of(function: Callable[[], object], device: torch.device, eager: bool = True) -> float:
+    """The median of many calls, after some that are not counted; the top of this file says of what."""
     if device.type == "cuda":
-        from triton.testing import do_bench
+        from triton.testing import do_bench, do_bench_cudagraph
 
-        return do_bench(function, return_mode="median") / 1e3
+        return (do_bench if eager else do_bench_cudagraph)(function, return_mode="median") / 1e3
     start = time.perf_counter()  # interpreted: to see that it runs
     function()
     return time.perf_counter() - start
@@ -68,8 +71,11 @@ def copy_rate(device: torch.device) -> float:
 class Call:
     """The attention of a stage's blocks."""
 
-    def __init__(self, size: str, attention_type: str, stage: int, pixels: int, batch: int, setting: Setting):
+    def __init__(
+        self, size: str, attention_type: str, stage: int, pixels: int, batch: int, setting: Setting, eager: bool
+    ):
         torch.manual_seed(0)
+        self.eager = eager
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
         self.config = FocalConfig(**MODEL_SIZES[size], attention_type=attention_type)
         self.blocks = self.config.depths[stage]
@@ -96,9 +102,12 @@ class Call:
         self.config._attn_implementation = implementation
         leaves = [*self.inputs, *(part.source for part in self.neighborhood.parts)]
         with torch.no_grad():
-            forward = seconds_of(self.forward, self.query.device)
-        both = seconds_of(lambda: torch.autograd.grad(self.forward(), leaves, self.grad_output), self.query.device)
-        return forward, both - forward
+            forward = seconds_of(self.forward, self.query.device, self.eager)
+
+        def both():
+            torch.autograd.grad(self.forward(), leaves, self.grad_output)
+
+        return forward, seconds_of(both, self.query.device, self.eager) - forward
 
     def floors(self, bytes_per_s: float, operations_per_s: float) -> tuple[float, float]:
         """Of the forward and of the backward pass, in seconds."""
@@ -150,12 +159,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: 64 of 224 pixels, or as many pixels")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, or cpu with TRITON_INTERPRET=1")
+    parser.add_argument("--eager", action="store_true", help="time calls with what Python takes to make them")
     parser.add_argument("--first-call", action="store_true", help="how long the first call takes, from an empty cache")
     parser.add_argument("--tune", action="store_true", help="also time other ways to cut the work: minutes a stage")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here. To see that it runs: TRITON_INTERPRET=1 ... --device cpu --sizes 28.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose events are timed
     if arguments.first_call:
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # read when a kernel is first launched
 
@@ -170,7 +182,7 @@ def main() -> None:
         size, _, kind = name.partition("-")
         batch, totals = arguments.batch_size or max(1, 64 * 224**2 // pixels**2), {}
         for stage in range(4):
-            call = Call(size, kind or "focal", stage, pixels, batch, setting)
+            call = Call(size, kind or "focal", stage, pixels, batch, setting, arguments.eager)
             if arguments.first_call:
                 notes.append(f"{name}, {pixels} pixels, stage {stage + 1}: first call {first_call(call):.1f} s")
             if arguments.tune:
