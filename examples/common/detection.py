@@ -584,7 +584,8 @@ def build_detector(
     processor = None
     if args.model and backbone is None:
         with contextlib.suppress(OSError):
-            processor = AutoImageProcessor.from_pretrained(args.model)
+            # Without torchvision's resizing even where it is, as in training.
+            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
     if processor is None:  # types without one of their own, such as D-FINE, use that of RT-DETR
         kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
         processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)

@@ -87,7 +87,8 @@ def load_processor(args: argparse.Namespace, config: PreTrainedConfig, say: Call
     """The image processor of the checkpoint, or one for the config."""
     if args.model:
         try:
-            return AutoImageProcessor.from_pretrained(args.model)
+            # As it is trained with, whether torchvision, which resizes otherwise, is there or not.
+            return AutoImageProcessor.from_pretrained(args.model, backend="pil")
         except OSError:
             say(f"{args.model} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
     return default_processor(config, args.crop)
@@ -134,7 +135,8 @@ def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedMode
     """A model with all its weights from --model, and its image processor."""
     try:
         model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
-        processor = AutoImageProcessor.from_pretrained(name)
+        # As in training, whether torchvision, which resizes otherwise, is there or not.
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
     except Exception as error:
         raise Problem(f"Cannot load --model {name} and its image processor: {first_line(error)}") from error
     if getattr(model.config, "num_channels", 3) != 3:
