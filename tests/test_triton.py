@@ -436,5 +436,6 @@ def test_benchmark():
     assert len(rows) == 10  # two passes of four stages, and of all blocks
     for _, _, _, _, _, triton, sdpa, _, ratio, _ in rows:
         # Of times that are not rounded, as those printed are: on a GPU to a hundredth of them.
-        assert float(ratio) == pytest.approx(float(sdpa.replace(",", "")) / float(triton.replace(",", "")), rel=0.05, abs=1e-3)
+        expected = float(sdpa.replace(",", "")) / float(triton.replace(",", ""))
+        assert float(ratio) == pytest.approx(expected, rel=0.05, abs=1e-3)
     assert result.stdout.count("first call") == 4
