@@ -70,8 +70,9 @@ def may_remember() -> bool:
     Not while compiling, exporting or tracing, where the arithmetic belongs in the graph, nor under a fake mode or a
     transform of `torch.func`, whose tensors hold nothing afterwards, nor in a CUDA graph, whose tensors do not yet.
     """
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     return detect_fake_mode() is None and not is_transforming()
 
