@@ -26,7 +26,6 @@ from transformers import (
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForObjectDetection,
     AutoModelForUniversalSegmentation,
     BaseImageProcessor,
@@ -44,7 +43,7 @@ from transformers.utils import logging
 from .data import hold_out, load_splits
 from .loading import Images, Item, Loader
 from .masks import MASK_MODELS, NOTHING, areas, decode, draw_masks, found_masks, mask_loss, resize, run_lengths
-from .models import check_config, decay_groups, load_model, resize_views
+from .models import check_config, decay_groups, load_model, resize_views, stored_processor
 from .options import Problem, first_line
 from .reports import public, results_metadata, save_card
 
@@ -584,8 +583,7 @@ def build_detector(
     processor = None
     if args.model and backbone is None:
         with contextlib.suppress(OSError):
-            # Without torchvision's resizing even where it is, as in training.
-            processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
+            processor = stored_processor(args.model)
     if processor is None:  # types without one of their own, such as D-FINE, use that of RT-DETR
         kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
         processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)

@@ -83,12 +83,16 @@ def load_model(
     return model, loading
 
 
+def stored_processor(name: str) -> BaseImageProcessor:
+    """That of a checkpoint, by Pillow as in training: torchvision's, where it is installed, resizes otherwise."""
+    return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
 def load_processor(args: argparse.Namespace, config: PreTrainedConfig, say: Callable) -> BitImageProcessorPil:
     """The image processor of the checkpoint, or one for the config."""
     if args.model:
         try:
-            # As it is trained with, whether torchvision, which resizes otherwise, is there or not.
-            return AutoImageProcessor.from_pretrained(args.model, backend="pil")
+            return stored_processor(args.model)
         except OSError:
             say(f"{args.model} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
     return default_processor(config, args.crop)
@@ -135,8 +139,7 @@ def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedMode
     """A model with all its weights from --model, and its image processor."""
     try:
         model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
-        # As in training, whether torchvision, which resizes otherwise, is there or not.
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = stored_processor(name)
     except Exception as error:
         raise Problem(f"Cannot load --model {name} and its image processor: {first_line(error)}") from error
     if getattr(model.config, "num_channels", 3) != 3:

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BaseImageProcessor,
     BeitImageProcessorPil,
@@ -32,7 +31,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .data import hold_out, load_splits, read_names
 from .loading import Images, Item
-from .models import load_model
+from .models import load_model, stored_processor
 from .options import Problem, first_line
 from .recipe import drop_path_by_size, normalize
 from .reports import public, results_metadata, save_card, to_picture
@@ -342,7 +341,7 @@ def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None])
     statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if args.model:
         try:
-            known = AutoImageProcessor.from_pretrained(args.model)
+            known = stored_processor(args.model)
             names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
             statistics = {name: getattr(known, name) for name in names}
         except OSError:
