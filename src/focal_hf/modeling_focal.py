@@ -30,6 +30,7 @@ from .neighborhood_focal import (
     is_exporting,
     is_fixed,
     is_transforming,
+    joined,
     picked,
 )
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
@@ -180,11 +181,6 @@ def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def half(dimensions: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a map after downsampling."""
     return -(-dimensions[0] // 2), -(-dimensions[1] // 2)
-
-
-def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """Them side by side, or a single one as it is."""
-    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
 
 
 def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:

@@ -180,6 +180,11 @@ def picked(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> tor
     return picked.view(*head_index.shape, head_dim)
 
 
+def joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Them side by side, or a single one as it is."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
 def keys_to_fill(keys: int) -> int:
     """How many hidden keys to add to some, so that attention takes less time.
 
@@ -250,7 +255,7 @@ def slot_count(window_size: int, expand_size: int) -> int:
 
 
 @cached_table
-def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Where the bias of each fine token stands.
 
     The fine tokens are the square of the window and `expand_size` tokens around it, row by row. Their biases stand in
@@ -259,8 +264,8 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
     where displaced windows overlap, or none where they leave a gap.
 
     Returns:
-        The pairs of places of the tokens that have two, (2, pairs); and for each fine token its place, or its pair's
-        place behind them all, or -1.
+        The pairs of places of the tokens that have two, (2, pairs); for each fine token its place, or its pair's
+        place behind them all; and which have none, where any place is given.
     """
     side = window_size + 2 * expand_size
     square = torch.arange(-expand_size, window_size + expand_size, device=device)
@@ -282,7 +287,7 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
     twice = torch.cat([both[:, None] * side + beside, beside * side + both[:, None]]).flatten()
     behind = window_size**2 + slot_count(window_size, expand_size)
     columns[twice] = behind + torch.arange(twice.shape[0], device=device)
-    return found[:2, twice], columns
+    return found[:2, twice], columns.clamp(min=0), columns < 0
 
 
 @cached_table
@@ -433,6 +438,17 @@ def nearest_index(
     return token.flatten(0, 1)
 
 
+@cached_table
+def first_places(rows: int, cols: int, window_size: int, level: int, radius: int, device: torch.device) -> torch.Tensor:
+    """Where a level's first token would stand in the square around each window's centre, shape (rows, cols, 1).
+
+    The square is of side 2 · `radius` + 1, and counted row by row, on beyond it.
+    """
+    row = radius - window_centers(rows, window_size, level, device)
+    col = radius - window_centers(cols, window_size, level, device)
+    return row[:, None, None] * (2 * radius + 1) + col[:, None]
+
+
 def topk_index(
     nearest: Sequence[torch.Tensor], height: int, width: int, heads: int, window_size: int, topk: int
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -451,10 +467,9 @@ def topk_index(
         of_level = of_level.unflatten(0, (rows, cols))
         level_height, level_width = (rows, cols) if level else (height, width)
         radius = nearest_radius(level_height, level_width, topk)
-        center_row = window_centers(rows, window_size, level, of_level.device)[:, None, None]
-        center_col = window_centers(cols, window_size, level, of_level.device)[:, None]
-        row, col = of_level // level_width - center_row + radius, of_level % level_width - center_col + radius
-        places.append(row * (2 * radius + 1) + col)
+        # Of row · width + col, row · side + col from where the first token would stand.
+        further = (of_level // level_width).mul(2 * radius + 1 - level_width)
+        places.append(of_level + further + first_places(rows, cols, window_size, level, radius, of_level.device))
         index.append(of_level + height * width if level else of_level)
     index = torch.cat(index, dim=2)
     return head_index(index, heads), places, index.int()
@@ -467,6 +482,17 @@ def computed_topk_index(
     """`topk_index` of the nearest tokens as they are computed."""
     nearest = [nearest_index(height, width, window_size, level, topk, device) for level in range(levels)]
     return topk_index(nearest, height, width, heads, window_size, topk)
+
+
+@cached_table
+def topk_offsets(radius: int, window_size: int, level: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All that a window's queries can have from tokens of a level within a radius of its centre, (sides, sides, 2).
+
+    In tokens of the map.
+    """
+    reach = (window_size if level else 1) * radius + window_size // 2
+    axis = torch.arange(-reach, reach + window_size % 2, device=device)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).to(dtype)
 
 
 class RememberingModule(nn.Module):
@@ -544,12 +570,12 @@ class FocalNeighborhood(RememberingModule):
         if self.relative_position_bias_table_to_neighbors is None:
             return own
         listed = torch.cat([own, at_least_float32(self.relative_position_bias_table_to_neighbors[0])], dim=-1)
-        pairs, columns = fine_columns(self.window_size, self.expand_size, table.device)
+        pairs, columns, gaps = fine_columns(self.window_size, self.expand_size, table.device)
         # Gathered, which takes a third of the time of indexing.
         first, second = (listed.gather(-1, of_pair.expand(*listed.shape[:2], -1)) for of_pair in pairs)
         listed = torch.cat([listed, torch.logaddexp(first, second)], dim=-1)
-        bias = listed.gather(-1, columns.clamp(min=0).expand(*listed.shape[:2], -1))
-        return bias.masked_fill(columns < 0, -torch.inf) if 2 * self.expand_size > self.window_size else bias
+        bias = listed.gather(-1, columns.expand(*listed.shape[:2], -1))
+        return bias.masked_fill(gaps, -torch.inf) if 2 * self.expand_size > self.window_size else bias
 
     def pooled_bias(self, level: int) -> torch.Tensor:
         """Bias of every query of a window to its pooled tokens of a level, shape (heads, queries, pooled tokens)."""
@@ -601,7 +627,7 @@ class FocalNeighborhood(RememberingModule):
     def biases(self) -> list[torch.Tensor]:
         """Bias of every query of a window to its fine, and to its pooled tokens, each (heads, queries, tokens)."""
         pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
-        return [self.fine_bias(), torch.cat(pooled, dim=-1)] if pooled else [self.fine_bias()]
+        return [self.fine_bias(), joined(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
 
 class TopkNeighborhood(RememberingModule):
@@ -656,10 +682,8 @@ class TopkNeighborhood(RememberingModule):
         for level, (mlp, radius) in enumerate(zip(self.coordinate_mlps, radii, strict=True)):
             step = window if level else 1  # of the level's tokens, in tokens of the map
             # Offsets repeat across tokens and queries: the MLP sees each once.
-            reach = step * radius + window // 2
-            axis = torch.arange(-reach, reach + window % 2, device=maps.device)
-            offsets = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-            table = mlp(offsets.to(maps.dtype)).unfold(0, window, step).unfold(1, window, step)
+            offsets = topk_offsets(radius, window, level, maps.dtype, maps.device)
+            table = mlp(offsets).unfold(0, window, step).unfold(1, window, step)
             # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
             biases.append(table.flip(0, 1).flatten(3).flatten(0, 1))
         return biases

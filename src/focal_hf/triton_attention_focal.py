@@ -770,16 +770,17 @@ def operands(neighborhood: Neighborhood) -> tuple[torch.Tensor, torch.Tensor | N
     tokens, squares, shift_size = neighborhood.sight
     sources = [at_least_float32(part.source) for part in neighborhood.parts]
     places = None
+    # Biases of a place stand side by side: so they are read, whichever places a window sees.
     if neighborhood.parts[0].pattern.is_floating_point():
-        sources = [source.permute(2, 0, 1) for source in sources]
+        sources = [source.transpose(1, 2) for source in sources]
     else:
         of_parts, first = [], 0
         for part in neighborhood.parts:
-            of_parts.append(part.pattern + first)
+            of_parts.append(part.pattern + first if first else part.pattern)
             first += len(part.source)
         places = torch.cat(of_parts, dim=2).int()
-    # Those of a place stand side by side: so they are read, whichever places a window sees.
-    source = torch.cat(sources).transpose(0, 1).contiguous()
+        sources = [source.transpose(0, 1) for source in sources]
+    source = torch.cat(sources, dim=1)
     return tokens, places, source, [number for square in squares for number in square], shift_size
 
 
