@@ -25,7 +25,16 @@ from common.data import random_view
 from common.files import save_model
 from common.models import decay_groups, default_processor
 from common.options import Problem
-from example_runs import COLOURS, EXAMPLES, LAUNCH, TWO_PROCESSES, draw_pictures, run_example, tiny_config
+from example_runs import (
+    COLOURS,
+    EXAMPLES,
+    LAUNCH,
+    TWO_PROCESSES,
+    draw_pictures,
+    run_example,
+    run_examples_in_turn,
+    tiny_config,
+)
 from focal_hf import FocalForImageClassification
 from hub_server import serve
 
@@ -384,8 +393,9 @@ def class_without_training_images(tmp_path: Path) -> list[str]:
 
 
 def broken_image(tmp_path: Path) -> list[str]:
-    (tmp_path / "data" / "train" / "red" / "broken.png").write_text("no picture")
-    return ["--strict"]
+    draw_pictures(tmp_path / "broken" / "train", {"red": 2, "green": 2})
+    (tmp_path / "broken" / "train" / "red" / "broken.png").write_text("no picture")
+    return ["--data", "broken", "--strict"]
 
 
 def unknown_label_column(tmp_path: Path) -> list[str]:
@@ -422,8 +432,8 @@ def classes_of_another_encoding(tmp_path: Path) -> list[str]:
 
 
 def no_classes(tmp_path: Path) -> list[str]:
-    (tmp_path / "names.txt").write_text("\n")
-    return ["--streaming", "--classes", "names.txt"]
+    (tmp_path / "none.txt").write_text("\n")
+    return ["--streaming", "--classes", "none.txt"]
 
 
 def output_below_a_file(tmp_path: Path) -> list[str]:
@@ -451,24 +461,26 @@ ERRORS = {
     grey_config: "grey takes 1 channels; this script feeds colour images (3 channels).",
     config_without_a_size: "A resnet takes images of any size, and there is no image processor to choose one",
     classes_of_another_encoding: "Cannot read --classes names.txt (UnicodeDecodeError: ",
-    no_classes: "--classes names.txt names no classes: write one a line",
+    no_classes: "--classes none.txt names no classes: write one a line",
     output_below_a_file: "file: Not a directory): name another folder.",
     output_not_empty: "--output full exists and is not empty: name another folder, or add --overwrite.",
 }
 
 
-@pytest.mark.parametrize("prepare", ERRORS, ids=lambda prepare: prepare.__name__)
-def test_bad_input_is_one_clear_line_before_training(finetune, data, config, tmp_path, prepare):
+def test_bad_input_is_one_clear_line_before_training(data, config, tmp_path):
     """Of an option given twice, the last counts."""
+    good = ["--config", config, "--data", data, "--output", "out"]
+    lines = [[*good, *prepare(tmp_path)] for prepare in ERRORS]
     files = set(tmp_path.rglob("*"))
-    run = finetune("--config", config, "--data", data, "--output", "out", *prepare(tmp_path))
-    assert run.returncode == 1
-    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert ERRORS[prepare] in errors[0]
-    assert len(errors[0]) < 400
-    assert "Traceback" not in run.stderr
-    assert "epoch" not in run.stdout
+    answers = run_examples_in_turn("finetune.py", lines, tmp_path)
+    for prepare, (status, out, err) in zip(ERRORS, answers, strict=True):
+        assert status == 1, (prepare, err)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, prepare
+        assert ERRORS[prepare] in errors[0]
+        assert len(errors[0]) < 400
+        assert "Traceback" not in err
+        assert "epoch" not in out
     assert not (tmp_path / "out").exists()
     assert files <= set(tmp_path.rglob("*"))
 

@@ -1,5 +1,7 @@
 """Same weights, same function as the original: every golden case, within 1e-5 in float32."""
 
+import copy
+
 import pytest
 import torch
 
@@ -25,11 +27,9 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-def load(case, **attributes):
+def load(case):
     """The case's config and its weights under focal_hf's names."""
     config = original.config_from_settings(case.config)
-    for name, value in attributes.items():
-        setattr(config, name, value)
     state = case.state_dict
     if not any(key.startswith("buffer/") for key in case.answers):
         # Cases whose input is not of the config's size come without indices.
@@ -44,11 +44,18 @@ def assert_close(answer, expected, scale=None):
     assert error < TOLERANCE, error
 
 
+@pytest.fixture(scope="module", params=[*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
+def loaded(request):
+    """Each case, its config and its weights, which take long to draw."""
+    case = golden_cases.case(request.param)
+    return case, *load(case)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
-def test_answers_of_the_original(name, attention):
-    case = golden_cases.case(name)
-    config, state = load(case, _attn_implementation=attention)
+def test_answers_of_the_original(loaded, attention):
+    case, config, state = loaded
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention
     model = FocalForImageClassification(config).eval()
     model.load_state_dict(state)
     stem = {}
@@ -75,7 +82,7 @@ def test_answers_of_the_original(name, attention):
 
     config.out_features = config.stage_names
     backbone = FocalBackbone(config).eval()
-    backbone.load_state_dict({key: value for key, value in state.items() if key in backbone.state_dict()}, strict=False)
+    backbone.load_state_dict(state, strict=False)
     with torch.no_grad():
         maps = list(backbone(case.pixel_values, output_hidden_states=True).hidden_states)
     height, width = maps[0].shape[2:]
@@ -84,15 +91,13 @@ def test_answers_of_the_original(name, attention):
     for stage, answer in enumerate(maps):
         answer = answer.permute(0, 2, 3, 1)
         expected = case.answers[f"stage{stage}" if stage else "stem"]
-        if name in RELEASED:  # these keep a part
+        if case.name in RELEASED:  # these keep a part
             answer = answer[:, :: answer.shape[1] // 7, :: answer.shape[2] // 7, :16]
         assert_close(answer, expected)
 
 
-@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
-def test_converting_back_returns_the_same_tensors(name):
-    case = golden_cases.case(name)
-    config, state = load(case)
+def test_converting_back_returns_the_same_tensors(loaded):
+    case, config, state = loaded
     back = original.to_original(state, config)
     assert set(back) == set(case.shapes) | set(case.buffers)
     for key, value in case.state_dict.items():
