@@ -124,8 +124,10 @@ def called(exported, images):
 
 @needs_exporters
 @BOTH
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("model_class", [FocalForImageClassification, FocalBackbone])
+@pytest.mark.parametrize(
+    ("model_class", "implementation"),
+    [(FocalForImageClassification, "sdpa"), (FocalForImageClassification, "eager"), (FocalBackbone, "sdpa")],
+)
 @pytest.mark.parametrize("exporter", [DynamoExporter, OnnxExporter])
 def test_exports_serve_any_batch(attention_type, implementation, model_class, exporter, tmp_path):
     if exporter is OnnxExporter:

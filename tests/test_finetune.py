@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,15 +144,14 @@ def test_keeps_the_best_epoch_not_the_last(finetune, data, config, tmp_path):
         assert f"| cross-entropy | {entry['loss']:.4f} |" in (folder / "README.md").read_text()
 
 
-def test_same_seed_same_result(finetune, data, config, tmp_path):
-    losses = []
-    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
-        run = finetune(
-            *("--config", config, "--data", data, "--output", tmp_path / name, "--epochs", 1, "--seed", seed)
-        )
-        assert run.returncode == 0, run.stderr
-        losses.append(results(tmp_path / name)["history"][0]["train_loss"])
-    assert losses[0] == losses[1] != losses[2]
+def test_same_seed_same_result(data, config, tmp_path):
+    seeds = {"first": 1, "second": 1, "third": 2}
+    options = ["--config", config, "--data", data, "--epochs", 1]
+    lines = [[*options, "--output", tmp_path / name, "--seed", seed] for name, seed in seeds.items()]
+    for status, _, complained in run_examples_in_turn("finetune.py", lines, tmp_path):
+        assert not status, complained
+    first, second, third = (results(tmp_path / name)["history"][0]["train_loss"] for name in seeds)
+    assert first == second != third
 
 
 class TestStartingFromACheckpoint:
@@ -355,16 +355,19 @@ def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, t
     assert AutoModelForImageClassification.from_pretrained(output).config.embed_dim == 8
     assert not (output / "stale.txt").exists()
 
-    refused = finetune("--model", output, *options[2:], "--overwrite")
-    assert refused.returncode == 1
-    assert f"--output {output} contains the --model of this run" in refused.stderr
+    other = tmp_path / "other"
+    shutil.copytree(output, other)
+    (other / "config.json").unlink()
+    lines = [
+        ["--model", output, *options[2:], "--overwrite"],
+        [*options, "--output", other, "--overwrite"],
+    ]
+    itself, no_model = run_examples_in_turn("finetune.py", lines, tmp_path)
+    assert (itself[0], no_model[0]) == (1, 1)
+    assert f"--output {output} contains the --model of this run" in itself[2]
+    assert "holds something else than a model" in no_model[2]
     assert (output / "model.safetensors").exists()
-
-    (output / "config.json").unlink()
-    refused = finetune(*options, "--overwrite")
-    assert refused.returncode == 1
-    assert "holds something else than a model" in refused.stderr
-    assert (output / "model.safetensors").exists()
+    assert (other / "model.safetensors").exists()
 
 
 def no_such_folder(tmp_path: Path) -> list[str]:
