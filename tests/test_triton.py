@@ -104,7 +104,8 @@ def test_equals_the_slow_reference(config, block, height, width, images, seed):
 def golden_errors(name, dtype, implementation="triton"):
     """Of the answers and of all gradients, on the scale of the largest."""
     case = golden_cases.case(name)
-    config, state = load(case, _attn_implementation=implementation)
+    config, state = load(case)
+    config._attn_implementation = implementation
     model = FocalForImageClassification(config).eval()
     model.load_state_dict(state)
     model.to(DEVICE, dtype)
