@@ -468,7 +468,7 @@ def topk_index(
         level_height, level_width = (rows, cols) if level else (height, width)
         radius = nearest_radius(level_height, level_width, topk)
         # Of row · width + col, row · side + col from where the first token would stand.
-        further = (of_level // level_width).mul(2 * radius + 1 - level_width)
+        further = of_level // level_width * (2 * radius + 1 - level_width)
         places.append(of_level + further + first_places(rows, cols, window_size, level, radius, of_level.device))
         index.append(of_level + height * width if level else of_level)
     index = torch.cat(index, dim=2)
@@ -485,12 +485,12 @@ def computed_topk_index(
 
 
 @cached_table
-def topk_offsets(radius: int, window_size: int, level: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """All that a window's queries can have from tokens of a level within a radius of its centre, (sides, sides, 2).
+def topk_offsets(radius: int, step: int, window_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All that a window's queries can have from tokens within a radius of its centre, (offsets, offsets, 2).
 
-    In tokens of the map.
+    In tokens of the map, of which those of the radius are `step` apart.
     """
-    reach = (window_size if level else 1) * radius + window_size // 2
+    reach = step * radius + window_size // 2
     axis = torch.arange(-reach, reach + window_size % 2, device=device)
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).to(dtype)
 
@@ -682,7 +682,7 @@ class TopkNeighborhood(RememberingModule):
         for level, (mlp, radius) in enumerate(zip(self.coordinate_mlps, radii, strict=True)):
             step = window if level else 1  # of the level's tokens, in tokens of the map
             # Offsets repeat across tokens and queries: the MLP sees each once.
-            offsets = topk_offsets(radius, window, level, maps.dtype, maps.device)
+            offsets = topk_offsets(radius, step, window, maps.dtype, maps.device)
             table = mlp(offsets).unfold(0, window, step).unfold(1, window, step)
             # Offsets are of the query from the token, so that they fall where the token's coordinates grow.
             biases.append(table.flip(0, 1).flatten(3).flatten(0, 1))
