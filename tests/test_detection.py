@@ -350,6 +350,11 @@ def test_classifier_becomes_the_backbone(place, tmp_path, kind):
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
+def test_coco_images_are_in_the_column_that_the_user_names(place):
+    train, held, _, _ = read(place / "scenes", image_column="picture")
+    assert train["rows"].column_names == held["rows"].column_names == ["picture"]
+
+
 def test_data_set_with_a_column_of_objects_is_read_as_coco_is(place, tmp_path):
     coco, _, names, _ = read(place / "scenes")
     category = datasets.ClassLabel(names=NAMES)

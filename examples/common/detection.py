@@ -97,10 +97,10 @@ def check_objects(objects: dict, where: str) -> None:
             raise Problem(f"{where} has the box {box}: expected four numbers, [left, top, width, height].")
 
 
-def read_coco(folder: Path, masks: bool, split: str) -> tuple[datasets.Dataset, list[dict], list[str]]:
+def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datasets.Dataset, list[dict], list[str]]:
     """Of FOLDER/annotations/instances_SPLIT.json the images, what is in each, and the classes' names in order.
 
-    With `masks`, the objects' masks are part of it, as run lengths.
+    `column` is the name that the images' column gets. With `masks`, the objects' masks are part of it, as run lengths.
     """
     file = folder / "annotations" / f"instances_{split}.json"
     content = read_json(file)
@@ -142,9 +142,9 @@ def read_coco(folder: Path, masks: bool, split: str) -> tuple[datasets.Dataset, 
     for image in images:
         known = zip(image["area"], extents(image), strict=True)
         image["area"] = [extent if area is None else area for area, extent in known]
-    rows = datasets.Dataset.from_dict({"image": [image.pop("path") for image in images]})
+    rows = datasets.Dataset.from_dict({column: [image.pop("path") for image in images]})
     names = [categories[number] for number in sorted(categories)]
-    return rows.cast_column("image", datasets.Image()), images, names
+    return rows.cast_column(column, datasets.Image()), images, names
 
 
 def extents(image: dict) -> list[float]:
@@ -229,8 +229,7 @@ def read_objects(
     folder = Path(args.data).expanduser()
     if (folder / "annotations").is_dir():
         splits = [file.stem.removeprefix("instances_") for file in sorted(folder.glob("annotations/instances_*.json"))]
-        read = functools.partial(read_coco, folder, masks)
-        args.image_column = "image"
+        read = functools.partial(read_coco, folder, args.image_column, masks)
     elif folder.is_dir() and not any(folder.rglob("*.parquet")):
         raise Problem(
             f"--data {args.data} has no annotations: expected images in {args.data}/{args.train_split} with "
