@@ -12,27 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from common.coco import inside, read_objects
 from common.data import report_unreadable
-from common.detection import (
-    OF_BOXES,
-    ObjectImages,
-    View,
-    average_precision,
-    build_detector,
-    detection_loss,
-    draw_detections,
-    finds_masks,
-    ground_truth,
-    inputs_of,
-    inside,
-    predict,
-    rate_groups,
-    read_objects,
-    sides,
-    stride_of,
-    training_sizes,
-    write_detection_card,
-)
+from common.dense_evaluation import OF_BOXES, average_precision, ground_truth, predict
+from common.dense_losses import detection_loss
+from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
+from common.dense_reports import draw_detections, write_detection_card
+from common.detection_views import ObjectImages, View, sides, training_sizes
 from common.files import save_model
 from common.loading import listed, shuffled
 from common.options import (

@@ -16,6 +16,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor
 
+from common.dense_evaluation import probabilities
+from common.dense_losses import segmentation_loss
+from common.dense_models import build_segmenter, fix_unused, segmentation_processor, set_size
+from common.dense_reports import draw_scenes, write_segmentation_card
 from common.files import check_new, save_model, write_results
 from common.loading import InTurn, Loader, Order, shuffled
 from common.models import load_trained
@@ -41,22 +45,14 @@ from common.runs import (
     train_and_keep,
     upload,
 )
-from common.segmentation import (
+from common.segmentation_data import (
     NO_CLASS,
     Scenes,
-    build_segmenter,
     check_scenes,
     choose_splits,
-    draw_scenes,
-    fix_unused,
-    probabilities,
     read_pairs,
-    segmentation_loss,
-    segmentation_processor,
-    set_size,
     training_view,
     whole_view,
-    write_segmentation_card,
 )
 
 EXAMPLES = """\

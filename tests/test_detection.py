@@ -32,19 +32,12 @@ from transformers import (
     pipeline,
 )
 
+from common.coco import picture_size, read_objects
 from common.data import unreadable_pictures
-from common.detection import (
-    ObjectImages,
-    View,
-    average_precision,
-    backbone_of,
-    build_detector,
-    detection_loss,
-    ground_truth,
-    picture_size,
-    read_objects,
-    training_sizes,
-)
+from common.dense_evaluation import average_precision, ground_truth
+from common.dense_losses import detection_loss
+from common.dense_models import backbone_of, build_detector
+from common.detection_views import ObjectImages, View, training_sizes
 from common.loading import Item
 from common.options import Problem
 from example_runs import COLOURS, TWO_PROCESSES, run_examples_in_turn, tiny_config

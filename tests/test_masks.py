@@ -23,16 +23,10 @@ from transformers import (
     pipeline,
 )
 
-from common.detection import (
-    ObjectImages,
-    View,
-    average_precision,
-    backbone_of,
-    build_detector,
-    detection_loss,
-    ground_truth,
-    training_sizes,
-)
+from common.dense_evaluation import average_precision, ground_truth
+from common.dense_losses import detection_loss
+from common.dense_models import backbone_of, build_detector
+from common.detection_views import ObjectImages, View, training_sizes
 from common.options import Problem
 from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification

@@ -20,7 +20,8 @@ from transformers import (
     pipeline,
 )
 
-from common.segmentation import NO_CLASS, probabilities, training_view, whole_view
+from common.dense_evaluation import probabilities
+from common.segmentation_data import NO_CLASS, training_view, whole_view
 from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from test_finetune import results

@@ -1,0 +1,95 @@
+"""Losses of detection and segmentation that do not depend on how a step's images are shared out."""
+
+from collections.abc import Callable
+
+import kornia.augmentation as augment
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.loss import loss_for_object_detection
+from transformers.models.mask2former import modeling_mask2former
+from transformers.models.maskformer import modeling_maskformer
+from transformers.utils import ModelOutput
+
+from .dense_models import MASK_MODELS, inputs_of
+from .recipe import normalize
+from .segmentation_data import NO_CLASS
+
+
+def divide_by_own_objects() -> None:
+    """Have DETR and its like, and Mask2Former, divide their loss by the objects of their batch, as RT-DETR does.
+
+    With several processes, transformers takes the mean number of objects of all, and divides it by the number of
+    processes once more: the loss would grow with that.
+    """
+    for module in (loss_for_object_detection, modeling_mask2former, modeling_maskformer):
+        module.is_accelerate_available = lambda: False
+
+
+def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
+    """The model's own loss, such that a step does not depend on how its images are shared out.
+
+    The model divides by the objects of a batch. Here a batch counts by its objects, so that they are divided by those
+    that its images have on average, `objects` an image.
+    """
+    names = inputs_of(model)
+    divide_by_own_objects()
+
+    def loss(trained: torch.nn.Module, batch: dict) -> torch.Tensor:
+        inputs, labels = {name: batch[name] for name in names}, batch["labels"]
+        if type(model.config) in MASK_MODELS:
+            loss = mask_loss(model, trained(**inputs, output_auxiliary_logits=True), labels, objects)
+        else:
+            count = max(1, sum(len(target["class_labels"]) for target in labels))
+            loss = trained(**inputs, labels=labels).loss * (count / (objects * len(labels)))
+        # DDP waits for a gradient of every parameter: Swin's last norm has none, nor what learns from objects alone.
+        return loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
+
+    return loss
+
+
+def mask_loss(model: PreTrainedModel, outputs: ModelOutput, labels: list[dict], objects: float) -> torch.Tensor:
+    """The model's own loss, divided by what images have on average, where the model divides by what these have.
+
+    The losses of masks are divided by the number of objects, and that of classes by the queries' weights, which are 1
+    for those with an object and less for the others.
+
+    Args:
+        objects: the average number of an image.
+    """
+    losses = model.get_loss_dict(
+        *(outputs.masks_queries_logits, outputs.class_queries_logits),
+        *([target["masks"].float() for target in labels], [target["class_labels"] for target in labels]),
+        outputs.auxiliary_logits,
+    )
+    queries, background = outputs.class_queries_logits.shape[1], model.config.no_object_weight
+    counts = [len(target["class_labels"]) for target in labels]
+    weights = [background * queries + (1 - background) * min(queries, count) for count in [*counts, objects]]
+    of_masks = max(1, sum(counts)) / (objects * len(labels))
+    of_classes = sum(weights[:-1]) / (weights[-1] * len(labels))
+    return sum(loss * (of_classes if "cross_entropy" in name else of_masks) for name, loss in losses.items())
+
+
+def segmentation_loss(
+    processor: BaseImageProcessor, distortion: bool
+) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
+    """The mean loss over all pixels of a batch, those that do not count having none.
+
+    So it is the mean over images, too, whatever counts in each. Colours are distorted as in mmsegmentation's recipes.
+    """
+    operations = torch.nn.Sequential(
+        augment.RandomBrightness((1 - 32 / 255, 1 + 32 / 255), p=0.5),  # which adds up to 32 of 255
+        augment.RandomContrast((0.5, 1.5), p=0.5),
+        augment.RandomSaturation((0.5, 1.5), p=0.5),
+        augment.RandomHue((-0.05, 0.05), p=0.5),
+    )
+
+    def loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        pixels, labels = batch["pixel_values"].float() / 255, batch["labels"].long()
+        with torch.no_grad():
+            pixels = normalize(processor, operations(pixels) if distortion else pixels)
+        counts = labels != NO_CLASS
+        # Of no pixel at all, the model's mean would not be a number.
+        labels = labels.where(counts.any(), 0)
+        return model(pixel_values=pixels, labels=labels).loss * counts.float().mean()
+
+    return loss

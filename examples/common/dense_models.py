@@ -1,0 +1,306 @@
+"""Models for detection and segmentation: heads with backbones, and their image processors."""
+
+import argparse
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    BaseImageProcessor,
+    BeitImageProcessorPil,
+    Mask2FormerConfig,
+    MaskFormerConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RTDetrImageProcessorPil,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+from transformers.backbone_utils import BackboneMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.utils import logging
+
+from .models import check_config, decay_groups, load_model, resize_views, stored_processor
+from .options import Problem, first_line
+from .recipe import drop_path_by_size
+from .segmentation_data import LONGEST, NO_CLASS
+
+# Types of models that take images and give a class and a mask for each of their queries.
+MASK_MODELS = (Mask2FormerConfig, MaskFormerConfig)
+
+
+def backbone_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    return next((module for module in model.modules() if isinstance(module, BackboneMixin)), None)
+
+
+def stride_of(model: torch.nn.Module) -> int:
+    """What the sides of a batch must be multiples of, for maps that each have half the sides of the one before."""
+    config = getattr(backbone_of(model), "config", model.config)
+    patch, stages = getattr(config, "patch_size", 4), len(getattr(config, "depths", range(4)))
+    return (patch if isinstance(patch, int) else max(patch)) * 2 ** (stages - 1)
+
+
+def kind_of(config: PreTrainedConfig) -> type | None:
+    """The Auto class of models that find objects by their masks, or by their boxes."""
+    if type(config) in MASK_MODELS:
+        return AutoModelForUniversalSegmentation
+    return AutoModelForObjectDetection if type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING else None
+
+
+def detector_config(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """The config of --config or --model; or, where --model is no detector, those of --head and of --model."""
+    check_config(args)
+    option, source = ("--config", args.config) if args.config else ("--model", args.model)
+    try:
+        given = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise Problem(f"Cannot read {option} {source}: {first_line(error)}") from error
+    if args.config or kind_of(given):
+        return given, None
+    described = Path(args.head).exists()
+    try:
+        config = AutoConfig.from_pretrained(args.head) if described else AutoConfig.for_model(args.head)
+    except Exception as error:
+        why = f" ({first_line(error)})" if described else ""  # of a name, it lists hundreds of others
+        raise Problem(
+            f"No such detector: --head {args.head}{why}. Name a type that transformers knows, such as "
+            "rt_detr, d_fine or mask2former, or a config.json."
+        ) from error
+    if kind_of(config) is None or not hasattr(config, "backbone_config"):
+        raise Problem(f"--head {args.head} is no detector with a backbone, such as rt_detr, d_fine or mask2former.")
+    return config, given
+
+
+def finds_masks(args: argparse.Namespace) -> bool:
+    return type(detector_config(args)[0]) in MASK_MODELS
+
+
+def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
+    """Put the config of --model into that of --head."""
+    stages = len(backbone.depths)
+    levels = len(getattr(config, "encoder_in_channels", ())) or min(3, stages)
+    if type(config) in MASK_MODELS:  # all, for masks as fine as the first
+        levels = max(3, stages)
+    if config.model_type in ("detr", "conditional_detr", "dab-detr"):  # they use the last map only
+        levels = 1
+    if levels > stages:
+        raise Problem(f"--head {args.head} takes {levels} maps, and {args.model} has {stages} stages: choose another.")
+    backbone = AutoConfig.for_model(**(backbone.to_dict() | {"out_features": None, "out_indices": None}))
+    backbone.out_indices = [*range(stages - levels + 1, stages + 1)]
+    config.backbone_config = backbone
+    strides = [backbone.patch_size * 2 ** (index - 1) for index in backbone.out_indices]
+    for name in ("use_timm_backbone", "use_pretrained_backbone"):
+        if hasattr(config, name):
+            setattr(config, name, False)
+    if hasattr(config, "encoder_in_channels"):
+        with torch.device("meta"):
+            config.encoder_in_channels = AutoBackbone.from_config(backbone).channels
+        config.feat_strides = strides
+    if hasattr(config, "feature_strides"):
+        config.feature_strides, config.common_stride = strides, strides[0]
+
+
+def new_head(
+    args: argparse.Namespace, config: PreTrainedConfig, labels: dict[int, str], say: Callable[[str], None]
+) -> PreTrainedModel:
+    """A detector whose backbone has the weights of the checkpoint --model, and whose head is new."""
+    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model = kind_of(config).from_config(config)
+        backbone, loading = type(backbone_of(model)).from_pretrained(
+            args.model, config=config.backbone_config, output_loading_info=True, dtype=torch.float32
+        )
+        begin_anew(model)
+        backbone_of(model).load_state_dict(backbone.state_dict())
+    except Exception as error:
+        raise Problem(
+            f"Cannot put --model {args.model} into the detector --head {args.head}: {first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    lacking = [name for name in loading["missing_keys"] if not name.startswith("hidden_states_norms.")]
+    if lacking:
+        say(f"{args.model} lacks weights of the backbone; these start anew: {', '.join(sorted(lacking)[:5])}.")
+    say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
+    return model
+
+
+def begin_anew(model: PreTrainedModel) -> None:
+    """Batch norms of a head start as their papers' do; transformers gives them weights near 0, which hardly learn."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+
+
+def build_detector(
+    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The detector, its id2label being the data's classes, and the image processor that goes with it."""
+    config, backbone = detector_config(args)
+
+    def set_labels(config: PreTrainedConfig) -> None:
+        if kind_of(config) is None:
+            raise ValueError(f"{config.model_type} is no detector")
+        if not args.model or set(config.id2label.values()) != set(names):
+            if args.model:
+                say(f"{args.model} knows other classes: what scores them starts anew where their number differs.")
+            config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in config.id2label.items()}
+
+    if backbone is None:
+        model, _ = load_model(args, kind_of(config), "a detector", (), say, set_labels)
+        if args.config:
+            begin_anew(model)
+    else:
+        add_backbone(args, config, backbone)
+        model = new_head(args, config, dict(enumerate(names)), say)
+
+    processor = None
+    if args.model and backbone is None:
+        with contextlib.suppress(OSError):
+            processor = stored_processor(args.model)
+    if processor is None:  # types without one of their own, such as D-FINE, use that of RT-DETR
+        kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
+        processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)
+    if args.image_size:
+        resize_views(processor, args.image_size)
+    return model, processor
+
+
+def rate_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
+    """Those of `decay_groups`, with a learning rate of its own for the backbone."""
+    backbone = backbone_of(model)
+    inside = {id(parameter) for parameter in backbone.parameters()} if backbone is not None else set()
+    groups = []
+    for group, within in itertools.product(decay_groups(model, args.weight_decay), (True, False)):
+        parameters = [parameter for parameter in group["params"] if (id(parameter) in inside) == within]
+        rate = args.learning_rate * (args.backbone_rate if within else 1)
+        if parameters:
+            groups.append(group | {"params": parameters, "lr": rate})
+    return groups
+
+
+def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """Of a batch, what goes into the model."""
+    known = inspect.signature(model.forward).parameters
+    return tuple(name for name in ("pixel_values", "pixel_mask") if name in known)
+
+
+def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> PreTrainedModel:
+    """UperNet for these classes, of --config or --model.
+
+    What a checkpoint for another task has goes into the backbone, and the heads are new.
+    """
+    source = args.config or args.model
+    same_labels = False
+
+    def set_drop_path(config: PreTrainedConfig) -> None:
+        if args.drop_path is None and hasattr(config, "depths") and hasattr(config, "embed_dim"):
+            args.drop_path = drop_path_by_size(config)
+        if args.drop_path is not None:
+            config.drop_path_rate = args.drop_path
+
+    def set_labels(config: PreTrainedConfig) -> None:
+        nonlocal same_labels
+        same_labels = bool(args.model) and config.id2label == dict(enumerate(names))
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.loss_ignore_index = NO_CLASS
+        set_drop_path(config.backbone_config)
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise Problem(
+            f"Cannot read {'--config' if args.config else '--model'} {source}: {first_line(error)}"
+        ) from error
+    heads = ("decode_head.classifier", "auxiliary_head.classifier")
+    if isinstance(config, UperNetConfig):
+        what = "a segmentation model"
+        model, loading = load_model(args, AutoModelForSemanticSegmentation, what, heads, say, set_labels)
+        if args.model and not same_labels:
+            say(f"{source} knows other classes: its classifiers start anew, with the {len(names)} classes of the data.")
+            if not loading["mismatched_keys"]:  # as many, but other
+                for name, module in model.named_modules():
+                    if name in heads:
+                        torch.nn.init.normal_(module.weight, std=config.initializer_range)
+                        torch.nn.init.zeros_(module.bias)
+        return model
+
+    if not hasattr(config, "stage_names"):
+        raise Problem(f"{source} ({config.model_type}) is no backbone with stages, as Focal and Swin are.")
+    weights = {}
+
+    def set_stages(config: PreTrainedConfig) -> None:
+        config.out_features = config.stage_names[1:]
+        set_drop_path(config)
+
+    set_stages(config)
+    try:
+        if args.model:
+            kind = type(AutoBackbone.from_config(config))
+            # Each map gets a norm of its own, which other checkpoints have not.
+            backbone, _ = load_model(args, kind, "a backbone", ("hidden_states_norms.",), say, set_stages)
+            weights = backbone.state_dict()
+        settings = {"hidden_size": args.head_channels, "auxiliary_channels": args.head_channels // 2}
+        # Small networks start from larger weights, and so should their heads.
+        settings["initializer_range"] = config.initializer_range
+        config = UperNetConfig(backbone_config=config, **settings)
+        set_labels(config)
+        model = UperNetForSemanticSegmentation(config)
+    except (ValueError, IndexError, TypeError) as error:
+        raise Problem(f"Cannot build a segmentation model on {source}: {first_line(error)}") from error
+    if weights:
+        model.backbone.load_state_dict(weights)
+    return model
+
+
+def fix_unused(model: PreTrainedModel, side: int) -> None:
+    """Fix parameters that get no gradient, such as the last norm of Swin's backbone: with them, DDP would stop."""
+    model.eval()
+    try:
+        loss = model(torch.zeros(1, 3, side, side), labels=torch.zeros(1, side, side, dtype=torch.long)).loss
+    except Exception as error:
+        raise Problem(f"This model cannot take crops of {side} x {side} pixels: {first_line(error)}") from error
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None]) -> BaseImageProcessor:
+    """For whole images, with the colours' statistics of the checkpoint, or ImageNet's."""
+    statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    if args.model:
+        try:
+            known = stored_processor(args.model)
+            names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
+            statistics = {name: getattr(known, name) for name in names}
+        except OSError:
+            say(f"{args.model} brings no image processor: using ImageNet's statistics.")
+    # Segformer's does the same, but in transformers 5.18 it asks for torchvision.
+    processor = BeitImageProcessorPil(
+        **statistics,
+        resample=Image.Resampling.BILINEAR,
+        do_center_crop=False,
+        do_reduce_labels=args.reduce_labels,
+    )
+    set_size(processor, args.image_size or args.crop_size)
+    return processor
+
+
+def set_size(processor: BaseImageProcessor, side: int) -> None:
+    """Make the shorter side of whole images `side` pixels, as far as the longer one allows."""
+    processor.size = {"shortest_edge": side, "longest_edge": LONGEST * side}

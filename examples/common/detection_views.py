@@ -1,0 +1,171 @@
+"""Views of images with objects: crops, sizes and batches that keep boxes and masks with their pixels."""
+
+import argparse
+import io
+import math
+import random
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BaseImageProcessor
+
+from .coco import decode, inside
+from .loading import Images, Item
+from .options import first_line
+
+LEFT = 0.25  # an object of which a crop leaves less than this share is none any more
+
+
+def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
+    """The image as its boxes have it; most annotators ignore that EXIF data may turn it, some do not."""
+    image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"])
+    if image.size != size:
+        image = ImageOps.exif_transpose(image)
+    if image.size != size:
+        raise ValueError(
+            f"it is {image.width} x {image.height} pixels, where the annotations have {size[0]} x {size[1]}"
+        )
+    return image.convert("RGB")
+
+
+def random_part(
+    image: Image.Image, boxes: np.ndarray, masks: np.ndarray | None, args: argparse.Namespace, draw: random.Random
+) -> tuple[Image.Image, np.ndarray, np.ndarray | None, np.ndarray]:
+    """Half of the images cropped, half mirrored: the image, boxes, masks, and which of them are still there."""
+
+    def extent() -> np.ndarray:
+        return (boxes[:, 2:] - boxes[:, :2]).prod(1) if masks is None else masks.sum((1, 2))
+
+    left_over = np.ones(len(boxes), bool)
+    if args.crop_scale < 1 and draw.random() < 0.5:
+        area = image.width * image.height * draw.uniform(args.crop_scale, 1)
+        ratio = image.width / image.height * math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width = min(image.width, max(1, round(math.sqrt(area * ratio))))
+        height = min(image.height, max(1, round(math.sqrt(area / ratio))))
+        left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+        before = extent()
+        boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([width, height, width, height]))
+        masks = None if masks is None else masks[:, top : top + height, left : left + width]
+        left_over = extent() >= LEFT * before
+    if args.flip and draw.random() < 0.5:
+        image = ImageOps.mirror(image)
+        boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
+        masks = None if masks is None else masks[..., ::-1]
+    return image, boxes, masks, left_over
+
+
+def sides(processor: BaseImageProcessor) -> dict[str, int]:
+    return {name: value for name, value in dict(processor.size).items() if value}
+
+
+class View:
+    """An image as a detector takes it, and its objects. In training a part of it, mirrored or not, in several sizes.
+
+    Args:
+        sizes: for the image processor, of which one is drawn.
+        args: the options of training; none for evaluation.
+    """
+
+    def __init__(
+        self,
+        processor: BaseImageProcessor,
+        label2id: dict[str, int],
+        sizes: list[dict[str, int]],
+        args: argparse.Namespace | None = None,
+    ):
+        self.processor, self.label2id, self.sizes, self.args = processor, label2id, sizes, args
+
+    def __call__(self, image: Image.Image, target: dict, draw: random.Random) -> dict:
+        boxes, kept = inside(target)
+        classes = np.asarray([self.label2id[name] for name in target["name"]], np.int64)
+        boxes, classes = boxes[kept], classes[kept]
+        masks = decode(target["masks"], target["size"])[kept] if "masks" in target else None
+        if self.args:
+            image, boxes, masks, kept = random_part(image, boxes, masks, self.args, draw)
+            boxes, classes = boxes[kept], classes[kept]
+            masks = None if masks is None else masks[kept]
+        pixels = self.processor(image, size=draw.choice(self.sizes), do_pad=False, return_tensors="pt")["pixel_values"]
+        if masks is not None:
+            masks = resize(masks, *pixels.shape[-2:])
+            kept = masks.any((1, 2))  # of the smallest no pixel may be left
+            labels = {"class_labels": torch.from_numpy(classes[kept]), "masks": torch.from_numpy(masks[kept])}
+            return {"pixel_values": pixels[0], "labels": labels}
+        boxes = boxes / np.tile(np.float32(image.size), 2)
+        boxes = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+        labels = {"class_labels": torch.from_numpy(classes), "boxes": torch.from_numpy(boxes.astype(np.float32))}
+        return {"pixel_values": pixels[0], "labels": labels}
+
+
+def training_sizes(processor: BaseImageProcessor, smallest: int, step: int) -> list[dict[str, int]]:
+    """Sizes for the image processor, from `smallest` on the shorter side to its own, in multiples of `step`."""
+    size = sides(processor)
+    side = min(size.values())
+    drawn = [*range(math.ceil(smallest / step) * step, side, step), side]
+    return [{name: round(value * shorter / side) for name, value in size.items()} for shorter in drawn]
+
+
+class ObjectImages(Images):
+    """Images with their objects; one that cannot be read is a black one without any.
+
+    `fetch` gives an image that is not decoded and its objects; `view` takes the image, the objects and a
+    `random.Random`.
+    """
+
+    step = 1  # height and width of a batch are multiples of this
+
+    def __getitem__(self, item: Item) -> dict:
+        cell, target = self.fetch(item.key)
+        draw, broken = random.Random(item.seed), None
+        try:
+            image = picture(cell, target["size"])
+        except Exception as error:  # whatever a decoder says to damaged bytes
+            broken = f"{cell['path']} ({first_line(error)})"
+            image = Image.new("RGB", (64, 64))
+            lists = ("bbox", "name", "iscrowd", "masks")
+            target = {"size": image.size} | {name: [] for name in lists if name in target}
+        index = item.key if item.counts and not broken else -1
+        size = torch.tensor([image.height, image.width])
+        return self.view(image, target, draw) | {"size": size, "index": index, "broken": broken}
+
+    def collate(self, samples: list[dict]) -> dict:
+        """A batch padded at right and bottom, with masks padded alike, and boxes relative to that.
+
+        `shapes` are heights and widths of the images in it, `sizes` those of the images in their files.
+        """
+        shapes = torch.tensor([sample["pixel_values"].shape[-2:] for sample in samples])
+        height, width = (math.ceil(side / self.step) * self.step for side in shapes.amax(0).tolist())
+        pixels = torch.zeros(len(samples), 3, height, width)
+        mask = torch.zeros(len(samples), height, width, dtype=torch.long)
+        labels = []
+        for sample, (rows, columns), image, valid in zip(samples, shapes.tolist(), pixels, mask, strict=True):
+            image[:, :rows, :columns] = sample["pixel_values"]
+            valid[:rows, :columns] = 1
+            objects = dict(sample["labels"])
+            if "masks" in objects:
+                padding = (0, width - columns, 0, height - rows)
+                objects["masks"] = torch.nn.functional.pad(objects["masks"], padding)
+            else:
+                objects["boxes"] = objects["boxes"] * torch.tensor([columns / width, rows / height]).repeat(2)
+            labels.append(objects)
+        return {
+            "pixel_values": pixels,
+            "pixel_mask": mask,
+            "labels": labels,
+            "shapes": shapes,
+            "sizes": torch.stack([sample["size"] for sample in samples]),
+            "indices": torch.tensor([sample["index"] for sample in samples]),
+            "broken": [sample["broken"] for sample in samples if sample["broken"]],
+        }
+
+
+def resize(masks: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Masks of another size, that have the pixels of which they have half at least."""
+    shape = (width, height)
+    return (
+        np.asarray(
+            [np.asarray(Image.fromarray(mask).convert("L").resize(shape, Image.Resampling.BILINEAR)) for mask in masks]
+        ).reshape(-1, height, width)
+        >= 128
+    )

@@ -1,0 +1,230 @@
+"""Images with maps of classes: reading them, checking them, and views that keep both together."""
+
+import argparse
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+
+from .data import hold_out, load_splits, read_names
+from .loading import Images, Item
+from .options import Problem, first_line
+
+NO_CLASS = 255  # what maps have at pixels that do not count
+LARGEST_SHARE = 0.75  # of a crop's pixels, that one class may have
+TRIES = 10  # to find such a crop
+LONGEST = 4  # longest side of an image that the model sees, in shorter sides of its standard size: the paper's 2048:512
+
+
+def read_folder(args: argparse.Namespace, folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of FOLDER/annotations, each with the images of FOLDER/SPLIT or FOLDER/images/SPLIT."""
+    features = datasets.Features({args.image_column: datasets.Image(), args.map_column: datasets.Image()})
+    splits = {}
+    for maps in sorted(place for place in (folder / "annotations").iterdir() if place.is_dir()):
+        places = folder / maps.name, folder / "images" / maps.name
+        images = next((place for place in places if place.is_dir()), None)
+        if images is None:
+            raise Problem(f"The maps in {maps} have no images: expected a folder {places[0]} or {places[1]}.")
+        files = [file for file in sorted(images.iterdir()) if file.suffix.lower() in Image.registered_extensions()]
+        map_of = {file.stem: file for file in maps.glob("*.png")}
+        lacking = [file for file in files if file.stem not in map_of]
+        if lacking:
+            raise Problem(
+                f"{len(lacking)} images in {images} have no map: {lacking[0].name} needs "
+                f"{maps / lacking[0].stem}.png. Add it, or remove the image."
+            )
+        pairs = {
+            args.image_column: [str(file) for file in files],
+            args.map_column: [str(map_of[file.stem]) for file in files],
+        }
+        splits["train" if maps.name == "training" else maps.name] = datasets.Dataset.from_dict(pairs, features)
+    return splits
+
+
+def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """The splits of what --data names, images beside maps, and the classes' names in the order of their numbers."""
+    folder = Path(args.data).expanduser()
+    names = Path(args.classes) if args.classes else folder / "annotations" / "classes.txt"
+    if (folder / "annotations").is_dir():
+        splits = read_folder(args, folder)
+    elif folder.is_dir() and not any(folder.rglob("*.parquet")):
+        raise Problem(
+            f"--data {args.data} has no maps: expected FOLDER/train/*.jpg or *.png with a map for each in "
+            "FOLDER/annotations/train/*.png, and the same of FOLDER/validation."
+        )
+    else:
+        splits = load_splits(args.data)
+        if not args.classes:
+            raise Problem(f"--data {args.data} does not tell its classes: name a file of names, one a line: --classes.")
+    names = read_names(names)
+    for split, rows in splits.items():
+        for option, column in (("--image-column", args.image_column), ("--map-column", args.map_column)):
+            if not isinstance(rows.features.get(column), datasets.Image):
+                raise Problem(
+                    f"The split {split} of --data {args.data} has no images in a column {column}; its columns are "
+                    f"{', '.join(rows.column_names)}. Name the right one with {option}."
+                )
+        splits[split] = rows.select_columns([args.image_column, args.map_column])
+        for column in (args.image_column, args.map_column):
+            splits[split] = splits[split].cast_column(column, datasets.Image(decode=False))
+    if not 2 <= len(names) < NO_CLASS:
+        raise Problem(f"{len(names)} classes are named: there must be at least 2 and at most {NO_CLASS - 1}.")
+    return splits, names
+
+
+def choose_splits(
+    args: argparse.Namespace, splits: dict[str, datasets.Dataset], say: Callable[[str], None]
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on and to validate on."""
+    if "train" not in splits:
+        raise Problem(f"--data {args.data} has no split called train or training, only {', '.join(splits)}.")
+    train = splits["train"]
+    if args.validation_split in splits:
+        return train, splits[args.validation_split]
+    rows, held = hold_out([""] * len(train), args.validation_fraction, args.seed)
+    if not held or not rows:
+        raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
+    say(
+        f"No split called {args.validation_split}: holding out {len(held)} of {len(train)} training images, "
+        f"{args.validation_fraction:.0%} of all (seed {args.seed})."
+    )
+    return train.select(rows), train.select(held)
+
+
+def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
+    """The classes (height, width) of an undecoded map.
+
+    With `reduce_labels`, 0 becomes `NO_CLASS` and other classes count from 0, as in transformers' image processors.
+    """
+    classes = np.asarray(datasets.Image().decode_example(cell))
+    if classes.ndim != 2:
+        raise ValueError(f"expected one number for each pixel, not {classes.shape[-1]}")
+    if classes.max() > NO_CLASS:
+        raise ValueError(
+            f"class {classes.max()}, where {NO_CLASS} is for pixels that do not count and no class is above"
+        )
+    classes = classes.astype("uint8")
+    return np.where(classes == NO_CLASS, classes, classes - 1) if reduce_labels else classes
+
+
+def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[str], say: Callable, show: bool) -> None:
+    """Refuse what training would come upon hours later: maps that are not readable, of another size or class."""
+    scenes = Scenes(rows, args, lambda image, classes, draw: {"image": image, "map": classes})
+    unreadable = []
+
+    def wrong(row: int) -> str | None:
+        name = rows[row][args.map_column]["path"] or f"The map of row {row}"
+        try:
+            scene = scenes[Item(row)]
+        except Exception as error:  # whatever a decoder says to damaged bytes
+            return f"{name} is not a readable map: {first_line(error)}."
+        if scene["broken"]:
+            unreadable.append(scene["broken"])
+            return None
+        image, classes = scene["image"], scene["map"]
+        if image.size != classes.shape[::-1]:
+            sizes = f"{classes.shape[1]} x {classes.shape[0]} pixels, and its image {image.width} x {image.height}"
+            return f"{name} has {sizes}: a map must be as large as its image."
+        highest = classes[classes != NO_CLASS].max(initial=0)
+        if highest >= len(names):
+            reduced = " (after --reduce-labels)" if args.reduce_labels else ""
+            return (
+                f"{name} has class {highest}{reduced}, and the {len(names)} named classes are 0 to {len(names) - 1}: "
+                "name it, too, or mend the map."
+            )
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(wrong, range(len(rows)))
+        for problem in tqdm(found, desc="checking maps", total=len(rows), unit="map", leave=False, disable=not show):
+            if problem:
+                pool.shutdown(cancel_futures=True)
+                raise Problem(problem)
+    unreadable.sort()
+    if unreadable and args.strict:
+        raise Problem(f"Not a readable image: {unreadable[0]}. Repair or remove it, or leave out --strict.")
+    if unreadable:
+        shown = ", ".join(unreadable[:5]) + (" …" if unreadable[5:] else "")
+        say(f"Skipping what is no readable image ({len(unreadable)}): {shown}")
+
+
+class Scenes(Images):
+    """Images with their maps; one that cannot be read, or does not count, has a map without a class.
+
+    Args:
+        rows: undecoded images and maps.
+        view (`Callable`):
+            Given an image, its classes (height, width) and a `random.Random`, tensors for the model by their names.
+    """
+
+    def __init__(self, rows: datasets.Dataset, args: argparse.Namespace, view: Callable):
+        self.rows, self.view = rows, view
+        self.columns, self.reduce_labels = (args.image_column, args.map_column), args.reduce_labels
+
+    def __getitem__(self, item: Item) -> dict:
+        image, classes = (self.rows[item.key][column] for column in self.columns)
+        image, broken = self.decode(image)
+        if broken or not item.counts:
+            classes = np.full((image.height, image.width), NO_CLASS, "uint8")
+        else:
+            classes = load_map(classes, self.reduce_labels)
+        return self.view(image, classes, random.Random(item.seed)) | {"broken": broken}
+
+
+def training_view(
+    args: argparse.Namespace,
+    processor: BaseImageProcessor,
+    image: Image.Image,
+    classes: np.ndarray,
+    draw: random.Random,
+) -> dict[str, torch.Tensor]:
+    """A crop of the image, resized at random, and the same crop of its map; whole numbers, to be normalised later.
+
+    The crop is drawn anew where one class has nearly all of it. What is outside the image has the mean colour.
+    """
+    side = args.crop_size
+    shorter = side * draw.uniform(*args.resize)
+    scale = min(shorter / min(image.size), LONGEST * shorter / max(image.size))
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    resized = np.asarray(Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST))
+    for _ in range(TRIES):
+        left, top = (draw.randint(0, max(0, length - side)) for length in (width, height))
+        part = resized[top : top + side, left : left + side]
+        counts = np.bincount(part[part != NO_CLASS], minlength=1)
+        if counts.max() < LARGEST_SHARE * counts.sum():
+            break
+    right, bottom = left + part.shape[1], top + part.shape[0]
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    pixels = np.empty((side, side, 3), "uint8")
+    pixels[:] = np.round(255 * np.array(processor.image_mean))
+    pixels[: part.shape[0], : part.shape[1]] = image.resize(part.shape[::-1], processor.resample, box=box)
+    labels = np.full((side, side), NO_CLASS, "uint8")
+    labels[: part.shape[0], : part.shape[1]] = part
+    if args.flip and draw.random() < 0.5:
+        pixels, labels = pixels[:, ::-1].copy(), labels[:, ::-1].copy()
+    return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "labels": torch.from_numpy(labels)}
+
+
+def whole_view(
+    scales: list[float],
+    processor: BaseImageProcessor,
+    image: Image.Image,
+    classes: np.ndarray,
+    draw: random.Random | None = None,
+) -> dict[str, torch.Tensor]:
+    """What the model's image processor makes of the image, at each of some scales; and the map as it is."""
+    views = {
+        f"view{number}": processor(
+            image, size={name: round(side * scale) for name, side in dict(processor.size).items()}, return_tensors="pt"
+        )["pixel_values"][0]
+        for number, scale in enumerate(scales)
+    }
+    return views | {"labels": torch.from_numpy(classes)}
