@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from original import ConversionError
+from messages import ConversionError, printable
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
@@ -266,20 +266,6 @@ def move_into_place(built: Path, output: Path) -> None:
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    """Progress, on stdout, at once."""
-    print(text, flush=True)
-
-
-@contextmanager
-def failing_as(what: str, advice: str = "") -> Iterator[None]:
-    """For work on which a disk, a network or the Hub can fail, each library in exceptions of its own."""
-    try:
-        yield
-    except Exception as error:
-        raise ConversionError(f"{what} failed: {error} {advice}") from error
-
-
 def run(main: Callable[[], None]) -> None:
     """Runs a script: what the user can put right becomes one line on stderr and exit code 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -287,7 +273,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ConversionError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 def _stop(number: int, _) -> None:

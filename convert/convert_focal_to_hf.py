@@ -18,27 +18,25 @@ from transformers.utils import logging
 
 from checkpoint_files import (
     check_output_folder,
-    failing_as,
     move_into_place,
     read_checkpoint,
     run,
-    say,
     staging_folder,
 )
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
+from messages import ConversionError, failing_as, say
 from model_card import model_card
 from original import (
     RELEASED,
-    ConversionError,
     config_from_settings,
     dense_backbone,
     from_original,
     output_indices,
     prefixes,
-    read_settings,
     size_note,
     to_original,
 )
+from settings_files import read_settings
 
 EPILOG = f"""\
 --output then holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card. Before it

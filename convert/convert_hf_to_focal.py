@@ -13,17 +13,17 @@ import yaml
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from checkpoint_files import failing_as, read_checkpoint, run, say, staging_folder
+from checkpoint_files import read_checkpoint, run, staging_folder
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalPreTrainedModel
+from messages import ConversionError, failing_as, say
 from original import (
-    ConversionError,
     config_from_settings,
     from_original,
-    read_settings,
     settings_from_config,
     size_note,
     to_original,
 )
+from settings_files import read_settings
 
 EPILOG = """\
 FILE.pth holds {"model": state dict}, the original's fixed tensors included; FILE.yaml, beside it, the settings. Names

@@ -6,18 +6,12 @@ only `qkv`, one matrix there, is three here. One table of names serves both dire
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-import yaml
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from focal_hf.neighborhood_focal import focal_index, relative_position_index, slot_tokens
-
-
-class ConversionError(Exception):
-    """Says what was given, what was expected and what to do."""
-
+from messages import ConversionError
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -81,49 +75,6 @@ def _released_settings() -> dict[str, dict]:
 
 
 RELEASED = _released_settings()
-
-
-def read_settings(config: str) -> dict:
-    """The original's settings from a YAML file, its `BASE` files followed, or by the name of a released model."""
-    if config in RELEASED:
-        return RELEASED[config]
-    path = Path(config)
-    if not path.is_file():
-        raise ConversionError(
-            f"--config {config} is neither a file nor the name of a released model. Give the YAML file that the "
-            f"checkpoint was trained with, or one of: {', '.join(RELEASED)}."
-        )
-    return _read_yaml(path.resolve(), ())
-
-
-def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
-    if path in above:
-        raise ConversionError(f"The BASE entries of {above[0]} lead in a circle through {path}.")
-    try:
-        own = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ConversionError(f"{above[-1]} names {path} under BASE, and there is no such file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is not a YAML file that can be read: {error}") from None
-    if not isinstance(own, dict):
-        raise ConversionError(f"{path} must hold settings such as MODEL.FOCAL.EMBED_DIM; it holds {own!r}.")
-    settings = {}
-    bases = own.pop("BASE", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConversionError(f"BASE in {path} must list YAML files; it holds {bases!r}.")
-    for base in bases:
-        if base:
-            settings = _merged(settings, _read_yaml((path.parent / base).resolve(), (*above, path)))
-    return _merged(settings, own)
-
-
-def _merged(base: Mapping, over: Mapping) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def config_from_settings(settings: Mapping, image_size: int | list[int] | None = None) -> FocalConfig:

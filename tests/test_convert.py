@@ -32,7 +32,8 @@ import golden_cases
 import model_card
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
-from original import RELEASED, ConversionError
+from messages import ConversionError
+from original import RELEASED
 
 SAMPLES = {
     name: golden_cases.FOLDER / name

@@ -1,0 +1,77 @@
+"""convert/: files that are made to harm end in one short line, in time and memory that the file's size bounds."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import messages
+from messages import ConversionError, printable
+from settings_files import read_settings
+
+
+def assert_one_short_line(error: ConversionError) -> None:
+    line = printable(str(error))
+    assert line.isprintable()
+    assert len(line) < messages.LONGEST_MESSAGE + 10
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_is_short_and_printable():
+    assert printable("plain  text,\nin café") == "plain text, in café"
+    assert printable("\x1b]0;title\x07 \x9b2J \u202e \udcff") == r"\x1b]0;title\x07 \x9b2J \u202e \udcff"
+    assert len(printable("x" * 10**7)) < messages.LONGEST_MESSAGE + 10
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)) + "MODEL: *a60\n"
+MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, r"the alias \*a0; write out"),
+        (MERGES, r"the alias \*a0; write out"),
+        ("MODEL: {NUM_CLASSES: 2021-99-99}", "can be read: month must be"),
+        ("MODEL: !!timestamp soon", "can be read"),
+        ("MODEL: !!python/object/apply:os.system [true]", "can be read: could not determine a constructor"),
+        ("MODEL: !!int soon", "can be read: invalid literal"),
+        ("MODEL: " + "9" * 5000, "can be read: Exceeds the limit"),
+        ("0x" + "f" * 5000, "it holds a number of thousands of digits"),
+        ("MODEL: " + "[" * 5000, "can be read: maximum recursion"),
+        ("x" * 200_000, "has 200,000 bytes; a file of settings has at most 100,000"),
+        ("[" + "x, " * 30_000 + "]", r"it holds \['x', 'x', .*\.\.\.\]"),
+        ("MODEL: \x1b[2J", "special characters are not allowed"),
+        ("BASE: [/dev/zero]", "names /dev/zero under BASE, and there is no such file"),
+        ("BASE: [pipe]", "pipe under BASE, and there is no such file"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_settings_that_would_harm(tmp_path, text, message):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_settings(str(tmp_path / "settings.yaml"))
+    assert_one_short_line(caught.value)
+
+
+def write_chain(folder: Path, length: int, names: int) -> str:
+    """Files that name each the next one under BASE, `names` times."""
+    for number in range(length):
+        (folder / f"{number}.yaml").write_text(f"BASE: [{', '.join([f'{number + 1}.yaml'] * names)}]")
+    (folder / f"{length}.yaml").write_text("MODEL: {NAME: last}")
+    return str(folder / "0.yaml")
+
+
+def test_a_chain_of_settings(tmp_path):
+    with pytest.raises(ConversionError, match=re.escape("lead through more than 20 files")):
+        read_settings(write_chain(tmp_path, 1500, names=1))
+
+
+def test_settings_named_by_several_files_are_read_once(tmp_path):
+    assert read_settings(write_chain(tmp_path, 19, names=9)) == {"MODEL": {"NAME": "last"}}  # 9**19 ways
