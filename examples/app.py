@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from common.models import load_focal, prepare
-from common.options import Problem, first_line
+from common.options import Problem
+from common.pictures import UnreadablePicture, load_picture
 from focal_hf.visualization import (
     LEVEL_COLOURS,
     QUERY_COLOUR,
@@ -48,7 +49,6 @@ examples:
     python examples/app.py --model focal-tiny my_model
 """
 DEFAULT_MODEL = "quickstart/model"
-MOST_PIXELS = 50_000_000  # of an upload, which take 150 MB while it is made smaller
 LONGEST = 8  # times the shorter side: the work of models that see the whole picture grows with it
 SHOWN, CLICKED = 224, 480  # pixels at least; what a model sees in fewer is enlarged
 NOTHING, THE_ANSWER, LAST = "none", "the model's answer", "last"
@@ -133,25 +133,15 @@ def example_pictures(labels: list[str], folder: Path) -> list[Path]:
 
 def read_picture(file: str) -> Image.Image:
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size
-            if width * height > MOST_PIXELS:
-                raise Problem(
-                    f"This picture has {width} x {height} pixels; this page takes up to {MOST_PIXELS // 10**6} million."
-                )
-            if max(width, height) > LONGEST * min(width, height):
-                raise Problem(
-                    f"This picture has {width} x {height} pixels; this page takes sides of up to 1 : {LONGEST}."
-                )
-            if picture.mode.startswith("I;16"):  # which Pillow would cut off at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except Problem:
-        raise
-    except Exception as error:  # whatever a decoder says to damaged bytes
+        picture = load_picture({"path": file, "bytes": None})
+    except UnreadablePicture as error:
         raise Problem(
-            f"This is not a picture that can be read ({first_line(error).replace(file, Path(file).name)})."
+            f"This is not a picture that can be read: {str(error).replace(file, Path(file).name)}."
         ) from error
+    width, height = picture.size
+    if max(width, height) > LONGEST * min(width, height):
+        raise Problem(f"This picture has {width} x {height} pixels; this page takes sides of up to 1 : {LONGEST}.")
+    return picture
 
 
 def view_picture(name: str, classifier: Classifier, picture: Image.Image) -> View:

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from common.models import load_focal, prepare, resize_views
 from common.options import Problem, first_line, image_size_option
+from common.pictures import UnreadablePicture, load_picture
 from focal_hf.visualization import (
     attention_rollout,
     plot_grid,
@@ -86,9 +86,9 @@ def parse_arguments() -> argparse.Namespace:
 def look(args: argparse.Namespace) -> None:
     model, processor = load_focal(args.model)
     try:
-        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
-    except Exception as error:  # whatever a decoder says to damaged bytes
-        raise Problem(f"Not a readable image: {args.image} ({first_line(error)}).") from error
+        image = load_picture({"path": str(args.image), "bytes": None})
+    except UnreadablePicture as error:
+        raise Problem(f"Not a readable image: {error}.") from error
     if args.image_size:
         resize_views(processor, args.image_size)
     pixel_values, shown = prepare(processor, image)

@@ -5,8 +5,6 @@ import copy
 import io
 import json
 import random
-import struct
-import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -32,8 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from common.coco import picture_size, read_objects
-from common.data import unreadable_pictures
+from common.coco import read_objects
 from common.dense_evaluation import average_precision, ground_truth
 from common.dense_losses import detection_loss
 from common.dense_models import backbone_of, build_detector
@@ -438,18 +435,6 @@ def test_errors_are_one_line(place):
         assert len(errors) == 1
         assert expected in errors[0]
     assert not (place / "none").exists()
-
-
-def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
-    """Pillow does not open what may fill the memory."""
-    chunks = b"IHDR" + struct.pack(">IIBBBBB", 15000, 15000, 8, 2, 0, 0, 0), b"IDAT", b"IEND"
-    chunks = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
-    file = tmp_path / "large.png"
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    cell = {"path": str(file), "bytes": None}
-    assert picture_size(cell) == (0, 0)
-    rows = datasets.Dataset.from_dict({"image": [cell]}, features=datasets.Features({"image": datasets.Image()}))
-    assert [*unreadable_pictures(rows, "image")] == [str(file)]
 
 
 def test_unreadable_and_turned_pictures(tmp_path):

@@ -13,7 +13,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import BaseImageProcessor
 
 from .data import load_splits
-from .options import Problem, first_line, run_script
+from .options import Problem, run_script
+from .pictures import UnreadablePicture, load_picture, named
 
 
 def run_apart(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accelerator], None]) -> None:
@@ -112,13 +113,13 @@ class Batches(torch.utils.data.IterableDataset):
     def batch(self, piece: int, start: int, rows: dict, last: bool = False) -> dict:
         names, views, labels, unreadable = [], [], [], []
         for row, cell in enumerate(rows[self.image_column]):
-            name = (cell["path"] or f"{piece}:{start + row}").removeprefix(self.folder)
+            cell = named(cell, f"{piece}:{start + row}")
             try:
-                image = datasets.Image().decode_example(cell).convert("RGB")
-            except Exception as error:  # of Pillow, each format has its own
-                unreadable.append(f"{name} ({first_line(error)})")
+                image = load_picture(cell)
+            except UnreadablePicture as error:
+                unreadable.append(str(error).removeprefix(self.folder))
                 continue
-            names.append(name)
+            names.append(cell["path"].removeprefix(self.folder))
             views.append(self.processor(image, return_tensors="pt")["pixel_values"][0])
             if self.label_column:
                 labels.append(rows[self.label_column][row])

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil
 
 from .options import Problem, first_line
+from .pictures import open_picture
 
 
 def load_splits(name: str, streaming: bool = False, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
@@ -92,10 +93,10 @@ def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], lis
 def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
     """Open every file of a local folder as far as its header, so that a broken one is found now and not hours later."""
     for cell in split.cast_column(column, datasets.Image(decode=False))[column]:
-        if cell["path"] and os.path.isfile(cell["path"]):
+        if cell and cell["path"] and os.path.isfile(cell["path"]):
             try:
-                Image.open(cell["path"]).close()
-            except (OSError, Image.DecompressionBombError):
+                open_picture(cell).close()
+            except Exception:  # whatever a decoder says to damaged bytes
                 yield cell["path"]
 
 

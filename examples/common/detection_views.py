@@ -1,7 +1,6 @@
 """Views of images with objects: crops, sizes and batches that keep boxes and masks with their pixels."""
 
 import argparse
-import io
 import math
 import random
 
@@ -13,20 +12,21 @@ from transformers import BaseImageProcessor
 from .coco import decode, inside
 from .loading import Images, Item
 from .options import first_line
+from .pictures import in_colour, open_picture
 
 LEFT = 0.25  # an object of which a crop leaves less than this share is none any more
 
 
 def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
     """The image as its boxes have it; most annotators ignore that EXIF data may turn it, some do not."""
-    image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"])
+    image = open_picture(cell)
     if image.size != size:
         image = ImageOps.exif_transpose(image)
     if image.size != size:
         raise ValueError(
             f"it is {image.width} x {image.height} pixels, where the annotations have {size[0]} x {size[1]}"
         )
-    return image.convert("RGB")
+    return in_colour(image)
 
 
 def random_part(

@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
-from .options import Problem, first_line
+from .options import Problem
+from .pictures import UnreadablePicture, load_picture, named
 
 IGNORED = -100  # the label of an image that does not count, which is PyTorch's own mark for it
 
@@ -114,7 +115,7 @@ def listed(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[
 
 
 def _row(rows: datasets.Dataset, labels: list[int], column: str, index: int) -> tuple[dict, int]:
-    return rows[index][column], labels[index]
+    return named(rows[index][column], f"row {index}"), labels[index]
 
 
 class Images(torch.utils.data.Dataset):
@@ -130,8 +131,6 @@ class Images(torch.utils.data.Dataset):
             height, width) and what belongs to them.
     """
 
-    decoder = datasets.Image(mode="RGB")
-
     def __init__(self, fetch: Callable, view: Callable[[Image.Image, random.Random], dict]):
         self.fetch, self.view = fetch, view
 
@@ -144,9 +143,9 @@ class Images(torch.utils.data.Dataset):
     def decode(self, cell: dict) -> tuple[Image.Image, str | None]:
         """The image, or a black one and what is wrong."""
         try:
-            return self.decoder.decode_example(cell), None
-        except Exception as error:  # whatever a decoder says to damaged bytes
-            return Image.new("RGB", (64, 64)), f"{cell['path']} ({first_line(error)})"
+            return load_picture(cell), None
+        except UnreadablePicture as error:
+            return Image.new("RGB", (64, 64)), str(error)
 
     @staticmethod
     def collate(samples: list[dict]) -> dict:

@@ -9,13 +9,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from .data import hold_out, load_splits, read_names
 from .loading import Images, Item
 from .options import Problem, first_line
+from .pictures import named, open_picture
 
 NO_CLASS = 255  # what maps have at pixels that do not count
 LARGEST_SHARE = 0.75  # of a crop's pixels, that one class may have
@@ -103,7 +104,8 @@ def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
 
     With `reduce_labels`, 0 becomes `NO_CLASS` and other classes count from 0, as in transformers' image processors.
     """
-    classes = np.asarray(datasets.Image().decode_example(cell))
+    with open_picture(named(cell, "")) as picture:
+        classes = np.asarray(ImageOps.exif_transpose(picture))
     if classes.ndim != 2:
         raise ValueError(f"expected one number for each pixel, not {classes.shape[-1]}")
     if classes.max() > NO_CLASS:
@@ -170,7 +172,7 @@ class Scenes(Images):
 
     def __getitem__(self, item: Item) -> dict:
         image, classes = (self.rows[item.key][column] for column in self.columns)
-        image, broken = self.decode(image)
+        image, broken = self.decode(named(image, f"row {item.key}"))
         if broken or not item.counts:
             classes = np.full((image.height, image.width), NO_CLASS, "uint8")
         else:
