@@ -33,7 +33,7 @@ from original import (
     from_original,
     output_indices,
     prefixes,
-    size_note,
+    reason_against_original,
     to_original,
 )
 from settings_files import read_settings
@@ -229,12 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_backbone:
         model_class, state = FocalBackbone, backbone
         config.out_indices = output_indices(state, config)
+        config.drop_remainder = False  # Detectors and segmenters pad images, and their backbones odd maps.
         config.num_labels = FocalConfig().num_labels  # for which no names are written: classes are the head's matter
         say(f"It holds a backbone that returns the maps of {', '.join(config.out_features)}")
         if len(state) < len(whole):
             others = [name for name in whole if not name.startswith("backbone.")]
             say(f"Left aside: {len(others)} tensors of {prefixes(others)}")
     else:
+        if reason := reason_against_original(config):
+            raise ConversionError(
+                f"The original cannot run a model of these settings: {reason}. Give the size that the checkpoint was "
+                "trained at as --image-size."
+            )
         model_class, state = FocalForImageClassification, whole
         name_classes(config)
     model = model_class(config).eval()
@@ -242,8 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"All {len(state)} tensors are accounted for: {model.num_parameters():,} parameters")
     # Under the name of a released model, but at another size or from a detector, the weights are not the released ones.
     released = options.config in RELEASED and config.image_size == 224 and not is_backbone
-    if not is_backbone and (note := size_note(config)):
-        say(note)
     exact = outputs_of(model)
     expected = outputs_of(model.to(dtype))
     if dtype != torch.float32:

@@ -14,13 +14,14 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint, run, staging_folder
-from focal_hf import FocalBackbone, FocalForImageClassification, FocalPreTrainedModel
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from messages import ConversionError, failing_as, say
 from original import (
     config_from_settings,
     from_original,
+    leaves_remainder,
+    reason_against_original,
     settings_from_config,
-    size_note,
     to_original,
 )
 from settings_files import read_settings
@@ -82,7 +83,29 @@ def load(name: str) -> FocalPreTrainedModel:
         )
     if model_class is FocalBackbone and "stem" in model.out_features:
         raise ConversionError(f"--model {name} returns the stem's map, for which the original has no norm.")
+    check_size(name, model.config, model_class is FocalBackbone)
     return model
+
+
+def check_size(name: str, config: FocalConfig, is_backbone: bool) -> None:
+    """Raises ConversionError where the original would not compute the same."""
+    if is_backbone and config.drop_remainder:
+        raise ConversionError(
+            f"--model {name} has drop_remainder=True, but the backbones of detectors and segmenters pad odd maps. Load "
+            "it with drop_remainder=False, save that and convert it."
+        )
+    if not is_backbone and not config.drop_remainder and leaves_remainder(config):
+        raise ConversionError(
+            f"--model {name} pads at its image_size of {config.image_size} pixels, where the original drops the last "
+            "rows and columns and would give other logits. Load it with drop_remainder=True, to compute what the "
+            "original does, or with another image_size; save that and convert it."
+        )
+    # The indices of focalv2 are for maps of one size, in a backbone, too.
+    if (not is_backbone or config.attention_type == "topk") and (reason := reason_against_original(config)):
+        raise ConversionError(
+            f"The original cannot run --model {name}: {reason}. Load it with another image_size, save that and convert "
+            "it."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,8 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"Reading {options.model}")
     model = load(options.model)
     weights = model.state_dict()
-    if isinstance(model, FocalForImageClassification) and (note := size_note(model.config)):
-        say(note)
 
     with staging_folder(checkpoint) as staging:
         say(f"Writing {options.output} and {settings.name}")

@@ -102,7 +102,7 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
     focal["FOCAL_STAGES"] = [stage for stage in focal["FOCAL_STAGES"] if stage < stages]
     focal["QK_SCALE"] = focal["QK_SCALE"] or None
     try:
-        return FocalConfig(
+        config = FocalConfig(
             **{ours: focal[theirs] for theirs, ours, _ in _FOCAL_SETTINGS},
             attention_type=_ATTENTION_TYPES[kind],
             image_size=image_size or data.get("IMG_SIZE", 224),
@@ -110,9 +110,12 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
             drop_path_rate=model.get("DROP_PATH_RATE", 0.1),
             encoder_stride=focal["PATCH_SIZE"] * 2 ** (stages - 1),
             num_labels=labels,
+            drop_remainder=True,
         )
     except Exception as error:  # whatever a strict config raises, its message says which setting is wrong
         raise ConversionError(f"The settings do not describe a model. {error}") from error
+    config.drop_remainder = leaves_remainder(config)
+    return config
 
 
 def _section(settings: Mapping, name: str) -> Mapping:
@@ -122,15 +125,32 @@ def _section(settings: Mapping, name: str) -> Mapping:
     return section
 
 
-def size_note(config: FocalConfig) -> str | None:
-    """What to know about a model whose maps do not divide evenly."""
-    unit = config.patch_size * 2 ** (len(config.depths) - 1)
-    if not any(side % unit for side in config.image_sides):
-        return None
-    return (
-        f"Note: {config.image_size} pixels do not divide by {unit}. Where the original then leaves out the last rows "
-        "and columns of a map, focal_hf keeps them, so the two give different logits at this size."
-    )
+def leaves_remainder(config: FocalConfig) -> bool:
+    """Whether patches do not fill an image of `image_size`, or a map between stages is odd then."""
+    stride = config.patch_size * 2 ** (len(config.depths) - 1)
+    return any(side % stride for side in config.image_sides)
+
+
+def reason_against_original(config: FocalConfig) -> str | None:
+    """Why the original cannot run a classifier of `config` at its `image_size`, or None if it can."""
+    if config.use_conv_embed and (
+        any(side % 4 == 3 for side in config.image_sides)
+        or any(side % 2 for grid in config.stage_grids[:-1] for side in grid)
+    ):
+        return (
+            f"with use_conv_embed, it halves only even maps, and takes no image with a side of 4n + 3 pixels; here, "
+            f"image_size is {config.image_size}, and the maps are "
+            + ", ".join(f"{height} x {width}" for height, width in config.stage_grids)
+        )
+    for stage, grid in enumerate(config.stage_grids):
+        shifts = any(config.block_geometry(stage, block).shift_size for block in range(config.depths[stage]))
+        window = config.block_geometry(stage, 0).window_size
+        if (shifts or config.attention_type == "topk") and any(side % window for side in grid):
+            return (
+                f"with {'use_shift' if shifts else 'focalv2'}, it does not pad maps, and at {config.image_size} pixels "
+                f"that of stage {stage + 1}, {grid[0]} by {grid[1]} tokens, does not divide into windows of {window}"
+            )
+    return None
 
 
 def settings_from_config(config: FocalConfig, name: str) -> dict:

@@ -266,6 +266,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         for pixels, mask, reconstruction in shown:
             mask = mask.view(pixels.shape[1] // config.patch_size, -1).repeat_interleave(config.patch_size, 0)
             mask = mask.repeat_interleave(config.patch_size, 1)
+            # A model with drop_remainder may reconstruct less than the picture.
+            height, width = reconstruction.shape[1:]
+            pixels, mask = pixels[:, :height, :width], mask[:height, :width]
             picture, reconstruction = to_picture(processor, pixels), to_picture(processor, reconstruction)
             hidden_grey = picture.where(~mask, torch.tensor(0.5))
             for row, content in zip(

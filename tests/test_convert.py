@@ -218,13 +218,17 @@ def test_image_size_of_the_checkpoint(convert, tmp_path):
     assert_logits(folder, case)
 
 
-def test_note_on_sizes_that_do_not_divide(convert, case, tmp_path, capsys):
-    settings = case.config | {"DATA": {"IMG_SIZE": 60}}
-    settings["MODEL"] = settings["MODEL"] | {"FOCAL": settings["MODEL"]["FOCAL"] | {"WINDOW_SIZE": 4}}
-    state = FocalForImageClassification(convert_focal_to_hf.config_from_settings(settings)).state_dict()
-    state = convert_focal_to_hf.to_original(state, convert_focal_to_hf.config_from_settings(settings))
-    convert(state, config=write_settings(tmp_path / "odd.yaml", settings))
-    assert "Note: 60 pixels do not divide by 8" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "drops"), [("base", False), ("odd_map", False), ("odd_map_twice", True), ("patch_remainder", True)]
+)
+def test_remainder_is_dropped_as_in_the_original(convert, tmp_path, name, drops):
+    """At a checkpoint's own size, and only where there is one; there and back."""
+    case = golden_cases.case(name)
+    folder = convert(case.state_dict, config=write_settings(tmp_path / "odd.yaml", case.config))
+    assert_logits(folder, case)
+    assert FocalConfig.from_pretrained(folder).drop_remainder == drops
+    convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
+    assert same_bits(torch.load(tmp_path / "back.pth")["model"], case.state_dict)
 
 
 def test_label_names(case, convert, tmp_path):

@@ -10,7 +10,7 @@ from .configuration_focal import FocalConfig
 from .modeling_focal import FocalBackbone
 
 # Settings to which `from_pretrained` fits the weights.
-FITTED = {"image_size", "window_size", "expand_sizes", "expand_layer", "focal_windows", "topk"}
+FITTED = {"image_size", "drop_remainder", "window_size", "expand_sizes", "expand_layer", "focal_windows", "topk"}
 # Settings that trained weights do not depend on.
 FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"}
 FREE |= {"layerscale_value", "encoder_stride", "_out_features", "_out_indices"}

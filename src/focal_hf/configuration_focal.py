@@ -68,6 +68,9 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether odd blocks shift the map by half a window, as Swin does.
         use_conv_embed (`bool`, *optional*, defaults to `False`):
             Whether patches and downsampling overlap (kernels 7 and 3 instead of 4 and 2).
+        drop_remainder (`bool`, *optional*, defaults to `False`):
+            Whether pixels that do not fill a patch and the last row or column of an odd map between stages are dropped,
+            as the original does, instead of padded with zeros.
         use_pre_norm (`bool`, *optional*, defaults to `False`):
             Whether maps are normalised before downsampling, too.
         use_layerscale (`bool`, *optional*, defaults to `False`):
@@ -136,6 +139,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     topk: int = 128
     use_shift: bool = False
     use_conv_embed: bool = False
+    drop_remainder: bool = False
     use_pre_norm: bool = False
     use_layerscale: bool = False
     layerscale_value: float | int = 1e-4
@@ -219,12 +223,22 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def stage_grids(self) -> list[tuple[int, int]]:
         """Height and width in tokens of every stage's map for an image of `image_size`."""
-        return [
-            tuple(
-                -(-side // (self.patch_size * 2**stage)) for side in self.image_sides
-            )  # rounded up, as the input is padded
-            for stage in range(len(self.depths))
-        ]
+        return [self.reduced_size(self.image_sides, self.patch_size * 2**stage) for stage in range(len(self.depths))]
+
+    def reduced_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
+        """Height and width of an image or a map after convolutions with that stride in all.
+
+        They are rounded up, as a remainder is padded, or down with `drop_remainder`.
+        """
+        height, width = size
+        if self.drop_remainder:
+            return height // stride, width // stride
+        return -(-height // stride), -(-width // stride)
+
+    @property
+    def least_side(self) -> int:
+        """Shortest side in pixels of an image for which every stage has a token."""
+        return self.patch_size * 2 ** (len(self.depths) - 1) if self.drop_remainder else 1
 
     def block_geometry(self, stage: int, block: int) -> BlockGeometry:
         """Geometry of block `block` of stage `stage`, both counted from 0."""
@@ -295,8 +309,13 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
 
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"image_size must be one side or (height, width); got {tuple(self.image_size)}.")
-        if min(self.stage_grids[0]) < 1:
+        if min(self.image_sides) < 1:
             raise ValueError(f"image_size must be at least 1 pixel a side; got {self.image_size}.")
+        if min(self.image_sides) < self.least_side:
+            raise ValueError(
+                f"image_size must be at least {self.least_side} pixels a side with drop_remainder=True, or the last "
+                f"stage has no token; got {self.image_size}."
+            )
 
     def _check_combinations(self):
         """What must hold between settings."""

@@ -119,7 +119,7 @@ class FocalMaskedImageModelingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, with `bool_masked_pos`):
             Mean absolute error of the masked pixels.
         reconstruction (`torch.Tensor` of the shape of `pixel_values`):
-            Reconstructed pixels.
+            Reconstructed pixels; with `config.drop_remainder`, of whole multiples of `config.encoder_stride`.
         hidden_states, attentions, reshaped_hidden_states:
             As in [`FocalEncoderOutput`].
     """
@@ -178,11 +178,6 @@ def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return maps.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else maps
 
 
-def half(dimensions: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a map after downsampling."""
-    return -(-dimensions[0] // 2), -(-dimensions[1] // 2)
-
-
 def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:
     """(batch, tokens, channels) to (batch, channels, height, width)."""
     return hidden_states.unflatten(1, dimensions).permute(0, 3, 1, 2).contiguous()
@@ -193,6 +188,7 @@ class FocalPatchEmbeddings(nn.Module):
 
     def __init__(self, config: FocalConfig):
         super().__init__()
+        self.config = config
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
         kernel_size, padding = (7, 2) if config.use_conv_embed else (config.patch_size, 0)
@@ -201,7 +197,10 @@ class FocalPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Returns the tokens and the height and width of their map. The input is padded to whole patches."""
+        """Returns the tokens and the height and width of their map.
+
+        The input is padded to whole patches. With `config.drop_remainder`, what does not fill a patch is dropped.
+        """
         if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
                 f"pixel_values must be a torch.Tensor of shape (batch, {self.num_channels}, height, width), as image "
@@ -220,11 +219,22 @@ class FocalPatchEmbeddings(nn.Module):
             raise ValueError(
                 f"pixel_values must be floating point, normalised by the image processor; got {pixel_values.dtype}."
             )
-        pixel_values = pad_to_multiple(pixel_values, self.patch_size)
+        if self.config.drop_remainder:
+            least_side = self.config.least_side
+            if min(pixel_values.shape[2:]) < least_side:
+                raise ValueError(
+                    f"pixel_values must be at least {least_side} pixels high and wide with the model's "
+                    f"config.drop_remainder=True, or the last stage has no token; got {tuple(pixel_values.shape)}."
+                )
+        else:
+            pixel_values = pad_to_multiple(pixel_values, self.patch_size)
         # So that the projection gives tokens as they are needed, without a transposition. `torch.func.vmap` cannot.
         if not is_transforming():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        height, width = self.config.reduced_size(pixel_values.shape[2:], self.patch_size)
         embeddings = self.projection(pixel_values)
+        if self.config.drop_remainder:
+            embeddings = embeddings[:, :, :height, :width]  # An overlapping patch may have begun in the remainder.
         return embeddings.flatten(2).transpose(1, 2), tuple(embeddings.shape[2:])
 
 
@@ -271,10 +281,14 @@ class FocalEmbeddings(nn.Module):
 
 
 class FocalDownsample(nn.Module):
-    """Halves the map (odd sides are padded to even ones) and doubles the channels."""
+    """Halves the map and doubles the channels.
+
+    Odd sides are padded to even ones. With `config.drop_remainder`, their last row or column is dropped.
+    """
 
     def __init__(self, config: FocalConfig, dim: int):
         super().__init__()
+        self.config = config
         kernel_size, padding = (3, 1) if config.use_conv_embed else (2, 0)
         self.pre_norm = nn.GroupNorm(1, dim) if config.use_pre_norm else nn.Identity()
         self.projection = nn.Conv2d(dim, 2 * dim, kernel_size=kernel_size, stride=2, padding=padding)
@@ -283,12 +297,17 @@ class FocalDownsample(nn.Module):
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
-        maps = pad_to_multiple(self.pre_norm(maps), 2)
+        maps = self.pre_norm(maps)
+        if not self.config.drop_remainder:
+            maps = pad_to_multiple(maps, 2)
+        height, width = self.config.reduced_size(maps.shape[2:], 2)
         # For channels last, weights are put in another order at every call: it may be less to turn the map. (Compiled,
         # there would be graphs for the one and the other.)
         if not torch.compiler.is_compiling() and self.projection.weight.numel() > maps.numel():
             maps = maps.contiguous()
         maps = self.projection(maps)
+        if self.config.drop_remainder:
+            maps = maps[:, :, :height, :width]  # An overlapping kernel may have begun in the remainder.
         return self.norm(maps.flatten(2).transpose(1, 2))
 
 
@@ -782,7 +801,7 @@ class FocalEncoder(FocalPreTrainedModel):
             if output_hidden_states and output_hidden_states_before_downsampling:
                 maps += (to_map(before, input_dimensions),)
             if stage.downsample is not None:
-                input_dimensions = half(input_dimensions)
+                input_dimensions = self.config.reduced_size(input_dimensions, 2)
             if output_hidden_states and not output_hidden_states_before_downsampling:
                 maps += (to_map(hidden_states, input_dimensions),)
         return FocalEncoderOutput(last_hidden_state=hidden_states, reshaped_hidden_states=maps)
@@ -917,7 +936,8 @@ class FocalForMaskedImageModeling(FocalPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
                 Images of any height and width.
             bool_masked_pos (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
-                Which patches to hide, row by row; `patches` is ceil(height / patch_size) · ceil(width / patch_size).
+                Which patches to hide, row by row; `patches` is ceil(height / patch_size) · ceil(width / patch_size), or
+                the floors' product with `config.drop_remainder`.
 
         Example:
 
@@ -933,14 +953,17 @@ class FocalForMaskedImageModeling(FocalPreTrainedModel):
         [1, 3, 160, 224]
         ```"""
         outputs = self.focal(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
-        batch, _, height, width = pixel_values.shape
+        size = tuple(pixel_values.shape[2:])
         patch, stride = self.config.patch_size, self.config.encoder_stride
-        last_map = outputs.last_hidden_state.transpose(1, 2).unflatten(2, (-(-height // stride), -(-width // stride)))
-        reconstruction = self.decoder(last_map)[:, :, :height, :width]
+        last_map = outputs.last_hidden_state.transpose(1, 2).unflatten(2, self.config.reduced_size(size, stride))
+        # What padding has added is cut off; what is dropped is not reconstructed.
+        reconstruction = self.decoder(last_map)[:, :, : size[0], : size[1]]
 
         loss = None
         if bool_masked_pos is not None:
-            mask = bool_masked_pos.view(batch, 1, -(-height // patch), -(-width // patch)).float()
+            height, width = reconstruction.shape[2:]
+            pixel_values = pixel_values[:, :, :height, :width]
+            mask = bool_masked_pos.unflatten(1, self.config.reduced_size(size, patch))[:, None].float()
             mask = mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :height, :width]
             # In float32, whose range the sums over all pixels need.
             error = nn.functional.l1_loss(reconstruction.float(), pixel_values.float(), reduction="none")

@@ -406,10 +406,11 @@ def to_pixels(plane: np.ndarray, stride: int, image_size: tuple[int, int]) -> np
     """A plane (rows, columns) of tokens as one of pixels, (height, width) = `image_size`.
 
     Each token's number is shared out evenly among its `stride` by `stride` pixels, so that the sum stays what it was
-    but for what lies on padding, which is cut off.
+    but for what lies on padding, which is cut off. Pixels that the model drops (`drop_remainder`) have 0.
     """
     pixels = np.asarray(plane).repeat(stride, 0).repeat(stride, 1) / stride**2
-    return pixels[: image_size[0], : image_size[1]]
+    pixels = pixels[: image_size[0], : image_size[1]]
+    return np.pad(pixels, [(0, length - tokens) for length, tokens in zip(image_size, pixels.shape, strict=True)])
 
 
 def attended(block: BlockAttention, relevance: torch.Tensor) -> torch.Tensor:
@@ -521,8 +522,7 @@ def shown_size(seen: QueryAttention, levels: Collection[int] | None = None) -> t
     """Height and width in pixels of the image, with the padding where weight falls on it."""
     if not any(level.outside.any() for level in drawn(seen, levels)):
         return seen.image_size
-    rows, cols = seen.levels[0].plane.shape
-    return rows * seen.stride, cols * seen.stride
+    return tuple(np.maximum(seen.image_size, np.multiply(seen.levels[0].plane.shape, seen.stride)).tolist())
 
 
 def covered(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -548,8 +548,8 @@ def shaded(image: np.ndarray, seen: QueryAttention, levels: Collection[int] | No
             The levels to draw; all by default.
 
     Returns:
-        `np.ndarray` of shape `(rows, columns, 3)` of type uint8: the pixels of the padded map. What it has beyond the
-        image's height and width is padding.
+        `np.ndarray` of shape `(rows, columns, 3)` of type uint8: the pixels of the image and of the padded map. What it
+        has beyond the image's height and width is padding.
     """
     image, (height, width) = np.asarray(image), seen.image_size
     if image.shape != (height, width, 3):
@@ -558,7 +558,8 @@ def shaded(image: np.ndarray, seen: QueryAttention, levels: Collection[int] | No
             "the pixel_values first."
         )
     size = seen.levels[0].plane.shape
-    pixels = np.empty((size[0] * seen.stride, size[1] * seen.stride, 3), dtype=np.float32)
+    rows, cols = size[0] * seen.stride, size[1] * seen.stride
+    pixels = np.empty((max(rows, height), max(cols, width), 3), dtype=np.float32)
     pixels[:] = PADDING_COLOUR
     pixels[:height, :width] = 0.55 * image.mean(2, keepdims=True)
     finer = np.zeros(size, dtype=bool)
@@ -566,7 +567,8 @@ def shaded(image: np.ndarray, seen: QueryAttention, levels: Collection[int] | No
         mask = covered(level.boxes, size)
         strength = STRONGEST * np.sqrt(level.plane / (level.plane.max() or 1)) * (mask & ~finer)
         strength = strength.astype(np.float32).repeat(seen.stride, 0).repeat(seen.stride, 1)[..., None]
-        pixels += strength * (np.array(level_colour(level.level), dtype=np.float32) - pixels)
+        colour = np.array(level_colour(level.level), dtype=np.float32)
+        pixels[:rows, :cols] += strength * (colour - pixels[:rows, :cols])
         finer |= mask
     return pixels.round().astype(np.uint8)
 
