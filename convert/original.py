@@ -5,13 +5,13 @@ only `qkv`, one matrix there, is three here. One table of names serves both dire
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from focal_hf.neighborhood_focal import focal_index, relative_position_index, slot_tokens
-from messages import ConversionError
+from messages import ConversionError, shown
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -42,8 +42,15 @@ _FOCAL_SETTINGS = (
 )
 # EXPAND_STAGES is read and ignored by the original, too.
 _FOCAL_DEFAULTS = {theirs: default for theirs, _, default in _FOCAL_SETTINGS} | {"EXPAND_STAGES": [0, 1, 2, 3]}
-_READ_BY_STAGE = ("FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")  # and may be longer than there are stages
+# Lists with a value per stage, which the original reads up to the last stage: they may be longer.
+_READ_BY_STAGE = ("NUM_HEADS", "FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")
 _ATTENTION_TYPES = {"focal": "focal", "focalv2": "topk"}
+
+# Upper bounds, well above all models that are known, so that no file of settings asks for any amount of memory or time.
+_MOST = 10_000  # of every whole number
+_MOST_CLASSES = 100_000
+_MOST_STAGES, _MOST_BLOCKS = 16, 200
+_LARGEST_TENSOR = 2**27  # elements
 
 
 def _released_settings() -> dict[str, dict]:
@@ -78,51 +85,101 @@ RELEASED = _released_settings()
 
 
 def config_from_settings(settings: Mapping, image_size: int | list[int] | None = None) -> FocalConfig:
-    """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`."""
+    """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`.
+
+    Raises:
+        ConversionError: names the setting that is unknown, of another type, out of bounds or contradicts another one.
+    """
     model, data = _section(settings, "MODEL"), _section(settings, "DATA")
     focal = _section(model, "FOCAL")
     if unknown := sorted(map(str, set(focal) - set(_FOCAL_DEFAULTS))):
-        raise ConversionError(f"MODEL.FOCAL has no {', '.join(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
+        raise ConversionError(f"MODEL.FOCAL has no {_listed(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
     focal = _FOCAL_DEFAULTS | focal
-    kind = model.get("TYPE", "focal")
-    if not isinstance(kind, str) or kind not in _ATTENTION_TYPES:
-        raise ConversionError(f"MODEL.TYPE must be focal or focalv2; the settings say {kind!r}.")
     for key, default in _FOCAL_DEFAULTS.items():
-        listed = isinstance(focal[key], list) and all(type(value) is int for value in focal[key])
-        if isinstance(default, list) and not (listed and (focal[key] or key != "DEPTHS")):
-            raise ConversionError(
-                f"MODEL.FOCAL.{key} must list whole numbers, such as {default}; it is {focal[key]!r}."
-            )
-    labels = model.get("NUM_CLASSES", 1000)
-    if type(labels) is not int or labels < 1:
-        raise ConversionError(f"MODEL.NUM_CLASSES must be a number of classes, 1 or more; it is {labels!r}.")
-    stages = len(focal["DEPTHS"])
+        scale = key == "QK_SCALE" and focal[key] is not False
+        _check_setting(f"MODEL.FOCAL.{key}", focal[key], 0.125 if scale else default)
+    kind, labels = model.get("TYPE", "focal"), model.get("NUM_CLASSES", 1000)
+    if not isinstance(kind, str) or kind not in _ATTENTION_TYPES:
+        raise ConversionError(f"MODEL.TYPE must be focal or focalv2; it is {shown(kind)}.")
+    if type(labels) is not int or not 1 <= labels <= _MOST_CLASSES:
+        raise ConversionError(f"MODEL.NUM_CLASSES must be a number from 1 to {_MOST_CLASSES}; it is {shown(labels)}.")
+    dropout, drop_path = model.get("DROP_RATE", 0.0), model.get("DROP_PATH_RATE", 0.1)
+    _check_setting("MODEL.DROP_RATE", dropout, 0.0)
+    _check_setting("MODEL.DROP_PATH_RATE", drop_path, 0.1)
+    image_size = image_size or data.get("IMG_SIZE", 224)
+    _check_setting("DATA.IMG_SIZE", image_size, [224, 224] if isinstance(image_size, list | tuple) else 224)
+
+    depths = focal["DEPTHS"]
+    if not 1 <= len(depths) <= _MOST_STAGES or sum(depths) > _MOST_BLOCKS:
+        raise ConversionError(
+            f"MODEL.FOCAL.DEPTHS must list from 1 to {_MOST_STAGES} stages, with {_MOST_BLOCKS} blocks in all at most; "
+            f"it is {shown(depths)}."
+        )
     for key in _READ_BY_STAGE:
-        focal[key] = focal[key][:stages]
-    focal["FOCAL_STAGES"] = [stage for stage in focal["FOCAL_STAGES"] if stage < stages]
+        focal[key] = focal[key][: len(depths)]
+    focal["FOCAL_STAGES"] = [stage for stage in range(len(depths)) if stage in focal["FOCAL_STAGES"]]
     focal["QK_SCALE"] = focal["QK_SCALE"] or None
     try:
         config = FocalConfig(
             **{ours: focal[theirs] for theirs, ours, _ in _FOCAL_SETTINGS},
             attention_type=_ATTENTION_TYPES[kind],
-            image_size=image_size or data.get("IMG_SIZE", 224),
-            hidden_dropout_prob=model.get("DROP_RATE", 0.0),
-            drop_path_rate=model.get("DROP_PATH_RATE", 0.1),
-            encoder_stride=focal["PATCH_SIZE"] * 2 ** (stages - 1),
+            image_size=image_size,
+            hidden_dropout_prob=dropout,
+            drop_path_rate=drop_path,
+            encoder_stride=focal["PATCH_SIZE"] * 2 ** (len(depths) - 1),
             num_labels=labels,
             drop_remainder=True,
         )
     except Exception as error:  # whatever a strict config raises, its message says which setting is wrong
         raise ConversionError(f"The settings do not describe a model. {error}") from error
     config.drop_remainder = leaves_remainder(config)
+    if (elements := _largest_tensor(config)) > _LARGEST_TENSOR:
+        raise ConversionError(
+            f"A model of these settings makes tensors of {elements:,} elements from one image; at most "
+            f"{_LARGEST_TENSOR:,} are allowed. Give a smaller image size: a converted model takes images of any size."
+        )
     return config
 
 
 def _section(settings: Mapping, name: str) -> Mapping:
     section = settings.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ConversionError(f"{name} in the settings must hold further settings; it holds {section!r}.")
+        raise ConversionError(f"{name} in the settings must hold further settings; it holds {shown(section)}.")
     return section
+
+
+def _check_setting(name: str, value, example) -> None:
+    """Raises ConversionError unless `value` is of the type of `example`, its numbers within bounds."""
+
+    def whole(number) -> bool:
+        return type(number) is int and 0 <= number <= _MOST
+
+    if isinstance(example, bool):
+        fits, kind = isinstance(value, bool), "True or False"
+    elif isinstance(example, int):
+        fits, kind = whole(value), f"a whole number of at most {_MOST}"
+    elif isinstance(example, float):
+        fits, kind = type(value) in (int, float) and 0 <= value <= _MOST, f"a number of at most {_MOST}"
+    elif isinstance(example, str):
+        fits, kind = isinstance(value, str), "a word"
+    else:
+        fits = isinstance(value, list | tuple) and all(map(whole, value))
+        kind = f"a list of whole numbers of at most {_MOST}"
+    if not fits:
+        raise ConversionError(f"{name} must be {kind}, such as {example}; it is {shown(value)}.")
+
+
+def _largest_tensor(config: FocalConfig) -> int:
+    """Elements of the largest tensor that the model, or the original's fixed tensors, have for one image."""
+    height, width = config.image_sides
+    sizes = [config.num_channels * height * width]
+    for stage, (rows, cols) in enumerate(config.stage_grids):
+        geometry = config.block_geometry(stage, 0)
+        window = geometry.window_size**2
+        pooled = (geometry.focal_window + 2**geometry.pooled_levels) ** 2 if geometry.pooled_levels else 0
+        keys = max(window, config.topk if config.attention_type == "topk" else 0)
+        sizes += [rows * cols * max(config.embed_dim * 2**stage, keys), window * pooled]
+    return max(sizes)
 
 
 def leaves_remainder(config: FocalConfig) -> bool:
@@ -245,13 +302,13 @@ def build_empty(
         return model_class(config)
 
 
-def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The fixed tensors in the original's state dict that follow from the settings, and, for focalv2, from the indices.
 
-    `nearest` holds the indices, by their names in the original.
+    `nearest` holds the indices, by their names in the original. Yields names and tensors one by one: all together can
+    need more memory than the model.
     """
     cpu = torch.device("cpu")
-    buffers = {}
     for stage, depth in enumerate(config.depths):
         height, width = config.stage_grids[stage]
         for block in range(depth):
@@ -260,34 +317,29 @@ def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
                 _, (mask,), _ = focal_index(height, width, 1, window, 0, geometry.shift_size, 1, 0, cpu)
-                buffers[f"{prefix}.attn_mask"] = mask.flatten(0, 1).clamp(min=-100)
+                yield f"{prefix}.attn_mask", mask.flatten(0, 1).clamp(min=-100)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2
                 coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)
-                buffers[f"{prefix}.attn.window_coords"] = coords
+                yield f"{prefix}.attn.window_coords", coords
                 for level in range(config.focal_levels[stage]):
                     index = nearest[f"{prefix}.attn.topk_cloest_indice_{level}"]
-                    buffers[f"{prefix}.attn.topk_cloest_coords_{level}"] = (
-                        _nearest_offsets(index, height, width, window, level).unsqueeze(1)
-                        + coords.view(-1, 2)[None, :, None, :]
-                    )
+                    offsets = _nearest_offsets(index, height, width, window, level).unsqueeze(1)
+                    yield f"{prefix}.attn.topk_cloest_coords_{level}", offsets + coords.view(-1, 2)[None, :, None, :]
                 continue
-            buffers[f"{prefix}.attn.relative_position_index"] = relative_position_index(window, window, cpu)
+            yield f"{prefix}.attn.relative_position_index", relative_position_index(window, window, cpu)
             if expand:
                 kept = slot_tokens(window, expand, cpu)
-                buffers[f"{prefix}.attn.valid_ind_rolled"] = kept.flatten().nonzero().flatten()
+                yield f"{prefix}.attn.valid_ind_rolled", kept.flatten().nonzero().flatten()
             for level in range(geometry.pooled_levels):
                 key_side = geometry.focal_window + 2**level - 1
-                buffers[f"{prefix}.attn.relative_position_index_{level}"] = relative_position_index(
-                    window, key_side, cpu
-                )
+                index = relative_position_index(window, key_side, cpu)
+                yield f"{prefix}.attn.relative_position_index_{level}", index
                 if level:
                     dropped = 2**level - 1
                     kept = torch.arange(key_side) + dropped
-                    buffers[f"{prefix}.attn.valid_ind_unfold_{level}"] = (
-                        kept[:, None] * (key_side + dropped) + kept
-                    ).flatten()
-    return buffers
+                    kept = (kept[:, None] * (key_side + dropped) + kept).flatten()
+                    yield f"{prefix}.attn.valid_ind_unfold_{level}", kept
 
 
 def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, level: int) -> torch.Tensor:
@@ -352,16 +404,17 @@ def from_original(
                     f"{original_name(name)} points at tokens {tensor.min()} to {tensor.max()}; its level has {tokens}."
                 )
 
-    derived = original_buffers(config, state)
-    if surplus := sorted(set(state) - {original_name(name) for name in expected} - set(derived)):
-        raise ConversionError(
-            f"The checkpoint holds {_listed(surplus)}, for which a model of these settings has no use.{advice}"
-        )
-    for name in sorted(set(state) & set(derived)):
-        if state[name].shape != derived[name].shape or not torch.equal(
-            state[name].to(derived[name].dtype), derived[name]
-        ):
+    surplus = set(state) - {original_name(name) for name in expected}
+    for name, derived in original_buffers(config, state):
+        if name not in surplus:
+            continue
+        surplus.remove(name)
+        if state[name].shape != derived.shape or not torch.equal(state[name].to(derived.dtype), derived):
             raise ConversionError(f"{name} in the checkpoint is not what these settings give.{advice}")
+    if surplus:
+        raise ConversionError(
+            f"The checkpoint holds {_listed(sorted(surplus))}, for which a model of these settings has no use.{advice}"
+        )
     return converted
 
 
@@ -375,7 +428,7 @@ def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[
             parts.setdefault(original_name(name), {})[part] = tensor
     for name, qkv in parts.items():
         original[name] = torch.cat([qkv[part] for part in range(3)])
-    return original | original_buffers(config, original)
+    return original | dict(original_buffers(config, original))
 
 
 def prefixes(names: Iterable[str]) -> str:

@@ -1,5 +1,7 @@
 """Reads the original's settings from YAML files, as yacs reads them, in memory and time that the files bound."""
 
+import ast
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from messages import ConversionError, shown
 from original import RELEASED
 
 LARGEST_FILE = 100_000  # bytes; the original's have some hundreds
+LONGEST_LITERAL = 1000  # characters
 LONGEST_CHAIN = 20  # files, each of which names the next one under BASE
 
 
@@ -65,8 +68,24 @@ def _read_yaml(path: Path, above: tuple[Path, ...], read: dict[Path, dict]) -> d
     for base in bases:
         if base:
             settings = _merged(settings, _read_yaml((path.parent / base).resolve(), (*above, path), read))
-    read[path] = _merged(settings, own)
+    read[path] = _merged(settings, _decoded(own))
     return read[path]
+
+
+def _decoded(value):
+    """Strings in `value` as yacs reads them: those that spell a Python literal, such as (2, 2) or 1e-1, are that."""
+    if isinstance(value, Mapping):
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise ConversionError(f"Names of settings must be words; got {shown(strange[0])}.")
+        return {key: _decoded(inner) for key, inner in value.items()}
+    if not isinstance(value, str) or len(value) > LONGEST_LITERAL:
+        return value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # text that resembles Python's
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return value
 
 
 def _merged(base: Mapping, over: Mapping) -> dict:

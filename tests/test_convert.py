@@ -30,10 +30,12 @@ import convert_focal_to_hf
 import convert_hf_to_focal
 import golden_cases
 import model_card
+import original
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
 from messages import ConversionError
 from original import RELEASED
+from settings_files import read_settings
 
 SAMPLES = {
     name: golden_cases.FOLDER / name
@@ -600,12 +602,16 @@ def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
         ({"USE_CONV_EMBED": True}, "patch_embed.proj.weight has shape"),
         ({"NUM_HEADS": [4, 4]}, "in a model of these settings. Is --config"),
         ({"EMBED_DIM": 10, "NUM_HEADS": [3, 4]}, "must divide among its heads"),
-        ({"DEPTHS": 2}, "MODEL.FOCAL.DEPTHS must list whole numbers"),
-        ({"DEPTHS": []}, "MODEL.FOCAL.DEPTHS must list whole numbers"),
-        ({"FOCAL_STAGES": None}, "MODEL.FOCAL.FOCAL_STAGES must list whole numbers"),
+        ({"DEPTHS": 2}, r"MODEL.FOCAL.DEPTHS must be a list of whole numbers of at most 10000, such as \[2, 2, 6, 2\]"),
+        ({"DEPTHS": []}, "MODEL.FOCAL.DEPTHS must list from 1 to 16 stages"),
+        ({"FOCAL_STAGES": None}, "MODEL.FOCAL.FOCAL_STAGES must be a list of whole numbers"),
+        ({"FOCAL_LEVELS": [2, -1]}, r"MODEL.FOCAL.FOCAL_LEVELS must be a list of .*; it is \[2, -1\]"),
+        ({"QK_SCALE": "auto"}, "MODEL.FOCAL.QK_SCALE must be a number of at most 10000, such as 0.125; it is 'auto'"),
+        ({"USE_SHIFT": 1}, "MODEL.FOCAL.USE_SHIFT must be True or False, such as False; it is 1"),
+        ({"EMBED_DIM": "wide"}, "MODEL.FOCAL.EMBED_DIM must be a whole number .*, such as 96; it is 'wide'"),
         ({"FOCAL_POOL": "sum"}, "focal_pool must be one of"),
         ({"WINDOWS": 7}, "MODEL.FOCAL has no WINDOWS"),
-        ({"WINDOWS": 7, 8: 9}, "MODEL.FOCAL has no 8, WINDOWS"),
+        ({8: 9}, "Names of settings must be words; got 8"),
     ],
 )
 def test_settings_of_another_model(convert, case, tmp_path, changes, message):
@@ -616,15 +622,48 @@ def test_settings_of_another_model(convert, case, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_are_read_as_yacs_reads_them(tmp_path):
+    """Strings that spell Python's literals, and lists by stage that are longer than there are stages."""
+    (tmp_path / "yacs.yaml").write_text("""
+        DATA: {IMG_SIZE: "(64, 96)"}
+        MODEL:
+            NUM_CLASSES: "5"
+            DROP_PATH_RATE: 1e-1
+            FOCAL:
+                DEPTHS: (2, 1)
+                FOCAL_STAGES: "[5, 1, 1]"
+                QK_SCALE: "0.5"
+                EMBED_DIM: "0x30"
+                USE_SHIFT: "True"
+                FOCAL_POOL: "'fc'"
+    """)
+    assert original.config_from_settings(read_settings(str(tmp_path / "yacs.yaml"))) == FocalConfig(
+        image_size=(64, 96),
+        num_labels=5,
+        drop_path_rate=0.1,
+        depths=(2, 1),
+        num_heads=[3, 6],
+        qk_scale=0.5,
+        embed_dim=48,
+        use_shift=True,
+        focal_levels=[1, 1],
+        focal_windows=[7, 5],
+        expand_sizes=[3, 3],
+        focal_stages=[1],
+        encoder_stride=8,
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("MODEL: [1", "is not a YAML file that can be read"),
         ("just words", "must hold settings such as"),
         ("MODEL: 3", "MODEL in the settings must hold further settings; it holds 3"),
-        ("MODEL: {TYPE: [focal]}", r"MODEL.TYPE must be focal or focalv2; the settings say \['focal'\]"),
+        ("MODEL: {TYPE: [focal]}", r"MODEL.TYPE must be focal or focalv2; it is \['focal'\]"),
         ("BASE: 3", "must list YAML files; it holds 3"),
-        ("MODEL: {NUM_CLASSES: ten}", "NUM_CLASSES must be a number of classes"),
+        ("MODEL: {NUM_CLASSES: ten}", "NUM_CLASSES must be a number from 1 to 100000; it is 'ten'"),
+        ("MODEL: {NUM_CLASSES: 0}", "NUM_CLASSES must be a number from 1 to 100000; it is 0"),
         ("BASE: nowhere.yaml", "nowhere.yaml under BASE, and there is no such file"),
         ("BASE: ['settings.yaml']", "lead in a circle"),
         (None, "is neither a file nor the name of a released model"),

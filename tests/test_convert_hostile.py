@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import messages
 from messages import ConversionError, printable
+from original import config_from_settings, from_original
 from settings_files import read_settings
 
 
@@ -75,3 +77,37 @@ def test_a_chain_of_settings(tmp_path):
 
 def test_settings_named_by_several_files_are_read_once(tmp_path):
     assert read_settings(write_chain(tmp_path, 19, names=9)) == {"MODEL": {"NAME": "last"}}  # 9**19 ways
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"DATA": {"IMG_SIZE": 20_000}},
+        {"DATA": {"IMG_SIZE": [1, 10**9]}},
+        {"DATA": {"IMG_SIZE": 9_000}},
+        {"MODEL": {"NUM_CLASSES": 10**9}},
+        {"MODEL": {"DROP_PATH_RATE": float("nan")}},
+        {"MODEL": {"FOCAL": {"DEPTHS": [10**9, 1]}}},
+        {"MODEL": {"FOCAL": {"DEPTHS": [1000, 1]}}},
+        {"MODEL": {"FOCAL": {"DEPTHS": [1] * 10_000}}},
+        {"MODEL": {"FOCAL": {"EMBED_DIM": 20_000}}},
+        {"MODEL": {"FOCAL": {"MLP_RATIO": 1e30}}},
+        {"MODEL": {"FOCAL": {"FOCAL_LEVELS": [10**9] * 4}}},
+        {"DATA": {"IMG_SIZE": 2048}, "MODEL": {"FOCAL": {"WINDOW_SIZE": 512}}},
+        {"MODEL": {"FOCAL": {"FOCAL_WINDOWS": [9_999] * 4, "FOCAL_LEVELS": [2] * 4, "FOCAL_POOL": "fc"}}},
+        {"DATA": {"IMG_SIZE": 1792}, "MODEL": {"TYPE": "focalv2", "FOCAL": {"FOCAL_TOPK": 9_999}}},
+    ],
+    ids=str,
+)
+def test_settings_beyond_bounds(settings):
+    with pytest.raises(ConversionError, match=r"at most|from 1 to|a number of") as caught:
+        config_from_settings(settings)
+    assert_one_short_line(caught.value)
+
+
+def test_a_model_within_bounds_is_compared_without_its_memory():
+    """A model of 10**12 parameters."""
+    focal = {"EMBED_DIM": 10_000, "DEPTHS": [50] * 4, "NUM_HEADS": [1] * 4, "MLP_RATIO": 10_000}
+    config = config_from_settings({"MODEL": {"FOCAL": focal, "NUM_CLASSES": 100_000}})
+    with pytest.raises(ConversionError, match=r"lacks head\.bias"):
+        from_original({"patch_embed.proj.weight": torch.zeros(1)}, config)
