@@ -76,7 +76,13 @@ def test_the_backbone_of_any_model_is_loaded_and_the_rest_stays(model_class, att
 
 @BOTH
 @pytest.mark.parametrize(
-    "sizes", [{"window_size": 4, "expand_sizes": (2, 2, 2, 2)}, {"image_size": 128}, {"image_size": 32}]
+    "sizes",
+    [
+        {"window_size": 4, "expand_sizes": (2, 2, 2, 2)},
+        {"image_size": 128},
+        {"image_size": 32},
+        {"image_size": 90, "drop_remainder": True},
+    ],
 )
 def test_other_sizes_are_fitted_as_by_from_pretrained(attention_type, sizes, tmp_path):
     checkpoint = saved(FocalForImageClassification(config(attention_type)), tmp_path)

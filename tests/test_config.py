@@ -45,6 +45,7 @@ CONTRADICTIONS = {
     "window_size must be at least 1": {"window_size": 0},
     "image_size must be at least 1 pixel": {"image_size": (32, 0)},
     "image_size must be one side or": {"image_size": [32]},
+    "image_size must be at least 8 pixels a side with drop_remainder": {"image_size": 7, "drop_remainder": True},
 }
 
 

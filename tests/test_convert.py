@@ -221,7 +221,7 @@ def test_image_size_of_the_checkpoint(convert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "drops"), [("base", False), ("odd_map", False), ("odd_map_twice", True), ("patch_remainder", True)]
+    ("name", "drops"), [("odd_map", False), ("odd_map_twice", True), ("conv_embed_remainder", True)]
 )
 def test_remainder_is_dropped_as_in_the_original(convert, tmp_path, name, drops):
     """At a checkpoint's own size, and only where there is one; there and back."""
@@ -231,6 +231,14 @@ def test_remainder_is_dropped_as_in_the_original(convert, tmp_path, name, drops)
     assert FocalConfig.from_pretrained(folder).drop_remainder == drops
     convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
     assert same_bits(torch.load(tmp_path / "back.pth")["model"], case.state_dict)
+
+
+def test_sizes_at_which_the_original_cannot_run(convert, tmp_path):
+    """They are not what the checkpoint was trained at."""
+    case = golden_cases.case("conv_embed")
+    settings = write_settings(tmp_path / "conv.yaml", case.config)
+    with pytest.raises(ConversionError, match=r"halves only even maps, .*Give the size .* as --image-size"):
+        convert(case.state_dict, "--image-size", "76", config=settings)
 
 
 def test_label_names(case, convert, tmp_path):
@@ -317,6 +325,17 @@ def test_back_does_not_overwrite_unasked(converted, tmp_path):
     assert len(torch.load(tmp_path / "back.pth")["model"]) == 88
 
 
+# Maps of 18 x 18 and 9 x 9 tokens in windows of 4, but for these changes.
+OTHER_SIZES = {
+    "remainder": {"image_size": 76},
+    "remainder and positions": {"image_size": 74, "use_absolute_embeddings": True},
+    "conv embed": {"image_size": 76, "use_conv_embed": True, "drop_remainder": True},
+    "conv embed, 4n + 3": {"image_size": 75, "use_conv_embed": True, "drop_remainder": True},
+    "shift": {"use_shift": True, "depths": (2, 1)},
+    "topk": {"attention_type": "topk"},
+}
+
+
 def other_folder(folder: Path, kind: str, converted: Path) -> None:
     config = FocalConfig.from_pretrained(converted)
     if kind == "masked":
@@ -333,6 +352,15 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "stem":
         config.out_features = ["stem", "stage2"]
         FocalBackbone(config).save_pretrained(folder)
+    elif kind in OTHER_SIZES:
+        changes = {"image_size": 72, "window_size": 4, "expand_sizes": (1, 1)} | OTHER_SIZES[kind]
+        FocalForImageClassification(FocalConfig(**config.to_dict() | changes)).save_pretrained(folder)
+    elif kind == "remainder in a backbone":
+        config.drop_remainder = True
+        FocalBackbone(config).save_pretrained(folder)
+    elif kind == "topk in a backbone":
+        changes = {"attention_type": "topk", "image_size": 72, "window_size": 4}
+        FocalBackbone(FocalConfig(**config.to_dict() | changes)).save_pretrained(folder)
     elif kind == "truncated":
         FocalForImageClassification(config).save_pretrained(folder)
         weights = folder / "model.safetensors"
@@ -347,6 +375,14 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
         ("activation", "always has hidden_act = gelu; this model has relu"),
         ("dropout", "always has attention_probs_dropout_prob = 0; this model has 0.1"),
         ("stem", "returns the stem's map, for which the original has no norm"),
+        ("remainder", "pads at its image_size of 76 pixels, where the original drops"),
+        ("remainder and positions", "pads at its image_size of 74 pixels, where the original drops"),
+        ("remainder in a backbone", "has drop_remainder=True, but the backbones of detectors and segmenters pad"),
+        ("conv embed", "with use_conv_embed, it halves only even maps, .* the maps are 19 x 19, 9 x 9"),
+        ("conv embed, 4n + 3", r"takes no image with a side of 4n \+ 3 pixels; here, image_size is 75"),
+        ("shift", "with use_shift, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
+        ("topk", "with focalv2, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
+        ("topk in a backbone", "with focalv2, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
         ("truncated", "as far as can be read"),
         ("absent", "as far as can be read"),
     ],

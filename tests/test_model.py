@@ -1,6 +1,7 @@
 """The transformers API, for both attention types: names, shapes, sizes, saving, initial weights, errors."""
 
 import copy
+import math
 import os
 import shutil
 import subprocess
@@ -234,6 +235,33 @@ def test_masked_image_modelling(attention_type, size):
         model(image, bool_masked_pos=mask[:, 1:])
 
 
+@BOTH
+@pytest.mark.parametrize("use_conv_embed", [False, True])
+def test_remainder_is_dropped_at_every_size(attention_type, use_conv_embed):
+    """With `drop_remainder`: of the image, of maps between stages, of masks and of the reconstruction."""
+    config = tiny(attention_type, drop_remainder=True, use_conv_embed=use_conv_embed, image_size=(44, 39))
+    assert config.stage_grids == [(11, 9), (5, 4), (2, 2)]
+    config.out_features = config.stage_names
+    image = pixels(2, 3, 39, 55)
+    maps = randomized(FocalBackbone(config))(image).feature_maps
+    assert [tuple(of_stage.shape[2:]) for of_stage in maps] == [(9, 13), (9, 13), (4, 6), (2, 3)]
+    hidden_states = FocalModel(config)(image, output_hidden_states=True).reshaped_hidden_states
+    assert [tuple(of_stage.shape[2:]) for of_stage in hidden_states] == [(9, 13), (4, 6), (2, 3), (2, 3)]
+
+    model = randomized(FocalForMaskedImageModeling(config))
+    mask = torch.rand(2, 9 * 13, generator=torch.Generator().manual_seed(2)) < 0.5
+    outputs = model(image, bool_masked_pos=mask)
+    assert outputs.reconstruction.shape == (2, 3, 32, 48)
+    hidden = mask.view(2, 1, 9, 13).repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :32, :48].expand(2, 3, 32, 48)
+    torch.testing.assert_close(outputs.loss, (outputs.reconstruction - image[:, :, :32, :48])[hidden].abs().mean())
+    # No patch sees what does not fill one, but for the first row and column where patches overlap.
+    seen = image[:, :, : 36 + use_conv_embed, : 52 + use_conv_embed]
+    torch.testing.assert_close(model(seen, bool_masked_pos=mask).reconstruction, outputs.reconstruction)
+
+    with pytest.raises(ValueError, match=r"at least 16 pixels high and wide .*drop_remainder=True.*\(2, 3, 15, 55\)"):
+        model(image[:, :, :15])
+
+
 def test_masked_image_modelling_in_float16():
     """Sums over so many pixels exceed its range."""
     model = FocalForMaskedImageModeling(tiny()).half()
@@ -462,7 +490,7 @@ def configs(draw):
     }
     for name in ("use_shift", "use_conv_embed", "use_pre_norm", "use_layerscale", "use_absolute_embeddings"):
         options[name] = draw(st.booleans())
-    for name in ("patch_norm", "qkv_bias"):
+    for name in ("patch_norm", "qkv_bias", "drop_remainder"):
         options[name] = draw(st.booleans())
     options["encoder_stride"] = options["patch_size"] * 2 ** (stages - 1)
     try:
@@ -481,11 +509,13 @@ def configs(draw):
 def test_any_config_that_is_accepted_trains_at_any_size(config, height, width, implementation):
     config._attn_implementation = implementation
     model = FocalForMaskedImageModeling(config).train()
+    height, width = max(height, config.least_side), max(width, config.least_side)
     pixel_values = pixels(2, config.num_channels, height, width)
-    patches = -(-height // config.patch_size) * -(-width // config.patch_size)
+    patches = math.prod(config.reduced_size((height, width), config.patch_size))
     mask = torch.arange(2 * patches).view(2, patches) % 2 == 0
     outputs = model(pixel_values, bool_masked_pos=mask, output_hidden_states=True)
-    assert outputs.reconstruction.shape == pixel_values.shape
+    dropped = [side % config.encoder_stride if config.drop_remainder else 0 for side in (height, width)]
+    assert outputs.reconstruction.shape[2:] == (height - dropped[0], width - dropped[1])
     outputs.loss.backward()
     assert outputs.loss.isfinite()
     for name, parameter in model.named_parameters():

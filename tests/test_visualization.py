@@ -240,8 +240,12 @@ def by_all_pairs(record, start: np.ndarray) -> np.ndarray:
         rows, cols = layers[0].map_size
         places = list(itertools.product(range(rows), range(cols)))
         if len(places) != len(relevance):
+            next_rows, next_cols = record.stages[stage + 1][0].map_size
             merged = np.array(
-                [[(r // 2) * -(-cols // 2) + c // 2 == token for r, c in places] for token in range(len(relevance))]
+                [
+                    [(r // 2, c // 2) == token for r, c in places]
+                    for token in itertools.product(range(next_rows), range(next_cols))
+                ]
             )
             relevance = relevance @ (merged / merged.sum(1, keepdims=True))
         pixels = record.patch_size * 2**stage
@@ -260,6 +264,7 @@ def by_all_pairs(record, start: np.ndarray) -> np.ndarray:
         ({"depths": (2, 1), "use_shift": True}, (16, 16), False),
         ({"depths": (2, 2), "use_shift": True}, (14, 22), True),  # maps of 7 x 11 and 4 x 6 tokens, padded to windows
         ({"attention_type": "topk", "topk": 6}, (17, 16), True),
+        ({"drop_remainder": True}, (15, 23), True),  # 7 x 11, of which 6 x 10 go on
         ({"focal_levels": (3, 1), "window_size": 3, "image_size": 24}, (24, 24), False),
     ],
 )
@@ -363,6 +368,16 @@ def test_shading_is_the_image_dimmed_with_finer_levels_over_coarser_ones():
     np.testing.assert_allclose(pixels[23, 23], 0.05 * np.array(PADDING_COLOUR) + 0.95 * fine, atol=1)
     np.testing.assert_allclose(shaded(image, seen, [1])[17, 17], 0.05 * dim + 0.95 * cell, atol=1)
     assert np.array_equal(shaded(image, seen, []), shaded(image, seen, ()))
+
+    # A map that leaves out the image's last rows and columns.
+    seen = look(one_stage(drop_remainder=True), query=(7, 7), size=(17, 17))
+    pixels, weights = shaded(image[:17, :17], seen), to_pixels(seen.plane(), seen.stride, seen.image_size)
+    assert pixels.shape == (17, 17, 3)
+    assert pixels[16, 16].tolist() == [55, 55, 55]
+    assert (pixels[15, 15] != 55).all()
+    assert weights.shape == (17, 17)
+    assert weights[:16, :16].sum() == pytest.approx(1)
+    assert weights[16].sum() == 0
 
     # Level 1 are cells of 4 x 4 tokens, of all the map; level 2 cells of 2 x 2, from row and column 2.
     seen = look(one_stage(focal_levels=(3,), focal_windows=(3,)), query=(5, 5))

@@ -479,13 +479,15 @@ def attention_rollout(record: AttentionRecord, label: int | None = None) -> np.n
     for blocks in reversed(record.stages):
         height, width = blocks[-1].map_size
         if (height, width) != tuple(relevance.shape):
-            # Where a side was odd, the last tokens were merged from fewer than four.
-            merged_rows = torch.full((relevance.shape[0],), 2)
-            merged_rows[-1] -= height % 2
-            merged_cols = torch.full((relevance.shape[1],), 2)
-            merged_cols[-1] -= width % 2
+            # Where a side was odd, the last tokens were merged from fewer than four, or from none of the last ones.
+            merged_rows, merged_cols = (
+                (length - 2 * torch.arange(tokens)).clamp(max=2)
+                for length, tokens in zip((height, width), relevance.shape, strict=True)
+            )
             relevance = relevance / (merged_rows[:, None] * merged_cols)
             relevance = relevance.repeat_interleave(2, 0).repeat_interleave(2, 1)[:height, :width]
+            dropped_rows, dropped_cols = height - relevance.shape[0], width - relevance.shape[1]
+            relevance = nn.functional.pad(relevance, (0, dropped_cols, 0, dropped_rows))
         for block in reversed(blocks):
             relevance = (relevance + attended(block, relevance)) / 2
     return relevance.numpy()
