@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 
 from common.data import central_view, random_view, read_data, read_names, report_unreadable
+from common.engine import refuse_sharding
 from common.files import save_model
 from common.loading import IGNORED, Loader, Order, listed, shuffled
 from common.models import add_adapters, build_model, freeze, input_size, stages_of
@@ -182,8 +183,8 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
             raise Problem(f"--{name.replace('_', '-')} {value:g} is too much: it must be below {limit:g}.")
     if args.lora and args.freeze:
         raise Problem("--lora fixes all weights of the model by itself: leave out --freeze.")
-    if args.lora and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise Problem(f"--lora is not merged under {accelerator.distributed_type.value}: use one or the other.")
+    if args.lora:
+        refuse_sharding(accelerator, "--lora merges whole weights: leave out one of the two")
     if args.freeze and args.config:
         raise Problem("--freeze keeps weights as they are, and --config starts from random ones: use --model.")
     if args.classes and not args.streaming:

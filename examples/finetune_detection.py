@@ -19,6 +19,7 @@ from common.dense_losses import detection_loss
 from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
 from common.dense_reports import draw_detections, write_detection_card
 from common.detection_views import ObjectImages, View, sides, training_sizes
+from common.engine import refuse_sharding
 from common.files import save_model
 from common.loading import listed, shuffled
 from common.options import (
@@ -131,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
+    refuse_sharding(accelerator, "some batches use only a part of a detector's weights: use DDP")
     complete(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
     if args.backbone_rate is None:
         args.backbone_rate = 0.1 if args.model else 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import broadcast, set_seed
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor
@@ -20,6 +20,7 @@ from common.dense_evaluation import probabilities
 from common.dense_losses import segmentation_loss
 from common.dense_models import build_segmenter, fix_unused, segmentation_processor, set_size
 from common.dense_reports import draw_scenes, write_segmentation_card
+from common.engine import refuse_sharding
 from common.files import check_new, save_model, write_results
 from common.loading import InTurn, Loader, Order, shuffled
 from common.models import load_trained
@@ -197,8 +198,7 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise Problem("--stride is for --window: leave it out, or add that.")
     if args.stride and args.stride > args.window:
         raise Problem(f"--stride {args.stride} leaves gaps between windows of {args.window} pixels.")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise Problem(f"{accelerator.distributed_type.value} shards weights, which UperNet does not need: use DDP.")
+    refuse_sharding(accelerator, "each process evaluates a whole segmentation model: use DDP")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

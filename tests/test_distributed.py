@@ -1,5 +1,6 @@
 """Training in several real processes, without a GPU, through PyTorch's own engines."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from example_runs import EXAMPLES, example_command, tiny_config
 from focal_hf import FocalForImageClassification
@@ -80,3 +84,19 @@ def test_fsdp2_through_accelerate(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "on cuda (FSDP)" in run.stdout
     FocalForImageClassification.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+@pytest.mark.parametrize("script", ["finetune_detection", "finetune_segmentation"])
+def test_scripts_for_whole_models_refuse_engines_that_shard(script, engine, tmp_path, monkeypatch):
+    """Before anything is read or written. On a CPU, Accelerate's state never names these engines: it is set here."""
+    from common.options import Problem
+
+    arguments = ["--model", "none", "--data", "none", "--output", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    module = importlib.import_module(script)
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", engine)
+    with pytest.raises(Problem, match=rf"^{engine.value} shards the model among processes, and .*: use DDP\.$"):
+        module.train(module.parse_arguments(), accelerator)
+    assert not (tmp_path / "none").exists()

@@ -4,25 +4,35 @@ from collections.abc import Callable
 
 import kornia.augmentation as augment
 import torch
+import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.loss import loss_for_object_detection
-from transformers.models.mask2former import modeling_mask2former
-from transformers.models.maskformer import modeling_maskformer
+from transformers.loss.loss_for_object_detection import ImageLoss
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+from transformers.models.maskformer.modeling_maskformer import MaskFormerLoss
 from transformers.utils import ModelOutput
 
 from .dense_models import MASK_MODELS, inputs_of
+from .options import Problem
 from .recipe import normalize
 from .segmentation_data import NO_CLASS
 
+# The functions of transformers that divide a loss by the mean number of objects of all processes.
+OBJECT_COUNTERS = (ImageLoss.forward, Mask2FormerLoss.get_num_masks, MaskFormerLoss.get_num_masks)
+
 
 def divide_by_own_objects() -> None:
-    """Have DETR and its like, and Mask2Former, divide their loss by the objects of their batch, as RT-DETR does.
+    """Have DETR and its like, Mask2Former and MaskFormer divide their loss by the objects of their own batch.
 
-    With several processes, transformers takes the mean number of objects of all, and divides it by the number of
-    processes once more: the loss would grow with that.
+    RT-DETR does so. With several processes, transformers divides the mean number of objects of all processes by the
+    number of processes once more, so that the loss grows with that number. Without Accelerate, it does neither.
     """
-    for module in (loss_for_object_detection, modeling_mask2former, modeling_maskformer):
-        module.is_accelerate_available = lambda: False
+    for counter in OBJECT_COUNTERS:
+        if "is_accelerate_available" not in counter.__code__.co_names:
+            raise Problem(
+                f"transformers {transformers.__version__} counts objects in {counter.__qualname__} in a way that this "
+                "script does not know: install a version that the README names."
+            )
+        counter.__globals__["is_accelerate_available"] = lambda: False
 
 
 def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
@@ -41,7 +51,8 @@ def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn
         else:
             count = max(1, sum(len(target["class_labels"]) for target in labels))
             loss = trained(**inputs, labels=labels).loss * (count / (objects * len(labels)))
-        # DDP waits for a gradient of every parameter: Swin's last norm has none, nor what learns from objects alone.
+        # DDP waits for a gradient of every parameter, but Swin's last norm never has one, and denoising queries have
+        # none in a batch without objects. (In a model sharded by FSDP2, the sum would mix tensors and DTensors.)
         return loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
 
     return loss

@@ -95,6 +95,12 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def refuse_sharding(accelerator: Accelerator, reason: str) -> None:
+    """Refuse the engines that shard a model among processes, because of `reason`."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise Problem(f"{accelerator.distributed_type.value} shards the model among processes, and {reason}.")
+
+
 class Training:
     """A model, all that changes it, and how far it is.
 
@@ -125,9 +131,8 @@ class Training:
         ema: float | None = None,
         save_every: int | None = None,
     ):
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if ema and sharded:
-            raise Problem(f"--ema keeps whole weights, and {accelerator.distributed_type.value} shards them.")
+        if ema:
+            refuse_sharding(accelerator, "--ema averages whole weights: leave out one of the two")
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks a loader of Accelerate's for this
             settings_of_deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
             settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
