@@ -1,8 +1,5 @@
 """examples/finetune_detection.py: real processes that learn to find plain rectangles, and what their parts do."""
 
-import contextlib
-import copy
-import io
 import json
 import random
 from argparse import Namespace
@@ -15,14 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from transformers import (
     AutoModelForObjectDetection,
-    DeformableDetrConfig,
     DeformableDetrImageProcessorPil,
-    RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessorPil,
     SwinConfig,
@@ -30,30 +22,19 @@ from transformers import (
     pipeline,
 )
 
-from common.coco import read_objects
 from common.dense_evaluation import average_precision, ground_truth
 from common.dense_losses import detection_loss
 from common.dense_models import backbone_of, build_detector
 from common.detection_views import ObjectImages, View, training_sizes
 from common.loading import Item
 from common.options import Problem
-from example_runs import COLOURS, TWO_PROCESSES, run_examples_in_turn, tiny_config
-from focal_hf import FocalConfig, FocalForImageClassification
+from detection_scenes import CLASSIFIER, NAMES, STAGES, detector_config, draw_scenes, official, read, write_scenes
+from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
+from focal_hf import FocalForImageClassification
 from test_finetune import results
 from test_training import Run, assert_same
 
 SCRIPT = "finetune_detection.py"
-NAMES = [*COLOURS]
-STAGES = {"depths": (1, 1, 1), "num_heads": (1, 2, 4), "patch_size": 4, "embed_dim": 16, "window_size": 4}
-LEVELS = {"focal_levels": (2,) * 3, "focal_windows": (3, 3, 1), "expand_sizes": (1,) * 3}
-SMALL = {
-    **{"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 1, "num_queries": 12},
-    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
-}
-RT_DETR = SMALL | {
-    **{"encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3, "hidden_expansion": 0.5, "initializer_range": 0.1},
-    **{"num_denoising": 10, "encoder_in_channels": [16, 32, 64], "feat_strides": [4, 8, 16]},
-}
 # Half of the pictures cropped, half mirrored, in several sizes.
 OPTIONS = (
     *("--config", "rt_detr", "--data", "scenes", "--image-size", 64, "--batch-size", 8, "--clip", 1),
@@ -61,70 +42,12 @@ OPTIONS = (
 )
 
 
-def rectangle(left: int, top: int, width: int, height: int) -> tuple[list, dict, dict]:
-    """The mask of a rectangle in a picture of 64 x 48 pixels as a polygon, as run lengths, and as compressed ones."""
-    right, bottom = left + width, top + height
-    lengths = [left * 48 + top, *[height, 48 - height] * (width - 1), height, (64 - right) * 48 + 48 - bottom]
-    lengths = {"size": [48, 64], "counts": lengths}
-    compressed = coco_mask.frPyObjects(lengths, 48, 64)
-    compressed["counts"] = compressed["counts"].decode()
-    return [[left, top, right, top, right, bottom, left, bottom]], lengths, compressed
-
-
-def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
-    """Pictures of 64 x 48 pixels with up to two rectangles, and what COCO's format says of them."""
-    draw, noise = random.Random(split), np.random.default_rng(count)
-    (folder / split).mkdir(parents=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
-    for number in range(count):
-        pixels = noise.integers(90, 170, (48, 64, 3), dtype=np.uint8)
-        for _ in range(draw.randint(0, 2)):
-            width, height, label = draw.randint(12, 28), draw.randint(12, 28), draw.randrange(3)
-            left, top = draw.randint(0, 64 - width), draw.randint(0, 48 - height)
-            pixels[top : top + height, left : left + width] = COLOURS[NAMES[label]]
-            box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
-            box["segmentation"] = rectangle(left, top, width, height)[len(annotations) % 3]
-            # Numbers of categories begin where they like, and have gaps.
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 2 * label + 7} | box)
-        Image.fromarray(pixels).save(folder / split / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
-    categories = [{"id": 2 * label + 7, "name": name} for label, name in enumerate(NAMES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return content
-
-
-def read(folder: Path, masks: bool = False, **options) -> tuple[dict, dict, list[str], list[str]]:
-    """What `read_objects` reads, and what it says."""
-    said = []
-    args = Namespace(
-        **{"data": str(folder), "train_split": "train", "validation_split": "validation", "seed": 0}
-        | {"image_column": "image", "objects_column": "objects", "validation_fraction": 0.25}
-        | options
-    )
-    return *read_objects(args, said.append, masks), said
-
-
-def scenes_and_backbone(place: Path) -> FocalConfig:
-    """Writes scenes, of which one cannot be read, and returns what is to learn from them."""
-    draw_scenes(place / "scenes", "train", 98)
-    draw_scenes(place / "scenes", "validation", 13)
-    whole = (place / "scenes" / "train" / "5.png").read_bytes()
-    (place / "scenes" / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
-    return tiny_config(**STAGES, **LEVELS, drop_path_rate=0.0, initializer_range=0.1, out_indices=[1, 2, 3])
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("detection")
-    backbone = scenes_and_backbone(place)
-    RTDetrConfig(backbone_config=backbone, **RT_DETR).save_pretrained(place / "rt_detr")
-    DeformableDetrConfig(
-        **{"backbone_config": backbone, "use_timm_backbone": False, "encoder_layers": 1, "dropout": 0.0},
-        **{"num_feature_levels": 3, "activation_dropout": 0.0, "attention_dropout": 0.0},
-        **SMALL | {"decoder_layers": 2},
-    ).save_pretrained(place / "deformable")
+    write_scenes(place)
+    for name in ("rt_detr", "deformable_detr"):
+        detector_config(name).save_pretrained(place / name)
     return place
 
 
@@ -177,7 +100,7 @@ def test_processes_divide_the_same_work(place):
 
     It hardly learns, so that no box is matched to another object because of a rounding.
     """
-    options = ("--config", "deformable", "--data", "scenes", "--image-size", 64, "--smallest-size", 64)
+    options = ("--config", "deformable_detr", "--data", "scenes", "--image-size", 64, "--smallest-size", 64)
     options += ("--epochs", 1, "--learning-rate", 1e-7, "--crop-scale", 1)
     Run(place, *options, "--output", "one", "--batch-size", 8, script=SCRIPT).end()
     Run(place, *options, "--output", "two", "--batch-size", 4, launcher=TWO_PROCESSES, script=SCRIPT).end()
@@ -204,19 +127,6 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts(place, trained):
     weights = [1, 2, 1]
     divided = sum(weight * loss(model, part) for weight, part in zip(weights, parts, strict=True)) / 4
     torch.testing.assert_close(divided, loss(model, batch))
-
-
-def official(content: dict, answers: list[dict], kind: str = "bbox") -> list[float]:
-    """What pycocotools gives for COCO's format as it is."""
-    truth = COCO()
-    truth.dataset = copy.deepcopy(content)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(answers), kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats.tolist()
 
 
 def test_average_precision_is_that_of_pycocotools(place, tmp_path):
@@ -317,7 +227,7 @@ def test_boxes_stay_around_their_pixels(width, height, place, size, seed, shorte
 def test_classifier_becomes_the_backbone(place, tmp_path, kind):
     torch.manual_seed(0)
     if kind == "focal":
-        classifier = FocalForImageClassification(tiny_config(**STAGES, **LEVELS, image_size=64))
+        classifier = FocalForImageClassification(tiny_config(**CLASSIFIER))
     else:
         classifier = SwinForImageClassification(SwinConfig(**STAGES, image_size=64))
     classifier.save_pretrained(tmp_path / "classifier")
