@@ -1,28 +1,47 @@
-"""Reads checkpoints without running anything that is in them; writes so that nothing half-written looks whole."""
+"""Reads checkpoints without running anything that is in them, in memory that the size of the file bounds."""
 
+import io
+import math
 import os
-import pickle
 import re
-import secrets
-import shutil
-import signal
-import sys
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
-from messages import ConversionError, printable
+from messages import ConversionError, shown
+from pickles import Call, Name, RefusedName, read_pickle
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
+_DTYPES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_MOST_DIMENSIONS = 8
+
+
+class _Tensor(NamedTuple):
+    """A tensor that a file describes: its size is known before its values are read."""
+
+    elements: int
+    itemsize: int
+    read: Callable[[], torch.Tensor]
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of a `.pth`, the original's in any of its three layouts or a dense model's, or of a `.pdparams`.
+
+    Every byte of its tensors comes from the file.
 
     Raises:
         ConversionError: where there is no such file, it is no checkpoint, is damaged, or would run code.
@@ -34,31 +53,22 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         )
     if not path.is_file():
         raise ConversionError(f"--checkpoint {path}: there is no such file.")
-
-    content = _read_paddle(path) if path.suffix == ".pdparams" else _read_torch(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    where = "alone or under 'model' or 'state_dict'"
-    if not isinstance(content, Mapping) or not content:
-        raise ConversionError(f"{path} holds {_described(content)}; expected a state dict, {where}.")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+    with path.open("rb") as file:
+        try:
+            return _read_state(path, file)
+        except ConversionError:
+            raise
+        except RefusedName as refused:
             raise ConversionError(
-                f"{path} holds {_described(value)} under {name!r}; expected a state dict, {where}, and nothing but "
-                "tensors in it."
-            )
-        if value.layout is not torch.strided or value.device.type != "cpu":
+                f"{path} asks for {refused} while it is read, which weights have no need of and which can run any "
+                "code. It was refused, and nothing in it was run: do not trust this file."
+            ) from None
+        except Exception as error:  # a damaged file raises almost anything
+            kind = "Paddle" if path.suffix == ".pdparams" else "PyTorch"
             raise ConversionError(
-                f"{path} holds a tensor of layout {value.layout} on device {value.device} under {name!r}; expected a "
-                "dense one with its values."
-            )
-    if any(name.startswith(("focal.", "backbone.focal.")) for name in content):
-        raise ConversionError(
-            f"{path} has the tensor names of focal_hf, so it is converted already; convert_hf_to_focal.py goes the "
-            "other way."
-        )
-    return {name: value.detach() for name, value in content.items()}
+                f"{path} is not a {kind} checkpoint, or is not all there ({type(error).__name__}: {error}). Get it "
+                "again."
+            ) from None
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -67,217 +77,198 @@ def _is_safetensors(path: Path) -> bool:
     return brace == b"{" and length < path.stat().st_size
 
 
-class _Unread:
-    """Stands in for what is saved beside the weights and not needed; does nothing, whatever it is given."""
+def _read_state(path: Path, file: BinaryIO) -> dict[str, torch.Tensor]:
+    from_paddle = path.suffix == ".pdparams"
+    if from_paddle:
+        content, described = read_pickle(file)[0], _numpy_array
+    else:
+        content, described = _open_torch(file)
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    where = "alone or under 'model' or 'state_dict'"
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{path} holds {_kind(content)}; expected a state dict, {where}.")
+    if from_paddle:
+        content.pop("StructuredToParameterName@@", None)  # what Paddle calls the tensors in its own graph
 
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-# In a checkpoint saved during training. The original's settings are a yacs node, in whose place a dict does; mmengine's
-# log is of buffers that name their own methods, and scores are NumPy's numbers.
-_BESIDE_WEIGHTS = [(OrderedDict, "yacs.config.CfgNode")] + [
-    (_Unread, name)
-    for name in (
-        "mmengine.logging.history_buffer.HistoryBuffer",
-        "builtins.getattr",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "numpy.core.multiarray._reconstruct",  # before NumPy 2
-        "numpy._core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-    )
-]
-
-
-def _read_torch(path: Path):
-    safe = torch.serialization.safe_globals(_BESIDE_WEIGHTS)
-    with path.open("rb") as file, safe, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    tensors = {}
+    for name, value in content.items():
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises almost anything
-            if refused := re.search(r"GLOBAL (\S+)", str(error)):
-                raise _refusal(path, refused[1]) from None
-            raise _damage(path, str(error).rpartition("WeightsUnpickler error:")[2], error) from None
+            tensors[name] = described(value)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ConversionError(f"{path} holds a tensor under {shown(name)} that cannot be read: {error}.") from None
+        if not isinstance(name, str) or tensors[name] is None:
+            raise ConversionError(
+                f"{path} holds {_kind(value)} under {shown(name)}; expected a state dict, {where}, and nothing but "
+                "dense tensors in it."
+            )
+    if any(name.startswith(("focal.", "backbone.focal.")) for name in tensors):
+        raise ConversionError(
+            f"{path} has the tensor names of focal_hf, so it is converted already; convert_hf_to_focal.py goes the "
+            "other way."
+        )
+    size = os.fstat(file.fileno()).st_size
+    if (total := sum(tensor.elements * tensor.itemsize for tensor in tensors.values())) > size:
+        raise ConversionError(f"{path} has {size:,} bytes and describes tensors of {total:,} bytes: it is damaged.")
 
-
-class _PaddleUnpickler(pickle.Unpickler):
-    """Reads arrays of numbers and the builtin types that pickle spells without a name, and refuses all else.
-
-    Not even NumPy's own functions are called: its arrays and dtypes trust the state they are given.
-    """
-
-    def __init__(self, path: Path, file):
-        super().__init__(file)
-        self.path = path
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _STAND_INS:
-            raise _refusal(self.path, f"{module}.{name}")
-        return _STAND_INS[module, name]
-
-
-class _Dtype:
-    """Stands in for `numpy.dtype`, as far as it is a number's."""
-
-    def __init__(self, code: str, *_):
-        if not re.fullmatch(r"[fiu][1248]|b1", code):
-            raise ValueError(f"an array of {code!r} where numbers were expected")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: tuple):
-        self.order = state[1]
-
-    def to_numpy(self) -> np.dtype:
-        return np.dtype(self.order + self.code)
-
-
-class _Array:
-    """Stands in for `numpy.ndarray`."""
-
-    tensor = None
-
-    def __setstate__(self, state: tuple):
-        _, shape, dtype, by_columns, data = state
-        array = np.frombuffer(data, dtype.to_numpy()).reshape(shape, order="F" if by_columns else "C")
-        self.tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How pickle's protocol 2 writes bytes."""
-    if encoding != "latin1":
-        raise ValueError(f"bytes encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-_STAND_INS = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),  # before NumPy 2
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("_codecs", "encode"): _encode,
-}
-
-
-def _read_paddle(path: Path):
-    with path.open("rb") as file:
-        try:
-            content = _PaddleUnpickler(path, file).load()
-        except ConversionError:
-            raise
-        except Exception as error:  # a damaged file raises almost anything
-            raise _damage(path, str(error), error) from None
-    if not isinstance(content, dict):
-        return content
-    content.pop("StructuredToParameterName@@", None)  # what Paddle calls the tensors in its own graph
-    state = {name: value.tensor if isinstance(value, _Array) else value for name, value in content.items()}
+    state = {name: tensor.read() for name, tensor in tensors.items()}
     # Paddle keeps the matrix of a linear layer as (in, out).
     return {
-        name: value.T.contiguous()
-        if str(name).endswith(".weight") and isinstance(value, torch.Tensor) and value.ndim == 2
-        else value
-        for name, value in state.items()
+        name: tensor.T.contiguous() if from_paddle and name.endswith(".weight") and tensor.ndim == 2 else tensor
+        for name, tensor in state.items()
     }
 
 
-def _refusal(path: Path, wanted: str) -> ConversionError:
-    return ConversionError(
-        f"{path} asks for {wanted} while it is read, which weights have no need of and which can run any code. "
-        "It was refused, and nothing in it was run: do not trust this file."
-    )
-
-
-def _damage(path: Path, reason: str, error: Exception) -> ConversionError:
-    kind = "Paddle" if path.suffix == ".pdparams" else "PyTorch"
-    reason = f"{type(error).__name__}: {reason.strip()}".splitlines()[0].split(". ")[0]
-    return ConversionError(f"{path} is not a {kind} checkpoint, or is not all there ({reason}). Get it again.")
-
-
-def _described(value) -> str:
+def _kind(value) -> str:
     if isinstance(value, Mapping) and value:
-        return "a dict with " + ", ".join(repr(key) for key in list(value)[:4])
+        return "a dict with " + ", ".join(shown(key) for key in list(value)[:4])
+    if isinstance(value, Call):
+        return f"an object made by {value.function}"
     return f"an object of type {type(value).__name__}"
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
+# --- PyTorch's formats ------------------------------------------------------------------------------------------------
 
 
-_staged: dict[Path, Path] = {}  # what to clear when a signal ends the process: staging folder, output
+class _Storage(NamedTuple):
+    length: int  # bytes
+    read: Callable[[], bytes]
 
 
-@contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """A new folder, on the file system of `output`, to build in. It is gone afterwards, however that comes about.
+def _open_torch(file: BinaryIO) -> tuple[object, Callable[[object], _Tensor | None]]:
+    """What the file holds, and a function that describes a tensor in it."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    content, storages = _open_zip(file) if is_zip else _open_legacy(file)
+    read = {}  # storages, each of which may serve several tensors
 
-    Only SIGKILL leaves it, and then its name, hidden and ending in `.partial`, tells what it is.
-    """
-    existing = next(parent for parent in output.parents if parent.exists())
-    folder = existing / f".{output.name}.{secrets.token_hex(4)}.partial"
-    _staged[folder] = output
-    try:
-        folder.mkdir()
-        yield folder
-    finally:
-        _clear(folder, output)
-        del _staged[folder]
+    def values(key: str) -> bytearray:
+        if key not in read:
+            read[key] = bytearray(storages[key].read())
+        return read[key]
 
+    def described(value) -> _Tensor | None:
+        if isinstance(value, Call) and value.function.startswith("torch._utils._rebuild_parameter"):
+            value = value.arguments[0]
+        if not isinstance(value, Call) or value.function != "torch._utils._rebuild_tensor_v2":
+            return None
+        storage, offset, shape, strides, _, _, *metadata = value.arguments
+        key, dtype, length = _storage_of(storage)
+        if any(metadata):
+            raise ValueError(f"it is a view of {shown(metadata[0])}")
+        if not len(shape) == len(strides) <= _MOST_DIMENSIONS or not _whole_numbers((offset, *shape, *strides)):
+            raise ValueError(f"its shape is {shown(shape)}, its strides are {shown(strides)}")
+        elements = math.prod(shape)
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if key not in storages or storages[key].length != length * dtype.itemsize or (elements and last >= length):
+            raise ValueError("not all its values are in the file")
 
-def _clear(folder: Path, output: Path) -> None:
-    if (folder / "replaced").exists() and not output.exists():
-        (folder / "replaced").rename(output)
-    shutil.rmtree(folder, ignore_errors=True)
+        def read_tensor() -> torch.Tensor:
+            if not elements:
+                return torch.empty(shape, dtype=dtype)
+            return torch.frombuffer(values(key), dtype=dtype).as_strided(shape, strides, offset)
 
+        return _Tensor(elements, dtype.itemsize, read_tensor)
 
-def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    """Raises ConversionError unless `output` is free or, with `overwrite`, is a model's or empty, and no input's."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ConversionError(f"--output {output} exists. Choose another folder, or add --overwrite to replace it.")
-    entries = list(output.iterdir()) if output.is_dir() else None
-    named = {entry.name for entry in entries or ()}
-    if entries is None or (entries and ("config.json" not in named or any(entry.is_dir() for entry in entries))):
-        raise ConversionError(
-            f"--output {output} is not replaced, since it may hold more than a model: --overwrite is for an empty "
-            "folder, or one with a config.json and no folders in it."
-        )
-    for path in inputs:
-        if output in path.resolve().parents:
-            raise ConversionError(f"--output {output} is not replaced: {path} lies in it.")
+    return content, described
 
 
-def move_into_place(built: Path, output: Path) -> None:
-    """Makes the folder `built` in a staging folder `output`. What stood there goes with the staging folder.
-
-    SIGKILL leaves the old folder, the new one, or, between two calls that take microseconds, neither, with the old one
-    whole in the staging folder.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        output.rename(built.with_name("replaced"))
-    built.rename(output)
+def _storage_of(persistent: Call) -> tuple[str, torch.dtype, int]:
+    """Key, type and number of elements."""
+    kind, storage_class, key, _, length, *view = persistent.arguments[0]
+    dtype = _DTYPES.get(storage_class) if isinstance(storage_class, Name) else None
+    if kind != "storage" or dtype is None or not isinstance(key, str) or not _whole_numbers((length,)) or any(view):
+        raise ValueError(f"its values are {storage_class if isinstance(storage_class, Name) else 'no storage'}")
+    return key, dtype, length
 
 
-# --- The command line -------------------------------------------------------------------------------------------------
+def _whole_numbers(numbers: tuple) -> bool:
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script: what the user can put right becomes one line on stderr and exit code 1."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        main()
-    except (ConversionError, OSError) as error:
-        sys.exit(f"error: {printable(str(error))}")
+def _open_zip(file: BinaryIO) -> tuple[object, dict[str, _Storage]]:
+    """A file of torch.save since PyTorch 1.6."""
+    archive = zipfile.ZipFile(file)
+    records = archive.infolist()
+    names = {record.filename: record for record in records}
+    size = os.fstat(file.fileno()).st_size
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("its records are compressed, as torch.save does not write them")
+    if len(names) < len(records) or sum(record.file_size for record in records) > size:
+        raise ValueError("its records overlap")
+    folders = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(folders) != 1:
+        raise ValueError("a zip file that torch.save did not write")
+    (folder,) = folders
+    if (order := names.get(f"{folder}byteorder")) and archive.read(order) != b"little":
+        raise ValueError("its numbers are big-endian")
+    content, _ = read_pickle(io.BytesIO(archive.read(f"{folder}data.pkl")))
+
+    def storage(record: zipfile.ZipInfo) -> _Storage:
+        return _Storage(record.file_size, lambda: archive.read(record))
+
+    prefix = f"{folder}data/"
+    return content, {
+        name.removeprefix(prefix): storage(record) for name, record in names.items() if name.startswith(prefix)
+    }
 
 
-def _stop(number: int, _) -> None:
-    # Not by an exception: one that comes up while Python frees an object is lost, and the process goes on.
-    for folder, output in list(_staged.items()):
-        _clear(folder, output)
-    os._exit(128 + number)
+def _open_legacy(file: BinaryIO) -> tuple[object, dict[str, _Storage]]:
+    """A file of torch.save before PyTorch 1.6: five pickles, then the storages."""
+    if read_pickle(file)[0] != 0x1950A86A20F9469CFC6C or read_pickle(file)[0] != 1001:
+        raise ValueError("it does not begin as torch.save's files do")
+    if not read_pickle(file)[0]["little_endian"]:
+        raise ValueError("its numbers are big-endian")
+    content, persistent = read_pickle(file)
+    described = {key: dtype.itemsize for key, dtype, _ in map(_storage_of, persistent)}
+    storages, keys = {}, read_pickle(file)[0]
+    size = os.fstat(file.fileno()).st_size
+
+    def storage(start: int, length: int) -> _Storage:
+        def read() -> bytes:
+            file.seek(start)
+            return file.read(length)
+
+        return _Storage(length, read)
+
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError("the key of a storage is no string")
+        length = int.from_bytes(file.read(8), "little") * described[key]
+        storages[key] = storage(file.tell(), length)
+        if file.seek(length, os.SEEK_CUR) > size:
+            raise ValueError("it is cut off")
+    return content, storages
+
+
+# --- Paddle's format --------------------------------------------------------------------------------------------------
+
+
+def _numpy_array(value) -> _Tensor | None:
+    """A NumPy array, whose numbers are in the pickle itself."""
+    if not isinstance(value, Call) or not re.fullmatch(r"numpy\._?core\.multiarray\._reconstruct", value.function):
+        return None
+    _, shape, dtype, by_columns, data = value.state
+    code = dtype.arguments[0]
+    if not re.fullmatch(r"f[248]|i[1248]|u1|b1", code):
+        raise ValueError(f"an array of {shown(code)} where numbers were expected")
+    number = np.dtype(code).newbyteorder(dtype.state[1])
+    if len(shape) > _MOST_DIMENSIONS or not _whole_numbers(shape):
+        raise ValueError(f"its shape is {shown(shape)}")
+
+    def read() -> torch.Tensor:
+        array = np.frombuffer(_bytes(data), number).reshape(shape, order="F" if by_columns else "C")
+        return torch.from_numpy(array.astype(number.newbyteorder("="), order="C"))
+
+    return _Tensor(math.prod(shape), number.itemsize, read)
+
+
+def _bytes(value) -> bytes:
+    """Bytes, also as pickle's protocol 2 writes them."""
+    if not isinstance(value, Call):
+        return value
+    text, encoding = value.arguments
+    if value.function != "_codecs.encode" or encoding != "latin1":
+        raise ValueError(f"bytes encoded as {shown(encoding)}")
+    return text.encode("latin1")

@@ -16,13 +16,7 @@ from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
-from checkpoint_files import (
-    check_output_folder,
-    move_into_place,
-    read_checkpoint,
-    run,
-    staging_folder,
-)
+from checkpoint_files import read_checkpoint
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from messages import ConversionError, failing_as, say
 from model_card import model_card
@@ -36,6 +30,7 @@ from original import (
     reason_against_original,
     to_original,
 )
+from output_files import check_output_folder, move_into_place, run, staging_folder
 from settings_files import read_settings
 
 EPILOG = f"""\

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from checkpoint_files import read_checkpoint, run, staging_folder
+from checkpoint_files import read_checkpoint
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from messages import ConversionError, failing_as, say
 from original import (
@@ -24,6 +24,7 @@ from original import (
     settings_from_config,
     to_original,
 )
+from output_files import run, staging_folder
 from settings_files import read_settings
 
 EPILOG = """\

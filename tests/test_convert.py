@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import checkpoint_files
 import convert_focal_to_hf
 import convert_hf_to_focal
 import golden_cases
 import model_card
 import original
+import output_files
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
 from messages import ConversionError
@@ -589,7 +589,7 @@ def test_nothing_in_a_file_is_run(convert, tmp_path, name):
 )
 def test_paddle_files_hold_numbers_only(convert, tmp_path, pickled):
     (tmp_path / "file.pdparams").write_bytes(pickled)
-    with pytest.raises(ConversionError, match=r"objects|'O'|rot13|builtins\.eval|numpy\.load|persistent"):
+    with pytest.raises(ConversionError, match=r"numpy\.dtype|_codecs\.encode|builtins\.eval|numpy\.load|persistent"):
         convert(tmp_path / "file.pdparams")
 
 
@@ -621,7 +621,7 @@ def damaged(state: dict, kind: str) -> dict:
         ("nan", r"norm\.weight holds values that are not finite"),
         ("index", r"layers\.0\.blocks\.0\.attn\.relative_position_index in the checkpoint is not what"),
         ("number", r"type int under 'norm\.weight'"),
-        ("sparse", r"layout torch\.sparse_coo .* under 'head\.weight'"),
+        ("sparse", r"made by torch\._utils\._rebuild_sparse_tensor under 'head\.weight'"),
     ],
 )
 def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
@@ -745,7 +745,7 @@ def no_checkpoint(folder: Path, kind: str) -> Path:
         ("safetensors", "convert_hf_to_focal.py goes the other way"),
         ("folder", "convert_hf_to_focal.py goes the other way"),
         ("converted", "convert_hf_to_focal.py goes the other way"),
-        ("tensor", "an object of type Tensor; expected a state dict"),
+        ("tensor", r"an object made by torch\._utils\._rebuild_tensor_v2; expected a state dict"),
         ("absent", "there is no such file"),
     ],
 )
@@ -762,7 +762,7 @@ def test_problems_are_one_line_without_a_traceback(capsys, monkeypatch):
         raise ConversionError("first\n  second")
 
     with pytest.raises(SystemExit) as caught:
-        checkpoint_files.run(fail)
+        output_files.run(fail)
     assert caught.value.code == "error: first second"
 
 

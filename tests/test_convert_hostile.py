@@ -1,13 +1,22 @@
 """convert/: files that are made to harm end in one short line, in time and memory that the file's size bounds."""
 
+import codecs
+import io
 import os
+import pickle
 import re
+import resource
+import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import messages
+from checkpoint_files import read_checkpoint
 from messages import ConversionError, printable
 from original import config_from_settings, from_original
 from settings_files import read_settings
@@ -111,3 +120,259 @@ def test_a_model_within_bounds_is_compared_without_its_memory():
     config = config_from_settings({"MODEL": {"FOCAL": focal, "NUM_CLASSES": 100_000}})
     with pytest.raises(ConversionError, match=r"lacks head\.bias"):
         from_original({"patch_embed.proj.weight": torch.zeros(1)}, config)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Values:
+    """A storage as a pickle describes it."""
+
+    def __init__(self, key: str, length: int, kind: type = torch.FloatStorage):
+        self.id = ("storage", kind, key, "cpu", length)
+
+
+class Tensor:
+    """A tensor as a pickle describes it, of any offset, shape and strides."""
+
+    def __init__(self, values: Values | None, *described):
+        self.arguments = (values, *described, False, {})
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class Made:
+    """An object that a pickle makes by a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def pickled(value, legacy: bool = False) -> bytes:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return (*value.id, *([None] if legacy else [])) if isinstance(value, Values) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+def write_zip(path: Path, state: dict | bytes, records: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/version", "3")
+        archive.writestr("archive/data.pkl", state if isinstance(state, bytes) else pickled(state))
+        for key, record in records.items():
+            archive.writestr(f"archive/data/{key}", record)
+
+
+def write_legacy(path: Path, state: dict | bytes, records: dict[str, bytes]) -> None:
+    parts = [pickled(part) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    parts += [state if isinstance(state, bytes) else pickled(state, legacy=True), pickled(list(records))]
+    parts += [(len(record) // 4).to_bytes(8, "little") + record for record in records.values()]
+    path.write_bytes(b"".join(parts))
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """A quarter of a gigabyte, beside what the process has already."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def assert_refused(path: Path, message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        read_checkpoint(path)
+    assert_one_short_line(caught.value)
+
+
+FOUR = np.arange(4, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_tensors_are_as_described(tmp_path, write):
+    """Views of one storage, as torch.save writes them."""
+    values = Values("0", 4)
+    described = {"a": (0, (2, 1), (1, 2)), "b": (1, (2,), (2,)), "empty": (4, (0,), (1,))}
+    write(tmp_path / "file.pth", {name: Tensor(values, *rest) for name, rest in described.items()}, {"0": FOUR})
+    read = {name: tensor.tolist() for name, tensor in read_checkpoint(tmp_path / "file.pth").items()}
+    assert read == {"a": [[0], [1]], "b": [1, 3], "empty": []}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize(
+    ("described", "records"),
+    [
+        ((Values("0", 4), 0, (4,), (1,)), {}),
+        ((Values("0", 4), 4, (1,), (1,)), {"0": FOUR}),
+        ((Values("0", 4), 2**60, (1,), (1,)), {"0": FOUR}),
+        ((Values("0", 4), 0, (5,), (1,)), {"0": FOUR}),
+        ((Values("0", 4), 0, (2,), (4,)), {"0": FOUR}),
+        ((Values("0", 5), 0, (5,), (1,)), {"0": FOUR}),
+        ((Values("0", 2**40), 0, (2**40,), (1,)), {"0": FOUR}),
+        ((Values("1", 4), 0, (4,), (1,)), {"0": FOUR}),
+    ],
+    ids=["no values", "offset", "far offset", "shape", "strides", "length", "large length", "other key"],
+)
+def test_every_byte_of_a_tensor_is_in_the_file(tmp_path, write, described, records):
+    whole = {"whole": Tensor(Values("0", 4), 0, (4,), (1,))} if records else {}
+    write(tmp_path / "file.pth", whole | {"weight": Tensor(*described)}, records)
+    assert_refused(tmp_path / "file.pth", "not all its values are in the file")
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        (Values("0", 4), -1, (1,), (1,)),
+        (Values("0", 4), 3, (2,), (-1,)),
+        (Values("0", 4), 0, (2.0,), (1,)),
+        (Values("0", 4), 0, (1,), (1, 1)),
+        (Values("0", 4), 0, (1,) * 10**5, (1,) * 10**5),
+        (Values("0", 4), 0, "4", "1"),
+        (Values("0", 4, torch.ComplexFloatStorage), 0, (2,), (1,)),
+        (Values(0, 4), 0, (4,), (1,)),
+        (None, 0, (4,), (1,)),
+    ],
+    ids=["offset", "strides", "float", "dimensions", "many dimensions", "text", "complex", "key", "no storage"],
+)
+def test_tensors_described_wrongly(tmp_path, described):
+    write_zip(tmp_path / "file.pth", {"weight": Tensor(*described)}, {"0": FOUR})
+    assert_refused(tmp_path / "file.pth", "holds a tensor under 'weight' that cannot be read")
+
+
+@pytest.mark.parametrize("kind", ["complex", "float8", "uint16", "quantised", "nested", "sparse", "meta"])
+def test_tensors_of_other_kinds(tmp_path, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensor = {
+            "complex": lambda: torch.zeros(2, dtype=torch.complex64),
+            "float8": lambda: torch.zeros(2, dtype=torch.float8_e4m3fn),
+            "uint16": lambda: torch.zeros(2, dtype=torch.uint16),
+            "quantised": lambda: torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8),
+            "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+            "sparse": lambda: torch.zeros(2, 2).to_sparse_csr(),
+            "meta": lambda: torch.zeros(2, device="meta"),
+        }[kind]()
+        torch.save({"head.weight": tensor}, tmp_path / "file.pth")
+    assert_refused(tmp_path / "file.pth", r"under 'head\.weight'")
+
+
+# Dicts with a key whose hash, and whose repr, take 2**200 steps.
+NESTED_TUPLES = b"\x80\x04})" + b"2\x86" * 200 + b"K\x01s."
+NESTED_SETS = b"\x80\x04}(\x91\x94" + b"".join(b"0(h%c(h%c\x91\x91\x94" % (i, i) for i in range(200)) + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NESTED_TUPLES, "type int under <a key that is no string>"),
+        (NESTED_SETS, "type int under <a key that is no string>"),
+        (b"\x80\x02}Va\ncbuiltins\nbytearray\nI20000000000\n\x85Rs.", "made by builtins.bytearray under 'a'"),
+        (b"\x80\x04}B\xff\xff\xff\xffa.", "is not a PyTorch checkpoint"),
+        (b"\x80\x04}\x96\xff\xff\xff\xff\xff\xff\xff\x7fa.", "is not a PyTorch checkpoint"),
+        (b"\x80\x02}r\xff\xff\xff\x7fX\x01\x00\x00\x00aK\x01s.", "type int under 'a'"),
+        (b"\x80\x02" + b"(" * 1_100_000 + b".", "more than 1,000,000 operations"),
+        (b"\x80\x02" + b"]" + b"]a" * 90_000 + b".", "an object of type list"),
+        (b"\x80\x02}V" + b"\x1b" * 10**6 + b"\nK\x01s.", r"type int under '\\x1b"),
+        (b"\x80\x02}Va\nL" + b"9" * 5000 + b"L\ns.", "is not a PyTorch checkpoint"),
+        (b"\x80\x02}Va\n\x8b\x10\x27\x00\x00" + b"\x7f" * 10_000 + b"s.", "type int under 'a'"),
+        (b"\x80\x02Rs(.", "is not a PyTorch checkpoint"),
+        (b"\x80\x02h\x05.", "is not a PyTorch checkpoint"),
+        (b"\x80\x02}\x82\x01.", "the operation EXT1"),
+        (b"\x80\x02cos\nsystem\nVtrue\n\x85R.", r"asks for os\.system"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"asks for os\.system"),
+        (b"(S'true'\nios\nsystem\n.", "the operation INST"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pickles_that_would_harm(tmp_path, bounded_memory, content, message):
+    write_zip(tmp_path / "file.pth", content, {})
+    assert_refused(tmp_path / "file.pth", message)
+    (tmp_path / "file.pdparams").write_bytes(content)
+    assert_refused(tmp_path / "file.pdparams", message.replace("PyTorch", "Paddle"))
+
+
+def test_compressed_records(tmp_path, bounded_memory):
+    """Half a gigabyte in half a megabyte."""
+    state = {"a": Tensor(Values("0", 2**27), 0, (2**27,), (1,))}
+    with zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("archive/version", "3")
+        archive.writestr("archive/data.pkl", pickled(state))
+        with archive.open("archive/data/0", "w") as record:
+            for _ in range(32):
+                record.write(bytes(2**24))
+    assert_refused(tmp_path / "file.pth", "its records are compressed")
+
+
+def test_one_record_under_many_names(tmp_path, bounded_memory):
+    names = [str(number) for number in range(400)]
+    record = bytes(2**22)
+    state = {name: Tensor(Values(name, 2**20), 0, (2**20,), (1,)) for name in names}
+    write_zip(tmp_path / "file.pth", state, {"0": record} | dict.fromkeys(names[1:], b""))
+    with zipfile.ZipFile(tmp_path / "file.pth", "a") as archive:
+        first = archive.getinfo("archive/data/0")
+        for name in names[1:]:
+            info = archive.getinfo(f"archive/data/{name}")
+            info.header_offset, info.CRC = first.header_offset, first.CRC
+            info.file_size = info.compress_size = first.file_size
+        archive.writestr("archive/more", "")  # so that the directory is written again
+    assert_refused(tmp_path / "file.pth", "its records overlap")
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_tensors_that_share_their_values(tmp_path, bounded_memory, write):
+    values = Values("0", 2**20)
+    state = {str(number): Tensor(values, 0, (2**20,), (1,)) for number in range(500)}
+    write(tmp_path / "file.pth", state, {"0": bytes(2**22)})
+    assert_refused(tmp_path / "file.pth", "describes tensors of 2,097,152,000 bytes")
+    write(tmp_path / "file.pth", {"a": Tensor(values, 0, (2**20, 2**12), (0, 0))}, {"0": bytes(2**22)})
+    assert_refused(tmp_path / "file.pth", "describes tensors of 17,179,869,184 bytes")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_paddle_arrays_that_share_their_values(tmp_path, bounded_memory, protocol):
+    array = np.zeros(2**20, "<f4")
+    data = array.tobytes()
+
+    class Shared:
+        def __reduce__(self):
+            function, arguments, _ = array.__reduce__()
+            return function, arguments, (1, array.shape, array.dtype, False, data)
+
+    (tmp_path / "file.pdparams").write_bytes(pickle.dumps({str(i): Shared() for i in range(500)}, protocol))
+    assert_refused(tmp_path / "file.pdparams", "describes tensors of 2,097,152,000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data", "message"),
+    [
+        (np.dtype("O"), b"", "an array of 'O8' where numbers were expected"),
+        (np.dtype("c8"), b"", "an array of 'c8' where numbers were expected"),
+        (np.dtype("<f4"), bytes(4), "is not a Paddle checkpoint"),
+        (np.dtype("<f4"), Made(codecs.encode, "x", "rot13"), "bytes encoded as 'rot13'"),
+    ],
+    ids=["objects", "complex", "too few", "encoding"],
+)
+def test_paddle_arrays_that_are_not_numbers(tmp_path, dtype, data, message):
+    class Array:
+        def __reduce__(self):
+            return *np.zeros(2).__reduce__()[:2], (1, (2,), dtype, False, data)
+
+    (tmp_path / "file.pdparams").write_bytes(pickle.dumps({"weight": Array()}, protocol=4))
+    assert_refused(tmp_path / "file.pdparams", message)
+
+
+@pytest.mark.parametrize("name", ["pipe.pth", "pipe.pdparams", "zero.pth"])
+def test_files_without_an_end(tmp_path, name):
+    if name == "zero.pth":
+        (tmp_path / name).symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / name)
+    assert_refused(tmp_path / name, "there is no such file")
