@@ -4,7 +4,6 @@ Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See
 """
 
 import argparse
-import copy
 import functools
 import random
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 
 from common.data import central_view, random_view, read_data, read_names, report_unreadable
 from common.engine import refuse_sharding
-from common.files import save_model
 from common.loading import IGNORED, Loader, Order, listed, shuffled
 from common.models import add_adapters, build_model, freeze, input_size, stages_of
 from common.options import (
@@ -41,13 +39,12 @@ from common.recipe import (
     defaults_of,
     set_drop_path,
 )
-from common.reports import draw_confusion, draw_curves, write_card
+from common.reports import classification_card, draw_confusion
 from common.runs import (
     begin,
     check_training,
     make_loaders,
     may_begin,
-    names_on_hub,
     run_training,
     settings_of,
     train_and_keep,
@@ -321,28 +318,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"({measured['correct']} of {measured['images']})"
         )
 
-    def add_reports(folder: Path, results: dict) -> None:
-        draw_curves(folder / "curves.png", results["history"])
+    def draw(folder: Path) -> None:
         draw_confusion(folder / "confusion.png", answers, [config.id2label[index] for index in range(len(names))])
-        name = args.push_to_hub or args.output.resolve().name
-        write_card(
-            *(folder / "README.md", name, config.model_type, args.data, args.model),
-            *(results["history"][-1], settings, names_on_hub(args)),
-        )
-
-    def write(folder: Path, results: dict) -> None:
-        module, weights = training.weights()
-        if accelerator.is_main_process:
-            add = functools.partial(add_reports, results=results)
-            if args.lora:
-                adapted, weights = module, None
-                module = copy.deepcopy(adapted).merge_and_unload()
-
-                def add(folder: Path) -> None:
-                    add_reports(folder, results)
-                    adapted.save_pretrained(folder / "adapter")
-
-            save_model(folder, module, processor, results, weights, add)
 
     results = train_and_keep(
         *(args, accelerator, training),
@@ -350,7 +327,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measure,
         merit=lambda entry: (entry["accuracy"], -entry["loss"]),
         describe=describe,
-        write=write,
+        processor=processor,
+        draw=draw,
+        card=functools.partial(classification_card, config.model_type),
     )
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")

@@ -17,10 +17,9 @@ from common.data import report_unreadable
 from common.dense_evaluation import OF_BOXES, average_precision, ground_truth, predict
 from common.dense_losses import detection_loss
 from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
-from common.dense_reports import draw_detections, write_detection_card
+from common.dense_reports import detection_card, draw_detections
 from common.detection_views import ObjectImages, View, sides, training_sizes
 from common.engine import refuse_sharding
-from common.files import save_model
 from common.loading import listed, shuffled
 from common.options import (
     Problem,
@@ -35,13 +34,11 @@ from common.options import (
     view_options,
 )
 from common.recipe import complete
-from common.reports import draw_curves
 from common.runs import (
     begin,
     check_training,
     make_loaders,
     may_begin,
-    names_on_hub,
     run_training,
     settings_of,
     train_and_keep,
@@ -197,28 +194,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     def draw(folder: Path) -> None:
         draw_detections(folder / "detections.png", validation_data, args.image_column, predictions, config.id2label)
 
-    def write(folder: Path, results: dict) -> None:
-        module, weights = training.weights()
-
-        def add_reports(folder: Path) -> None:
-            draw_curves(folder / "curves.png", results["history"])
-            draw(folder)
-            name = args.push_to_hub or args.output.resolve().name
-            write_detection_card(
-                *(folder / "README.md", name, config.model_type, args.data, args.model),
-                *(results["history"][-1], settings, names_on_hub(args)),
-            )
-
-        if accelerator.is_main_process:
-            save_model(folder, module, processor, results, weights, add_reports)
-
     results = train_and_keep(
         *(args, accelerator, training),
         detection_loss(model, objects / images),
         measure,
         merit=lambda entry: (entry["ap"] or 0, entry["ap50"] or 0),
         describe=lambda measured: f"AP {measured['ap'] or 0:.4f}  AP50 {measured['ap50'] or 0:.4f}",
-        write=write,
+        processor=processor,
+        draw=draw,
+        card=functools.partial(detection_card, config.model_type),
     )
     best = results["best"]
     say(

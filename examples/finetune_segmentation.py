@@ -19,9 +19,9 @@ from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor
 from common.dense_evaluation import probabilities
 from common.dense_losses import segmentation_loss
 from common.dense_models import build_segmenter, fix_unused, segmentation_processor, set_size
-from common.dense_reports import draw_scenes, write_segmentation_card
+from common.dense_reports import draw_scenes, segmentation_card
 from common.engine import refuse_sharding
-from common.files import check_new, save_model, write_results
+from common.files import check_new, write_results
 from common.loading import InTurn, Loader, Order, shuffled
 from common.models import load_trained
 from common.options import (
@@ -35,12 +35,10 @@ from common.options import (
     training_options,
 )
 from common.recipe import complete, linear_schedule
-from common.reports import draw_curves
 from common.runs import (
     begin,
     check_training,
     may_begin,
-    names_on_hub,
     run_training,
     settings_of,
     train_and_keep,
@@ -382,20 +380,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measured, shown = evaluate(args, accelerator, model, loader, names)
         return measured
 
-    def write(folder: Path, results: dict) -> None:
-        module, weights = training.weights()
-
-        def add_reports(folder: Path) -> None:
-            draw_curves(folder / "curves.png", results["history"])
-            draw_scenes(folder / "predictions.png", shown, processor, names)
-            name = args.push_to_hub or args.output.resolve().name
-            write_segmentation_card(
-                *(folder / "README.md", name, backbone, args.data, args.model),
-                *(results["history"][-1], settings, names_on_hub(args)),
-            )
-
-        if accelerator.is_main_process:
-            save_model(folder, module, processor, results, weights, add_reports)
+    def draw(folder: Path) -> None:
+        draw_scenes(folder / "predictions.png", shown, processor, names)
 
     results = train_and_keep(
         *(args, accelerator, training),
@@ -403,7 +389,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measure,
         merit=lambda entry: (entry["mean_iou"], -entry["loss"]),
         describe=describe,
-        write=write,
+        processor=processor,
+        draw=draw,
+        card=functools.partial(segmentation_card, backbone),
     )
     best = results["best"]
     say(f"Best: epoch {best['epoch']}, mean IoU {best['mean_iou']:.4f}. The model is in {args.output}.")

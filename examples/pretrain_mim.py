@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import AutoModelForMaskedImageModeling, BitImageProcessorPil, PreTrainedConfig
 
 from common.data import central_view, random_view, read_data, report_unreadable
-from common.files import save_model
 from common.loading import IGNORED, Loader, listed, shuffled
 from common.models import input_size, load_model, load_processor
 from common.options import (
@@ -33,13 +32,12 @@ from common.options import (
     view_options,
 )
 from common.recipe import complete
-from common.reports import draw_curves, draw_reconstructions, to_picture, write_pretraining_card
+from common.reports import draw_reconstructions, pretraining_card, to_picture
 from common.runs import (
     begin,
     check_training,
     make_loaders,
     may_begin,
-    names_on_hub,
     run_training,
     settings_of,
     train_and_keep,
@@ -278,29 +276,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if shown:
             draw_reconstructions(folder / "reconstructions.png", rows)
 
-    def write(folder: Path, results: dict) -> None:
-        module, weights = training.weights()
-
-        def add_reports(folder: Path) -> None:
-            draw_curves(folder / "curves.png", results["history"])
-            draw(folder)
-            name = args.push_to_hub or args.output.resolve().name
-            write_pretraining_card(
-                *(folder / "README.md", name, config.model_type, args.data, args.model),
-                *(results["history"][-1], settings, names_on_hub(args)),
-            )
-
-        if accelerator.is_main_process:
-            save_model(folder, module, processor, results, weights, add_reports)
-
     results = train_and_keep(
         *(args, accelerator, training),
         lambda model, batch: reconstruct(model, batch)[0],
         measure,
         merit=lambda entry: -entry["loss"],
         describe=lambda measured: f"validation loss {measured['loss']:.4f}",
-        write=write,
+        processor=processor,
         draw=draw,
+        card=functools.partial(pretraining_card, config.model_type),
+        draw_all=True,
     )
     best = results["best"]
     say(

@@ -141,7 +141,7 @@ def test_keeps_the_best_epoch_not_the_last(finetune, data, config, tmp_path):
     assert validation_loss(tmp_path / "out", data) == pytest.approx(written["best"]["loss"], abs=1e-5)
     assert validation_loss(tmp_path / "out" / "last", data) == pytest.approx(written["history"][-1]["loss"], abs=1e-5)
     for folder, entry in ((tmp_path / "out", written["best"]), (tmp_path / "out" / "last", written["history"][-1])):
-        assert f"| cross-entropy | {entry['loss']:.4f} |" in (folder / "README.md").read_text()
+        assert f"| Cross-entropy | {entry['loss']:.4f} |" in (folder / "README.md").read_text()
 
 
 def test_same_seed_same_result(finetune, data, config, tmp_path):

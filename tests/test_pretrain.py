@@ -64,7 +64,8 @@ def test_fills_in_what_is_hidden(place, pretrained):
     assert results(folder)["best"] == min(history, key=lambda entry: entry["loss"])
     assert [entry["images"] for entry in history] == [8] * 4
     card = (folder / "README.md").read_text()
-    assert f"| {results(folder)['best']['loss']:.4f} (8 validation images) |" in card
+    assert f"normalised | {results(folder)['best']['loss']:.4f} |" in card
+    assert "| validation images | 8 |" in card
     assert str(place) not in card
 
     model = AutoModelForMaskedImageModeling.from_pretrained(folder).eval()

@@ -127,7 +127,7 @@ def test_learns_and_is_measured_as_by_hand(place, trained):
     assert last["iou"] == pytest.approx(expected, abs=1e-4)
     assert last["mean_iou"] == pytest.approx(sum(expected.values()) / 3, abs=1e-4)
     card = (folder / "last" / "README.md").read_text()
-    assert f"| mean IoU | {last['mean_iou']:.4f} |" in card
+    assert f"| Mean IoU | {last['mean_iou']:.4f} |" in card
     assert str(place) not in card
     with Image.open(folder / "predictions.png") as drawn:
         assert drawn.width > 800

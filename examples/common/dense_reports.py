@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 from .coco import decode, inside
 from .dense_evaluation import METRICS, OF_BOXES
 from .detection_views import picture
-from .reports import public, results_metadata, save_card, to_picture
+from .reports import Card, to_picture
 from .segmentation_data import NO_CLASS
 
 SHOWN, SURE = 6, 0.5  # images that are drawn, and the score above which predictions are
@@ -79,48 +79,18 @@ def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, 
     figure.savefig(file, dpi=100)
 
 
-def write_detection_card(
-    file: Path, name: str, model_type: str, data: str, base: str | None, best: dict, settings: dict, on_hub: dict
-) -> None:
-    """A model card with the results as metadata, as the Hub shows them."""
-    data, base = public(data), public(base)
-    masks = "box_ap" in best
-    what, task, where = (
-        ("A model for instance segmentation", "image-segmentation", "masks")
-        if masks
-        else ("A detector", "object-detection", "boxes")
-    )
-    options = ', subtask="instance", threshold=0.5' if masks else ""
+def detection_card(model_type: str, entry: dict) -> Card:
     titles = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP of boxes", "AP50 of boxes")
     titles = dict(zip((*METRICS, *OF_BOXES), titles, strict=True))
-    measures = {key: (title, best[key]) for key, title in titles.items() if best.get(key) is not None}
-    metadata = results_metadata(task, [model_type], name, data, measures, settings, on_hub)
-    rows = "\n".join(f"| {title} | {value:.4f} |" for title, value in measures.values())
-    classes = "\n".join(f"| {label} | {value:.4f} |" for label, value in best["classes"].items() if value is not None)
-    text = f"""\
-{what} ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
-`examples/finetune_detection.py`. COCO's average precisions of {where}, on {best["images"]} validation images, epoch
-{best["epoch"]}:
-
-| | |
-|---|---|
-{rows}
-
-```python
-import focal_hf  # pip install focal-hf
-from transformers import pipeline
-
-pipeline("{task}", model="{name}")("picture.jpg"{options})
-```
-
-![Detections](detections.png)
-![Curves](curves.png)
-
-| class | AP |
-|---|---|
-{classes}
-"""
-    save_card(file, name, metadata, text, settings)
+    measures = {key: (title, entry[key]) for key, title in titles.items() if entry.get(key) is not None}
+    settings = {"tags": [model_type], "measures": measures, "classes": ("AP", entry["classes"])}
+    if "box_ap" in entry:
+        kind, options = "A model for instance segmentation", ', subtask="instance", threshold=0.5'
+        settings |= {"task": "image-segmentation", "pipeline_options": options}
+    else:
+        kind = "A detector"
+        settings |= {"task": "object-detection"}
+    return Card(f"{kind} ({model_type})", "finetune_detection.py", **settings)
 
 
 def draw_scenes(
@@ -155,34 +125,8 @@ def draw_scenes(
     figure.savefig(file, dpi=100)
 
 
-def write_segmentation_card(
-    file: Path, name: str, model_type: str, data: str, base: str | None, entry: dict, settings: dict, on_hub: dict
-) -> None:
-    """A model card with the results as metadata, as the Hub shows them."""
-    data, base = public(data), public(base)
+def segmentation_card(model_type: str, entry: dict) -> Card:
     titles = {"mean_iou": "Mean IoU", "mean_accuracy": "Mean accuracy", "pixel_accuracy": "Pixel accuracy"}
     measures = {key: (title, entry[key]) for key, title in titles.items()}
-    tags = ["upernet", model_type]
-    metadata = results_metadata("image-segmentation", tags, name, data, measures, settings, on_hub)
-    rows = "\n".join(f"| {title.lower().replace('iou', 'IoU')} | {value:.4f} |" for title, value in measures.values())
-    text = f"""\
-A semantic segmentation model (UperNet on {model_type}), trained on {data} {"from " + base if base else "from scratch"}
-with Focal's `examples/finetune_segmentation.py`.
-
-| | |
-|---|---|
-{rows}
-| validation images | {entry["images"]} |
-| epoch | {entry["epoch"]} |
-
-```python
-import focal_hf  # pip install focal-hf
-from transformers import pipeline
-
-pipeline("image-segmentation", model="{name}")("picture.jpg")
-```
-
-![Curves](curves.png)
-![Predictions](predictions.png)
-"""
-    save_card(file, name, metadata, text, settings)
+    kind = f"A semantic segmentation model (UperNet on {model_type})"
+    return Card(kind, "finetune_segmentation.py", ["upernet", model_type], measures, "image-segmentation")

@@ -1,5 +1,7 @@
-"""What a run leaves for people to read: curves, a confusion matrix, reconstructions and a model card."""
+"""What a run leaves for people to read: curves, a confusion matrix, reconstructions and model cards."""
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -81,109 +83,114 @@ def draw_confusion(file: Path, answers: torch.Tensor, names: list[str]) -> None:
     figure.savefig(file, dpi=120)
 
 
-def write_card(
-    file: Path, name: str, model_type: str, data: str, base: str | None, best: dict, settings: dict, on_hub: dict
-) -> None:
-    """A model card with the results as metadata, as the Hub shows them."""
-    data, base = public(data), public(base)
+@dataclass
+class Card:
+    """What the model cards of one kind of model say, beside what all model cards say.
+
+    Args:
+        kind: the kind of model, for the first sentence.
+        script: the script that trains it.
+        measures: the title and the value of each metric, by the metric's name on the Hub.
+        task: the task of its pipeline; without one, the model is to be fine-tuned by finetune.py.
+        pipeline_options: further arguments of the pipeline's call, as source code.
+        classes: the title and the values of a measure of each class.
+    """
+
+    kind: str
+    script: str
+    tags: list[str]
+    measures: dict[str, tuple[str, float]]
+    task: str | None = None
+    pipeline_options: str = ""
+    classes: tuple[str, dict[str, float | None]] | None = None
+
+
+def classification_card(model_type: str, entry: dict) -> Card:
     measures = {
-        "accuracy": ("Top-1 accuracy", best["accuracy"]),
-        "top_5_accuracy": ("Top-5 accuracy", best["top5_accuracy"]),
-        "cross_entropy": ("Cross-entropy", best["loss"]),
+        "accuracy": ("Top-1 accuracy", entry["accuracy"]),
+        "top_5_accuracy": ("Top-5 accuracy", entry["top5_accuracy"]),
+        "cross_entropy": ("Cross-entropy", entry["loss"]),
     }
-    pictures = {"curves.png": "Curves", "confusion.png": "Confusion matrix"}
-    shown = "\n".join(f"![{title}]({name})" for name, title in pictures.items() if (file.parent / name).exists())
-    metadata = results_metadata("image-classification", [model_type], name, data, measures, settings, on_hub)
-    text = f"""\
-An image classifier ({model_type}), trained on {data} {"from " + base if base else "from scratch"} with Focal's
-`examples/finetune.py`.
+    kind = f"An image classifier ({model_type})"
+    return Card(kind, "finetune.py", [model_type], measures, "image-classification")
 
-| | |
-|---|---|
-| top-1 accuracy | {best["accuracy"]:.4f} ({best["correct"]} of {best["images"]} validation images) |
-| top-5 accuracy | {best["top5_accuracy"]:.4f} |
-| cross-entropy | {best["loss"]:.4f} |
-| epoch | {best["epoch"]} |
 
+def pretraining_card(model_type: str, entry: dict) -> Card:
+    kind = f"A model ({model_type}) that fills in hidden parts of images ([SimMIM](https://arxiv.org/abs/2111.09886))"
+    measures = {"mean_absolute_error": ("Mean absolute error of hidden pixels, normalised", entry["loss"])}
+    return Card(kind, "pretrain_mim.py", ["masked-image-modeling", "simmim", model_type], measures)
+
+
+def write_card(folder: Path, card: Card, args: argparse.Namespace, settings: dict, entry: dict) -> None:
+    """The README.md beside a model and its figures: results, for people and for the Hub, usage and settings.
+
+    Args:
+        settings: what the result follows from, by the names of options.
+        entry: what was measured after the epoch that the model is from.
+    """
+    name, data, base = args.push_to_hub or args.output.resolve().name, public(args.data), public(args.model)
+    on_hub = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
+    if not Path(args.data).expanduser().exists():
+        on_hub["datasets"] = args.data
+    if card.task:
+        on_hub |= {
+            "pipeline_tag": card.task,
+            "eval_results": [
+                EvalResult(
+                    *(card.task, data, data, metric, value), metric_name=title, dataset_split=args.validation_split
+                )
+                for metric, (title, value) in card.measures.items()
+            ],
+        }
+        usage = f"""\
 ```python
 import focal_hf  # pip install focal-hf
 from transformers import pipeline
 
-pipeline("image-classification", model="{name}")("picture.jpg")
-```
+pipeline("{card.task}", model="{name}")("picture.jpg"{card.pipeline_options})
+```"""
+    else:
+        usage = f"""\
+Fine-tune it:
 
-{shown}
-"""
-    save_card(file, name, metadata, text, settings)
-
-
-def write_pretraining_card(
-    file: Path, name: str, model_type: str, data: str, base: str | None, entry: dict, settings: dict, on_hub: dict
-) -> None:
-    """A model card for a model that is to be fine-tuned."""
-    data, base = public(data), public(base)
+    accelerate launch examples/finetune.py --model {name} --data my_images --output my_model"""
     metadata = ModelCardData(
-        library_name="transformers", tags=["masked-image-modeling", "simmim", model_type], model_name=name, **on_hub
+        library_name="transformers", tags=[*filter(None, [card.task]), *card.tags], model_name=name, **on_hub
     )
-    text = f"""A model ({model_type}) that reconstructs hidden parts of images, pre-trained with
-[SimMIM](https://arxiv.org/abs/2111.09886) on {data} {"from " + base if base else "from scratch"} with Focal's
-`examples/pretrain_mim.py`. Fine-tune it:
-
-    accelerate launch examples/finetune.py --model {name} --data my_images --output my_model
-
-| | |
-|---|---|
-| mean absolute error of hidden pixels, normalised | {entry["loss"]:.4f} ({entry["images"]} validation images) |
-| epoch | {entry["epoch"]} |
-
-![Curves](curves.png)
-![Reconstructions](reconstructions.png)
-"""
-    save_card(file, name, metadata, text, settings)
-
-
-def public(value: object) -> object:
-    """Of a local path the last part alone: where it was is no one else's concern."""
-    return Path(str(value)).name if Path(str(value)).exists() else value
-
-
-def results_metadata(
-    task: str,
-    tags: list[str],
-    name: str,
-    data: object,
-    measures: dict[str, tuple[str, float]],
-    settings: dict,
-    on_hub: dict,
-) -> ModelCardData:
-    """What a model card tells the Hub: the task, and what was measured, for each metric its title and value."""
-    split = settings["--validation-split"]
-    results = [
-        EvalResult(task, data, data, metric, value, metric_name=title, dataset_split=split)
-        for metric, (title, value) in measures.items()
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=[task, *tags],
-        model_name=name,
-        eval_results=results,
-        **on_hub,
-    )
-
-
-def save_card(file: Path, name: str, metadata: ModelCardData, text: str, settings: dict) -> None:
-    given = {option: public(value) for option, value in settings.items() if value is not None and value is not False}
-    table = "\n".join(f"| `{option}` | {value} |" for option, value in given.items())
+    measured = {title: f"{value:.4f}" for title, value in card.measures.values()}
+    measured |= {"validation images": entry["images"], "epoch": entry["epoch"]}
+    classes = ""
+    if card.classes:
+        title, values = card.classes
+        known = {label: f"{value:.4f}" for label, value in values.items() if value is not None}
+        classes = table("class", title, known) + "\n"
+    figures = "\n".join(f"![{file.stem.capitalize()}]({file.name})" for file in sorted(folder.glob("*.png")))
+    given = {
+        f"`{option}`": public(value) for option, value in settings.items() if value is not None and value is not False
+    }
     content = f"""---
 {metadata.to_yaml()}
 ---
 
 # {name}
 
-{text}
-| setting | |
-|---|---|
-{table}
-"""
-    ModelCard(content, ignore_metadata_errors=True).save(file)
+{card.kind}, trained on {data} {"from " + base if base else "from scratch"} with Focal's `examples/{card.script}`.
+
+{table("measured", "", measured)}
+{usage}
+
+{figures}
+
+{classes}{table("setting", "", given)}"""
+    ModelCard(content, ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def table(first: str, second: str, rows: dict[str, object]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {first} | {second} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def public(value: object) -> object:
+    """Of a local path the last part alone: where it was is no one else's concern."""
+    return Path(str(value)).name if Path(str(value)).exists() else value

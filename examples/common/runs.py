@@ -1,25 +1,28 @@
 """How a training script begins and ends, whatever it trains."""
 
 import argparse
+import copy
 import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import peft
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from huggingface_hub import HfApi
+from transformers import BaseImageProcessor
 
 from .engine import Training
-from .files import check_output, write_results
+from .files import check_output, save_model, write_results
 from .loading import Images, InTurn, Loader, Order
 from .models import decay_groups
 from .options import Problem, first_line, run_script
 from .recipe import schedule
-from .reports import draw_curves
+from .reports import Card, draw_curves, write_card
 
 # What a run may change when it goes on: the result does not follow from it.
 FREE = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
@@ -156,12 +159,6 @@ def begin(
     return training
 
 
-def names_on_hub(args: argparse.Namespace) -> dict:
-    """What of model and data is on the Hub, as model cards have it."""
-    names = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
-    return names if Path(args.data).expanduser().exists() else names | {"datasets": args.data}
-
-
 def train_and_keep(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -170,15 +167,20 @@ def train_and_keep(
     measure: Callable,
     merit: Callable,
     describe: Callable,
-    write: Callable[[Path, dict], None],
-    draw: Callable[[Path], None] = lambda folder: None,
+    processor: BaseImageProcessor,
+    draw: Callable[[Path], None],
+    card: Callable[[dict], Card],
+    *,
+    draw_all: bool = False,
 ) -> dict:
     """Train to the end. The best model is then in `--output`, the last in its folder `last`.
 
     Args:
         loss_function, measure, merit, describe: as in [`Training.run`].
-        write: called by all processes with a folder and the results so far, to write the model and its reports.
-        draw: called with a folder after an epoch that is not the best, for pictures that show it all the same.
+        processor: the image processor that is saved with the model.
+        draw: called by the main process with a folder, for figures that show what was measured last.
+        card: given what was measured, what the model card says.
+        draw_all: draw after every epoch, not only after those whose model is the best so far.
 
     Returns:
         The results.
@@ -190,11 +192,30 @@ def train_and_keep(
         seen = True
         return measure(model)
 
+    def write(folder: Path, results: dict) -> None:
+        model, weights = training.weights()
+        if not accelerator.is_main_process:
+            return
+        adapted = model if isinstance(model, peft.PeftModel) else None
+        if adapted:
+            model, weights = copy.deepcopy(adapted).merge_and_unload(), None
+
+        def add(folder: Path) -> None:
+            draw_curves(folder / "curves.png", results["history"])
+            draw(folder)
+            entry = results["history"][-1]
+            write_card(folder, card(entry), args, training.checkpoints.settings, entry)
+            if adapted:
+                adapted.save_pretrained(folder / "adapter")
+
+        save_model(folder, model, processor, results, weights, add)
+
     def save(results: dict, better: bool) -> None:
         if better:
             write(args.output, results)
         elif accelerator.is_main_process:
-            draw(args.output)
+            if draw_all:
+                draw(args.output)
             write_results(args.output, results)
         training.tell_unreadable()
 
