@@ -322,7 +322,7 @@ def test_gradients_of_gradients(attention_type, size):
 @BOTH
 def test_gradients_of_each_image(attention_type):
     """By the transforms of `torch.func`."""
-    model = classifier(attention_type)
+    model = classifier(attention_type, use_pre_norm=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(weights, image, label):
@@ -342,7 +342,7 @@ def test_gradients_of_each_image(attention_type):
 @BOTH
 def test_derivatives_in_one_direction(attention_type):
     """In forward mode: eager attention has them, PyTorch's attention refuses, and none are left out without a word."""
-    model = fresh(classifier(attention_type), "eager").eval().requires_grad_(False)
+    model = fresh(classifier(attention_type, use_pre_norm=True), "eager").eval().requires_grad_(False)
     direction = IMAGES.flip(0)
     images = IMAGES.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(images).logits.sum(), images)

@@ -297,6 +297,9 @@ class FocalDownsample(nn.Module):
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
+        # `torch.func` has no group norm of maps with their channels last.
+        if is_transforming():
+            maps = maps.contiguous()
         maps = self.pre_norm(maps)
         if not self.config.drop_remainder:
             maps = pad_to_multiple(maps, 2)
