@@ -15,7 +15,10 @@ if is_torchvision_available():
             "that fits, or remove it (pip uninstall torchvision): focal_hf works without it."
         ) from error
 
-from transformers import AutoConfig, AutoImageProcessor, BitImageProcessorPil
+from transformers import AutoConfig, BitImageProcessorPil
+
+# Of its own module: up to 5.17, transformers gives a stand-in for it where torchvision is absent.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbone_weights_focal import load_backbone_weights
 from .configuration_focal import FocalConfig
