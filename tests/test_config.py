@@ -1,3 +1,6 @@
+import json
+import math
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
@@ -45,6 +48,19 @@ CONTRADICTIONS = {
     "window_size must be at least 1": {"window_size": 0},
     "image_size must be at least 1 pixel": {"image_size": (32, 0)},
     "image_size must be one side or": {"image_size": [32]},
+    "embed_dim must be at least 1 and at most 65536": {"embed_dim": 10**9},
+    "the last stage must have at most 65536 channels": {"embed_dim": 2**16},
+    "every value of depths must be at least 1 and at most 1024": {"depths": (10**9, 1)},
+    "every value of focal_levels must be at least 0 and at most 16": {"focal_levels": (10**12, 1)},
+    "depths must name at most 16 stages; got 20000": {"depths": (1,) * 20000},
+    "image_size must be at most 65536 pixels a side": {"image_size": (1, 10**9)},
+    "at most 67108864 tokens can be listed": {"attention_type": "topk", "image_size": 2**16},
+    "mlp_ratio must be at most 1024": {"mlp_ratio": 1e9},
+    "mlp_ratio must be positive and finite": {"mlp_ratio": math.inf},
+    "qk_scale must be positive and finite; got nan": {"qk_scale": math.nan},
+    "layer_norm_eps must be positive and finite": {"layer_norm_eps": math.inf},
+    "initializer_range must be at least 0 and finite; got nan": {"initializer_range": math.nan},
+    "layerscale_value must be finite; got -inf": {"layerscale_value": -math.inf},
     "image_size must be at least 8 pixels a side with drop_remainder": {"image_size": 7, "drop_remainder": True},
 }
 
@@ -82,6 +98,13 @@ def test_derived_settings_may_be_given_where_they_agree():
         FocalConfig(**TINY, hidden_size=4)
     with pytest.raises(ValueError, match="num_hidden_layers follows from"):
         FocalConfig(**TINY, num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("name", ["image_sides", "stage_grids", "least_side", "block_geometry", "validate"])
+def test_names_that_are_no_settings_are_refused(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "focal", name: [1, 2]}))
+    with pytest.raises(ValueError, match=f"{name} is not a setting"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_survives_a_file(tmp_path):

@@ -1,5 +1,6 @@
 """What a Focal Transformer is: its settings, and the geometry that follows from them."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -11,6 +12,12 @@ from transformers.backbone_utils import BackboneConfigMixin
 ATTENTION_TYPES = ("focal", "topk")
 POOLS = ("fc", "conv", "mean", "max", "none")
 EXPAND_LAYERS = ("all", "even", "odd")
+
+# Settings beyond these bounds, far above those of any model, would only exhaust time or memory.
+MOST_STAGES = 16
+MOST_CHANNELS = 2**16
+LONGEST_SIDE = 2**16  # in pixels, of `image_size`
+LARGEST_INDEX = 2**26  # elements, of one block with `attention_type="topk"`
 
 
 class BlockGeometry(NamedTuple):
@@ -169,6 +176,11 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} follows from embed_dim and depths, and is {getattr(self, name)}; got {value}. Leave it "
                     "out."
                 )
+        # PreTrainedConfig makes attributes of all other names.
+        for name in kwargs:
+            attribute = getattr(type(self), name, None)
+            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
+                raise ValueError(f"{name} is not a setting: FocalConfig derives it from others. Leave it out.")
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -271,27 +283,44 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
-        for name in ("patch_size", "num_channels", "embed_dim", "window_size", "topk", "encoder_stride"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+        for name, most in (
+            ("patch_size", 1024),
+            ("num_channels", 1024),
+            ("embed_dim", MOST_CHANNELS),
+            ("window_size", 256),
+            ("topk", 2**16),
+            ("encoder_stride", 2**16),
+        ):
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}; got {value}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {value}.")
         for name in ("mlp_ratio", "qk_scale", "layer_norm_eps"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be positive; got {value}.")
-
-        if self.initializer_range < 0:
-            raise ValueError(f"initializer_range must be at least 0; got {self.initializer_range}.")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value}.")
+        if self.mlp_ratio > 1024:
+            raise ValueError(f"mlp_ratio must be at most 1024; got {self.mlp_ratio}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range must be at least 0 and finite; got {self.initializer_range}.")
+        if not -math.inf < self.layerscale_value < math.inf:
+            raise ValueError(f"layerscale_value must be finite; got {self.layerscale_value}.")
 
         if len(self.depths) == 0:
             raise ValueError("depths must name at least one stage; got none.")
-        for name, least in (
-            ("depths", 1),
-            ("num_heads", 1),
-            ("focal_levels", 0),
-            ("focal_windows", 1),
-            ("expand_sizes", 0),
+        if len(self.depths) > MOST_STAGES:
+            raise ValueError(f"depths must name at most {MOST_STAGES} stages; got {len(self.depths)}.")
+        if self.hidden_size > MOST_CHANNELS:
+            raise ValueError(
+                f"the last stage must have at most {MOST_CHANNELS} channels; embed_dim * 2**{len(self.depths) - 1} is "
+                f"{self.hidden_size}."
+            )
+        for name, least, most in (
+            ("depths", 1, 1024),
+            ("num_heads", 1, MOST_CHANNELS),
+            ("focal_levels", 0, 16),
+            ("focal_windows", 1, 1024),
+            ("expand_sizes", 0, 256),
         ):
             values = getattr(self, name)
             if len(values) != len(self.depths):
@@ -299,8 +328,10 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} must hold one value for each of the {len(self.depths)} stages in depths="
                     f"{tuple(self.depths)}; got {len(values)}: {tuple(values)}."
                 )
-            if min(values) < least:
-                raise ValueError(f"every value of {name} must be at least {least}; got {tuple(values)}.")
+            if min(values) < least or max(values) > most:
+                raise ValueError(
+                    f"every value of {name} must be at least {least} and at most {most}; got {tuple(values)}."
+                )
         stages = [] if self.focal_stages is None else list(self.focal_stages)
         if not set(stages) <= set(range(len(self.depths))) or len(set(stages)) != len(stages):
             raise ValueError(
@@ -311,6 +342,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"image_size must be one side or (height, width); got {tuple(self.image_size)}.")
         if min(self.image_sides) < 1:
             raise ValueError(f"image_size must be at least 1 pixel a side; got {self.image_size}.")
+        if max(self.image_sides) > LONGEST_SIDE:
+            raise ValueError(f"image_size must be at most {LONGEST_SIDE} pixels a side; got {self.image_size}.")
         if min(self.image_sides) < self.least_side:
             raise ValueError(
                 f"image_size must be at least {self.least_side} pixels a side with drop_remainder=True, or the last "
@@ -336,6 +369,13 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     raise ValueError(
                         f"attention_type='topk' has one level (fine) or two (fine and pooled); focal_levels[{stage}] "
                         f"is {level}."
+                    )
+                windows = math.prod(-(-side // geometry.window_size) for side in self.stage_grids[stage])
+                if windows * self.topk > LARGEST_INDEX:
+                    raise ValueError(
+                        f"attention_type='topk' lists topk = {self.topk} tokens for each of {windows} windows of stage "
+                        f"{stage} at image_size={self.image_size}; at most {LARGEST_INDEX} tokens can be listed. Use a "
+                        "smaller image_size: inputs of any other size run too."
                     )
                 if level - 1 != geometry.pooled_levels:
                     raise ValueError(
