@@ -24,10 +24,11 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
-from common.batches import Batches, check_columns, load_split, run_apart
+from common.batches import Batches, load_batches, load_split, run_apart
+from common.data import check_columns
 from common.files import check_new, write_results
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, batch_size_option, image_size_option, workers_option
+from common.options import Problem, batch_size_option, image_size_option, no_readable_images, workers_option
 
 EXAMPLES = """\
 examples:
@@ -161,9 +162,9 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
     with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
         model, processor = load_trained(args.model, AutoModelForImageClassification)
         data = load_split(args.data, args.split, ("validation", "val", "test"), args.streaming, drop_labels=False)
-    features = check_columns(args.data, data, args.image_column, args.label_column)
+    check_columns(args, data.features, others=("label",))
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    classes = match_labels(args, data, features[args.label_column], labels)
+    classes = match_labels(args, data, data.features[args.label_column], labels)
     if args.image_size:
         resize_views(processor, args.image_size)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -177,10 +178,8 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
         args.batch_size,
         count,
         list(range(accelerator.process_index, count, accelerator.num_processes)),
-        Path(args.data).expanduser(),
-    )
-    loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda"
+        args.data,
+        needs_label=True,
     )
     started, rows, unreadable = time.perf_counter(), [], []
     with tqdm(
@@ -189,10 +188,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
         desc="main process" if accelerator.num_processes > 1 else None,
         disable=not accelerator.is_main_process,
     ) as bar:
-        for batch in loader:
-            if args.strict and batch["unreadable"]:
-                raise Problem(f"Not a readable image: {batch['unreadable'][0]}. Repair or remove it.")
-            unreadable += batch["unreadable"]
+        for batch in load_batches(args, accelerator, batches, unreadable):
             if not batch["names"]:
                 continue
             for name, label in zip(batch["names"], batch["labels"], strict=True):
@@ -213,7 +209,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
     unreadable = sorted(gather_object(unreadable))
     seconds = time.perf_counter() - started
     if not len(rows):
-        raise Problem(f"No readable images in --data {args.data}." + "".join(f" {item}" for item in unreadable[:1]))
+        raise no_readable_images(args.data, unreadable)
 
     results = {
         "model": args.model,

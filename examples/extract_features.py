@@ -20,10 +20,19 @@ from tqdm.auto import tqdm
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from common.batches import Batches, check_columns, load_split, run_apart
+from common.batches import Batches, load_batches, load_split, run_apart
+from common.data import check_columns
 from common.files import check_place
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, batch_size_option, first_line, image_size_option, positive, workers_option
+from common.options import (
+    Problem,
+    batch_size_option,
+    first_line,
+    image_size_option,
+    no_readable_images,
+    positive,
+    workers_option,
+)
 
 EXAMPLES = """\
 examples:
@@ -193,8 +202,8 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
         model, processor = load_model(args)
         data = load_split(args.data, args.split, streaming=args.streaming, drop_labels=None)
-    columns = check_columns(args.data, data, args.image_column, args.label_column)
-    label_column = args.label_column or ("label" if "label" in columns else None)
+    check_columns(args, data.features, others=("label",))
+    label_column = args.label_column or ("label" if "label" in data.features else None)
     if args.image_size:
         resize_views(processor, args.image_size)
 
@@ -222,7 +231,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # With the features' description, so that reading the files gives classes their names again.
     schema = datasets.Features(
         {"path": datasets.Value("string")}
-        | ({"label": columns[label_column]} if label_column else {})
+        | ({"label": data.features[label_column]} if label_column else {})
         | {name: datasets.List(number, length=width) for name, width in widths.items()}
     ).arrow_schema
     schema = schema.with_metadata(schema.metadata | {SETTINGS: json.dumps(settings)})
@@ -247,10 +256,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
         args.batch_size,
         count,
         missing[accelerator.process_index :: accelerator.num_processes],
-        Path(args.data).expanduser(),
-    )
-    loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda"
+        args.data,
     )
     unreadable: list[str] = []
     shards: dict[int, dict[str, list]] = {}  # more than one at a time where several workers read a stream
@@ -260,10 +266,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
         desc="main process" if accelerator.num_processes > 1 else None,
         disable=not accelerator.is_main_process,
     ) as bar:
-        for batch in loader:
-            if args.strict and batch["unreadable"]:
-                raise Problem(f"Not a readable image: {batch['unreadable'][0]}. Repair or remove it, and run again.")
-            unreadable += batch["unreadable"]
+        for batch in load_batches(args, accelerator, batches, unreadable):
             rows = shards.setdefault(batch["piece"], {name: [] for name in schema.names})
             if batch["names"]:
                 output = model(pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True))
@@ -278,7 +281,14 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     unreadable = sorted(gather_object(unreadable))
     for item in unreadable:
         accelerator.print(f"Not a readable image, left out: {item}")
-    images = sum(pq.read_metadata(shard_file(args.output, shard, count)).num_rows for shard in range(count))
+    files = [shard_file(args.output, shard, count) for shard in range(count)]
+    images = sum(pq.read_metadata(file).num_rows for file in files)
+    if not images:
+        accelerator.wait_for_everyone()  # all have counted
+        if accelerator.is_main_process:
+            for file in files:
+                file.unlink()
+        raise no_readable_images(args.data, unreadable)
     left_out = f"; {len(unreadable)} left out" if unreadable else ""
     accelerator.print(f"Features of {images} images are in {args.output}{left_out}.")
 

@@ -203,9 +203,9 @@ def training_view(
     return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
 
 
-def streamed(label2id: dict[str, int], row: tuple[dict, str]) -> tuple[dict, int]:
+def streamed(label2id: dict[str, int], row: tuple[dict, str | None]) -> tuple[dict, int | None]:
     cell, name = row
-    return cell, label2id[name]
+    return cell, label2id.get(name)
 
 
 def labelled_loaders(

@@ -124,6 +124,8 @@ def test_stages_of_streamed_tar_files(model, tmp_path):
 def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
     pictures = draw_noise(tmp_path / "data", {"cat": 3})
     (pictures / "cat" / "9.png").write_text("no picture")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.png").write_text("no picture")
     good = ["--model", model, "--data", pictures, "--output", "out"]
     options = [
         ["--output", "none", "--features", "stage3"],
@@ -131,6 +133,7 @@ def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
         ["--output", "none", "--label-column", "kind"],
         ["--output", "none", "--data", "./nowhere"],
         ["--output", "none", "--strict"],
+        ["--output", "none", "--data", "broken"],
         ["--output", model / "config.json" / "none"],
         [],
         ["--features", "stage2"],
@@ -144,6 +147,7 @@ def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
         "has no column kind; its columns are image.",  # one class alone is no label
         "No such folder: --data ./nowhere.",
         "Not a readable image: cat/9.png (UnidentifiedImageError",
+        "No readable images in --data broken: 1.png (UnidentifiedImageError: cannot identify image file).",
         "config.json: Not a directory): name another folder.",
         None,
         "out/features-00000-of-00001.parquet was made with other settings (features, weights): name another --output",

@@ -1,8 +1,13 @@
 """Pictures of all kinds in examples/: those with wide pixels, those that are too large, those that are missing."""
 
+import functools
 import io
+import os
 import struct
+import tarfile
 import zlib
+from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -13,11 +18,14 @@ from transformers import BitImageProcessorPil
 
 from common.batches import Batches
 from common.coco import picture_size
-from common.data import unreadable_pictures
+from common.data import read_data, report_unreadable, unreadable_pictures
 from common.detection_views import picture
-from common.loading import Images
+from common.loading import IGNORED, Images, Item, listed
+from common.options import Problem
 from common.pictures import UnreadablePicture, load_picture
 from common.segmentation_data import load_map
+from common.streams import read_streams
+from finetune import streamed
 
 LEVELS = np.linspace(0, 65535, 520).round().reshape(20, 26)  # 520 grey levels of 16 bits
 GREY = (LEVELS / 257).round()
@@ -54,7 +62,7 @@ def test_pixels_of_more_than_8_bits_are_scaled_for_all_scripts(kind):
     cell = cell_of(Image.fromarray(values), format)
     processor = BitImageProcessorPil(do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False)
     rows = datasets.Dataset.from_dict({"image": [cell]}, features=datasets.Features({"image": datasets.Image()}))
-    batches = Batches(rows, ("image", None), processor, 1, 1, [0], Path())
+    batches = Batches(rows, ("image", None), processor, 1, 1, [0], "")
     seen = {
         "training": np.asarray(Images(None, None).decode(cell)[0]),
         "detection": np.asarray(picture(cell, (26, 20))),
@@ -85,3 +93,212 @@ def test_pictures_of_too_many_pixels_are_unreadable(tmp_path, size):
             read(cell)
     rows = datasets.Dataset.from_dict({"image": [str(file)]}, features=datasets.Features({"image": datasets.Image()}))
     assert [*unreadable_pictures(rows, "image")] == [str(file)]
+
+
+# ------------------------------------------------------------------------- what is missing or damaged in a data set
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(number: int) -> bytes:
+    return cell_of(Image.new("RGB", (8, 9), (20 * number, 30, 40)), "PNG")["bytes"]
+
+
+def arguments(folder: Path, **changes) -> Namespace:
+    options = {"image_column": "image", "label_column": "label", "validation_split": "validation"}
+    options |= {"validation_fraction": 0.25, "seed": 0, "strict": False, "classes": None, "train_images": 10}
+    return Namespace(data=str(folder), **options | changes)
+
+
+def write_parquet(folder: Path, split: str = "train", images: dict | None = None, labels: dict | None = None) -> None:
+    """Ten images of two classes but for some changes, by the number of the row; no rows where `images` is `None`."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [], "label": []}
+    if images is not None:
+        rows = {
+            "image": [images.get(row, {"path": None, "bytes": png(row)}) for row in range(10)],
+            "label": [(labels or {}).get(row, row % 2) for row in range(10)],
+        }
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-0.parquet")
+
+
+def write_tar(file: Path, changes: dict[str, bytes | None]) -> None:
+    """Eight samples, each a picture and its class number, but for members that are left out or of other content."""
+    file.parent.mkdir(exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for number in range(8):
+            for name, content in ((f"{number}.png", png(number)), (f"{number}.cls", str(number % 2).encode())):
+                content = changes.get(name, content)
+                if content is not None:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def tar_arguments(folder: Path) -> Namespace:
+    names = folder / "names.txt"
+    names.write_text("a\nb")
+    return arguments(folder, classes=str(names), image_column="png", label_column="cls", train_images=8)
+
+
+def fine(image: Image.Image, draw: object) -> dict:
+    return {"size": image.size}
+
+
+def skipped(samples: list[dict]) -> set[str]:
+    """What is said of the samples that do not count."""
+    assert all((sample["labels"] == IGNORED) == bool(sample["broken"]) for sample in samples)
+    return {sample["broken"] for sample in samples if sample["broken"]}
+
+
+def test_rows_without_image_or_label_are_skipped_and_told(tmp_path):
+    """By the numbers that they have in the file, in every epoch the same."""
+    images = {2: None, 5: {"path": None, "bytes": b"no picture"}}
+    write_parquet(tmp_path / "data", images=images, labels={0: None, 7: -1})
+    said = []
+    train, validation, names = read_data(arguments(tmp_path / "data"), said.append)
+    report_unreadable(arguments(tmp_path / "data", strict=True), (train, validation), said.append)
+    assert names == ["a", "b"]
+    assert said[0] == "Skipping rows of the train split that have no label (2): 0, 7"
+    told = []
+    for _ in range(2):
+        samples = []
+        for data in (train, validation):
+            classes = [names.index(label) for label in data["labels"]]
+            loaded = Images(listed(data["rows"], classes, "image"), fine)
+            samples += [loaded[Item(row)] for row in range(len(classes))]
+        assert len(samples) == 8
+        told.append(skipped(samples))
+    assert told == 2 * [
+        {
+            "row 2 (ValueError: there is no picture)",
+            "row 5 (UnidentifiedImageError: cannot identify image file)",
+        }
+    ]
+    with pytest.raises(Problem, match=r"Row 0 of the train split has no label\. Add or remove it"):
+        read_data(arguments(tmp_path / "data", strict=True), said.append)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_stream_skips_what_has_no_image_or_label(tmp_path, kind):
+    for split in ("train", "validation"):
+        if kind == "parquet":
+            images = {2: None, 5: {"path": None, "bytes": b"none"}}
+            write_parquet(tmp_path / "data", split, images, {0: None, 7: -1})
+        else:
+            write_tar(tmp_path / "data" / f"{split}-0.tar", {"6.png": None, "5.png": b"none", "7.cls": None})
+    wanted = {
+        "6 (ValueError: there is no picture)",
+        "5.png (UnidentifiedImageError: cannot identify image file)",
+        "7.png (there is no label)",
+    }
+    if kind == "parquet":
+        wanted = {
+            "image with the CRC-32 00000000 (ValueError: there is no picture)",
+            f"image with the CRC-32 {zlib.crc32(b'none'):08x} (UnidentifiedImageError: cannot identify image file)",
+            *(f"image with the CRC-32 {zlib.crc32(png(row)):08x} (there is no label)" for row in (0, 7)),
+        }
+    args = arguments(tmp_path / "data") if kind == "parquet" else tar_arguments(tmp_path / "data")
+    train, validation, images, names = read_streams(args)
+    loaded = Images(functools.partial(streamed, {name: index for index, name in enumerate(names)}), fine)
+    for rows in (validation.once(), islice(train.epoch(0), images)):
+        samples = [loaded[Item(row)] for row in rows]
+        assert len(samples) == images
+        assert skipped(samples) == wanted
+
+
+def empty_parquet(folder: Path) -> Namespace:
+    write_parquet(folder)
+    write_parquet(folder, "validation", {})
+    return arguments(folder)
+
+
+def empty_tar(folder: Path) -> Namespace:
+    write_tar(folder / "train-0.tar", {f"{number}.{kind}": None for number in range(8) for kind in ("png", "cls")})
+    write_tar(folder / "validation-0.tar", {})
+    return tar_arguments(folder)
+
+
+def cut_tar(folder: Path) -> Namespace:
+    for split in ("train", "validation"):
+        write_tar(folder / f"{split}-0.tar", {})
+    whole = (folder / "train-0.tar").read_bytes()
+    (folder / "train-0.tar").write_bytes(whole[: 13 * 512 + 100])
+    return tar_arguments(folder)
+
+
+def label_of_text(folder: Path) -> Namespace:
+    for split in ("train", "validation"):
+        write_tar(folder / f"{split}-0.tar", {"6.cls": b"cat"})
+    return tar_arguments(folder)
+
+
+def folder_of_pictures(folder: Path) -> Path:
+    for name in ("a", "b"):
+        (folder / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            (folder / "train" / name / f"{number}.png").write_bytes(png(number))
+    return folder / "train"
+
+
+def name_that_is_not_utf8(folder: Path) -> Namespace:
+    file = folder_of_pictures(folder) / "a" / "0.png"
+    os.rename(os.fsencode(file), os.fsencode(file.parent) + b"/caf\xe9.png")
+    return arguments(folder)
+
+
+def class_like_a_variable(folder: Path) -> Namespace:
+    file = folder_of_pictures(folder) / "a"
+    file.rename(file.with_name("$HOME"))
+    return arguments(folder)
+
+
+def class_like_an_address(folder: Path) -> Namespace:
+    file = folder_of_pictures(folder) / "a"
+    file.rename(file.with_name("zip::a"))
+    return arguments(folder)
+
+
+def stray_metadata(folder: Path) -> Namespace:
+    (folder_of_pictures(folder) / "metadata.csv").write_text("name,age\nRex,3\n")
+    return arguments(folder)
+
+
+def corrupt_zip(folder: Path) -> Namespace:
+    (folder_of_pictures(folder) / "more.zip").write_bytes(b"PK\x03\x04 and no more")
+    return arguments(folder)
+
+
+DAMAGED = {  # what is said of files, and of the same as a stream where that differs
+    empty_parquet: ("corresponds to no data", "has no images in its train split."),
+    empty_tar: ("corresponds to no data", "has no images in its train split."),
+    cut_tar: ("train-0.tar is damaged (ReadError: unexpected end of data). Replace or remove it.",),
+    label_of_text: ("ValueError: invalid literal for int() with base 10: b'cat'.",),
+    name_that_is_not_utf8: (r"has a name that is not UTF-8: ",),
+    class_like_a_variable: ("has a name that would be taken for an environment variable: ",),
+    class_like_an_address: ("has a name with ::, which would be taken for an address: ",),
+    stray_metadata: ("metadata.csv must list pictures, with a column file_name: correct it, or move it elsewhere.",),
+    corrupt_zip: ("more.zip is damaged (BadZipFile: File is not a zip file). Replace or remove it.",),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_data_is_one_clear_line(tmp_path, damage, streaming):
+    args = damage(tmp_path / "data")
+
+    def read() -> None:
+        if streaming:
+            train, _, images, _ = read_streams(args)
+            list(islice(train.epoch(0), 3 * images))
+        else:
+            read_data(args, print)
+
+    with pytest.raises(Problem) as error:
+        read()
+    assert DAMAGED[damage][-1 if streaming else 0] in str(error.value)
+    assert str(error.value).isprintable()

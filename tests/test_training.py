@@ -463,7 +463,7 @@ def numbered_stream(labels: list[int]) -> Stream:
         {"image": cells, "label": labels},
         features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
     )
-    columns = Namespace(image_column="image", label_column="label", seed=0)
+    columns = Namespace(data="numbers", image_column="image", label_column="label", seed=0)
     return Stream(rows.to_iterable_dataset(num_shards=2), columns, names=["cat", "dog"])
 
 

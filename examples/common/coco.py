@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .data import hold_out, load_splits
+from .data import check_columns, choose, hold_out_rows, load_splits
 from .options import Problem, first_line
 from .pictures import named, open_picture
 
@@ -136,12 +136,7 @@ def read_rows(
     args: argparse.Namespace, masks: bool, split: datasets.Dataset
 ) -> tuple[datasets.Dataset, list[dict], list[str]]:
     """The same of a split of a data set that has a column of objects."""
-    for option, column in (("--image-column", args.image_column), ("--objects-column", args.objects_column)):
-        if column not in split.column_names:
-            raise Problem(
-                f"--data {args.data} has no column {column}; its columns are {', '.join(split.column_names)}. "
-                f"Name the right one with {option}."
-            )
+    check_columns(args, split.features, others=("objects",))
     fields = field_names(split.features[args.objects_column])
     if not {"bbox", "category"} <= fields.keys():
         raise Problem(
@@ -217,17 +212,10 @@ def read_objects(
                 f"{', '.join(unknown[:5])}. Spell the classes alike in both, or remove them."
             )
     else:
-        train, valid = hold_out([""] * len(images), args.validation_fraction, args.seed)
-        if not train or not valid:
-            raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
         others = [split for split in splits if split != args.train_split]
-        say(
-            f"No split called {args.validation_split}: holding out {len(valid)} of {len(images)} training images, "
-            f"{args.validation_fraction:.0%} of all (seed {args.seed})."
-            + (f" Not used: {', '.join(others)} (see --validation-split)." if others else "")
-        )
-        held_rows, held = rows.select(valid), [images[row] for row in valid]
-        rows, images = rows.select(train), [images[row] for row in train]
+        train, valid = hold_out_rows(args, [""] * len(images), others, say)
+        held_rows, held = choose(rows, valid), [images[row] for row in valid]
+        rows, images = choose(rows, train), [images[row] for row in train]
     report_objects(images, say)
     if not any(image["name"] for image in images):
         raise Problem(f"--data {args.data} has no objects to train on.")

@@ -5,15 +5,21 @@ import glob
 import math
 import os
 import random
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil
 
-from .options import Problem, first_line
+from .options import Problem, few, first_line, not_readable
 from .pictures import open_picture
+
+ROW = "number of the row"  # a column that data sets get when rows of them are left out
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what `datasets` reads beside images
 
 
 def load_splits(name: str, streaming: bool = False, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
@@ -21,17 +27,22 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
 
     `options` go to `datasets.load_dataset` and outweigh what is chosen here.
     """
-    folder = Path(name).expanduser()
+    folder, where = Path(name).expanduser(), "(no such folder here, nor a readable Hub data set)"
     if folder.is_file():
         raise Problem(f"--data {name} is a file: give a folder of images or the name of a data set on the Hub.")
     if folder.is_dir():
-        suffixes = {file.suffix.lower() for file in folder.rglob("*")}
+        suffixes = set()
+        for file in folder.rglob("*"):
+            check_name(name, file)
+            suffixes.add(file.suffix.lower())
         pattern = glob.escape(str(folder))
         if suffixes & {*Image.registered_extensions(), ".zip", ".gz"}:
             # drop_labels=False: by default, one class alone or classes at different depths would silently lose them.
-            source = {"path": "imagefolder", "data_dir": pattern, "drop_labels": False}
-        elif suffixes & {".parquet", ".tar"}:
-            source = {"path": "parquet" if ".parquet" in suffixes else "webdataset", "data_dir": pattern}
+            source, where = {"path": "imagefolder", "data_dir": pattern, "drop_labels": False}, "as a folder of images"
+        elif ".parquet" in suffixes:
+            source, where = {"path": "parquet", "data_dir": pattern}, "as Parquet files"
+        elif ".tar" in suffixes:
+            source, where = {"path": "webdataset", "data_dir": pattern}, "as WebDataset files (*.tar)"
         else:
             raise Problem(
                 f"No images found in --data {name}: expected {name}/train/CLASS/*.png, *.jpg or the like, or shards, "
@@ -44,18 +55,110 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
     try:
         return datasets.load_dataset(**source | options, streaming=streaming)
     except Exception as error:
-        where = "as a folder of images" if folder.is_dir() else "(no such folder here, nor a readable Hub data set)"
-        raise Problem(f"Cannot read --data {name} {where}: {first_line(error)}") from error
+        raise unreadable_data(name, where, error) from error
 
 
-def label_names(split: datasets.Dataset, column: str | None) -> list[str]:
-    """The class of every row, as text; without such a column, one class for all."""
-    if column is None:
-        return [""] * len(split)
-    feature = split.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return [feature.names[index] for index in split[column]]
-    return [str(value) for value in split[column]]
+def check_name(name: str, file: Path) -> None:
+    """Refuse a file of --data that `datasets` cannot name, or would take for another one."""
+    shown = ascii(str(file))[1:-1]
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise Problem(f"--data {name} has a name that is not UTF-8: {shown}. Rename it.") from error
+    if os.path.expandvars(file) != str(file):
+        raise Problem(f"--data {name} has a name that would be taken for an environment variable: {shown}. Rename it.")
+    if "::" in str(file):
+        raise Problem(f"--data {name} has a name with ::, which would be taken for an address: {shown}. Rename it.")
+
+
+def unreadable_data(name: str, where: str, error: Exception) -> Problem:
+    """What to say of an error on reading --data: its cause, and the file that is to blame, where that can be told."""
+    while error.__cause__:
+        error = error.__cause__
+    readers = {".zip": zipfile.ZipFile, ".tar": list_tar, ".parquet": pq.read_metadata}
+    advice = ""
+    for file in sorted(Path(name).expanduser().rglob("*")):
+        try:
+            readers.get(file.suffix.lower(), str)(file)
+        except Exception as damage:
+            return Problem(
+                f"Cannot read --data {name}: {file} is damaged ({first_line(damage)}). Replace or remove it."
+            )
+        if file.name in METADATA:
+            advice = f" {file} must list pictures, with a column file_name: correct it, or move it elsewhere."
+    return Problem(f"Cannot read --data {name} {where}: {first_line(error).rstrip('.!')}.{advice}")
+
+
+def list_tar(file: Path) -> None:
+    with tarfile.open(file) as archive:
+        archive.getmembers()
+
+
+def with_features(name: str, rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset:
+    """The same rows, whose columns are known: those of some streams are known once their first rows are read."""
+    if rows.features is not None:
+        return rows
+    try:
+        return rows._resolve_features()
+    except Exception as error:
+        raise unreadable_data(name, "as a stream", error) from error
+
+
+def streamed(name: str, rows: Iterable) -> Iterator:
+    """The rows of a stream of --data, or what only the user can put right."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise unreadable_data(name, "as a stream", error) from error
+
+
+def choose(rows: datasets.Dataset, numbers: list[int]) -> datasets.Dataset:
+    """Some rows of a data set, which keep their numbers in it."""
+    if ROW not in rows.column_names:
+        rows = rows.add_column(ROW, range(len(rows)))
+    return rows.select(numbers)
+
+
+def check_columns(
+    args: argparse.Namespace,
+    features: datasets.Features,
+    images: tuple[str, ...] = ("image",),
+    others: tuple[str, ...] = (),
+) -> None:
+    """Refuse options that name columns of --data: columns that are not there, or not of images where they must be.
+
+    `images` and `others` are what comes before "-column" in the options' names.
+    """
+    for kind in (*images, *others):
+        column = getattr(args, f"{kind}_column")
+        if column is not None and column not in features:
+            raise Problem(
+                f"--data {args.data} has no column {column}; its columns are {', '.join(features)}. "
+                f"Name the right one with --{kind}-column."
+            )
+        if kind in images and not (isinstance(features[column], datasets.Image) or "binary" in str(features[column])):
+            raise Problem(f"Column {column} of --data {args.data} holds no images: see --{kind}-column.")
+
+
+def labelled_rows(
+    args: argparse.Namespace, split: str, rows: datasets.Dataset, say: Callable[[str], None]
+) -> tuple[datasets.Dataset, list[str]]:
+    """The rows that have a label, and their classes as text; without a column of labels, all have the class ""."""
+    if args.label_column is None:
+        return rows, [""] * len(rows)
+    feature, values = rows.features[args.label_column], rows[args.label_column]
+    if isinstance(feature, datasets.ClassLabel):  # which has -1 where there is none
+        labels = [None if value in (None, -1) else feature.names[value] for value in values]
+    else:
+        labels = [None if value is None else str(value) for value in values]
+    without = [row for row, label in enumerate(labels) if label is None]
+    if not without:
+        return rows, labels
+    if args.strict:
+        raise Problem(f"Row {without[0]} of the {split} split has no label. Add or remove it, or leave out --strict.")
+    say(f"Skipping rows of the {split} split that have no label ({len(without)}): {few(map(str, without))}")
+    kept = [row for row, label in enumerate(labels) if label is not None]
+    return choose(rows, kept), [labels[row] for row in kept]
 
 
 def read_names(file: Path, option: str = "") -> list[str]:
@@ -73,6 +176,22 @@ def read_names(file: Path, option: str = "") -> list[str]:
     if not names:
         raise Problem(f"{shown} names no classes: write one a line, in the order of their numbers.")
     return names
+
+
+def hold_out_rows(
+    args: argparse.Namespace, labels: list[str], others: Iterable[str], say: Callable[[str], None]
+) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to validate on, of data without a validation split but with `others`; it says so."""
+    rows, held = hold_out(labels, args.validation_fraction, args.seed)
+    if not held or not rows:
+        raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
+    of_what = "each class" if len(set(labels)) > 1 else "all"
+    not_used = f" Not used: {', '.join(others)} (see --validation-split)." if others else ""
+    say(
+        f"No split called {args.validation_split}: holding out {len(held)} of {len(labels)} training images, "
+        f"{args.validation_fraction:.0%} of {of_what} (seed {args.seed}).{not_used}"
+    )
+    return rows, held
 
 
 def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -100,16 +219,19 @@ def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
                 yield cell["path"]
 
 
+def skip_unreadable(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> None:
+    """Name the images that cannot be read; with --strict, refuse them."""
+    if names and args.strict:
+        raise not_readable(names[0])
+    if names:
+        say(f"Skipping what is no readable image ({len(names)}): {few(names)}")
+
+
 def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:
     """What can be known of a local folder before training."""
     if Path(args.data).expanduser().is_dir():
         for data in parts:
-            broken = [*unreadable_pictures(data["rows"], args.image_column)]
-            if broken and args.strict:
-                raise Problem(f"Not a readable image: {broken[0]}. Repair or remove it, or leave out --strict.")
-            if broken:
-                shown = ", ".join(broken[:5]) + (" …" if broken[5:] else "")
-                say(f"Skipping what is no readable image ({len(broken)}): {shown}")
+            skip_unreadable(args, [*unreadable_pictures(data["rows"], args.image_column)], say)
 
 
 def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
@@ -120,19 +242,12 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
     splits = load_splits(args.data)
     if "train" not in splits:
         raise Problem(f"--data {args.data} has no split called train, only {', '.join(splits)}.")
-    train = splits["train"]
-    for option, column in (("--image-column", args.image_column), ("--label-column", args.label_column)):
-        if column is not None and column not in train.column_names:
-            raise Problem(
-                f"--data {args.data} has no column {column}; its columns are {', '.join(train.column_names)}. "
-                f"Name the right one with {option}."
-            )
-    if not isinstance(train.features[args.image_column], datasets.Image):
-        raise Problem(f"Column {args.image_column} of --data {args.data} holds no images: see --image-column.")
-
-    labels = label_names(train, args.label_column)
+    check_columns(args, splits["train"].features, others=("label",))
+    train, labels = labelled_rows(args, "train", splits["train"], say)
     feature = train.features.get(args.label_column)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(labels))
+    if not labels:
+        raise Problem(f"--data {args.data} has no labels in column {args.label_column}: see --label-column.")
     if args.label_column is not None and len(set(labels)) < 2:
         raise Problem(
             f"--data {args.data} has only one class ({labels[0]}) to train on: a classifier needs at least two, "
@@ -140,8 +255,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
         )
 
     if args.validation_split in splits:
-        validation = splits[args.validation_split]
-        validation_labels = label_names(validation, args.label_column)
+        check_columns(args, splits[args.validation_split].features, others=("label",))
+        validation, validation_labels = labelled_rows(args, args.validation_split, splits[args.validation_split], say)
         unknown = sorted(set(validation_labels) - set(labels))
         if unknown:
             raise Problem(
@@ -149,17 +264,9 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
                 " Spell the classes alike in both, or remove them."
             )
     else:
-        others = [split for split in splits if split != "train"]
-        rows, held = hold_out(labels, args.validation_fraction, args.seed)
-        if not held or not rows:
-            raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
-        say(
-            f"No split called {args.validation_split}: holding out {len(held)} of {len(labels)} training images, "
-            f"{args.validation_fraction:.0%} of {'all' if args.label_column is None else 'each class'} "
-            f"(seed {args.seed})." + (f" Not used: {', '.join(others)} (see --validation-split)." if others else "")
-        )
-        validation, validation_labels = train.select(held), [labels[row] for row in held]
-        train, labels = train.select(rows), [labels[row] for row in rows]
+        rows, held = hold_out_rows(args, labels, [split for split in splits if split != "train"], say)
+        validation, validation_labels = choose(train, held), [labels[row] for row in held]
+        train, labels = choose(train, rows), [labels[row] for row in rows]
     return {"rows": train, "labels": labels}, {"rows": validation, "labels": validation_labels}, names
 
 

@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
-from .options import Problem
+from .data import ROW
+from .options import Problem, not_readable
 from .pictures import UnreadablePicture, load_picture, named
 
 IGNORED = -100  # the label of an image that does not count, which is PyTorch's own mark for it
@@ -115,17 +116,18 @@ def listed(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[
 
 
 def _row(rows: datasets.Dataset, labels: list[int], column: str, index: int) -> tuple[dict, int]:
-    return named(rows[index][column], f"row {index}"), labels[index]
+    row = rows[index]
+    return named(row[column], f"row {row.get(ROW, index)}"), labels[index]
 
 
 class Images(torch.utils.data.Dataset):
-    """What a model takes for an image, a class index, and what was wrong with an image that cannot be read.
+    """What a model takes for an image, a class index, and what was wrong with an image that cannot be used.
 
-    For such an image, what the model takes is that of a black one, with the label `IGNORED`.
+    An image that cannot be read is replaced by a black one. Its label is `IGNORED`, as is that of an image without one.
 
     Args:
         fetch (`Callable`):
-            Given a key, the undecoded image, `{"path": …, "bytes": …}`, and its class index.
+            Given a key, the undecoded image, `{"path": …, "bytes": …}`, and its class index or `None`.
         view (`Callable`):
             Given an image and a `random.Random`, tensors for the model by their names: `pixel_values` (channels,
             height, width) and what belongs to them.
@@ -137,6 +139,8 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, item: Item) -> dict:
         cell, label = self.fetch(item.key)
         image, broken = self.decode(cell)
+        if label is None:
+            broken = broken or f"{cell['path']} (there is no label)"
         inputs = self.view(image, random.Random(item.seed))
         return inputs | {"labels": label if item.counts and not broken else IGNORED, "broken": broken}
 
@@ -172,6 +176,6 @@ class Loader:
         for batch in self.loader:
             for name in batch.pop("broken"):
                 if self.strict:
-                    raise Problem(f"Not a readable image: {name}. Repair or remove it, or leave out --strict.")
+                    raise not_readable(name)
                 self.broken.append(name)
             yield send_to_device(batch, self.device, non_blocking=True)

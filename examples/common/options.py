@@ -1,10 +1,11 @@
 """Command lines: kinds of values, options that scripts share, and what only the user can put right."""
 
 import argparse
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
@@ -209,6 +210,20 @@ def speed_options(parser: argparse.ArgumentParser) -> None:
     workers_option(group)
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+
+
+def few(names: Iterable[str]) -> str:
+    """The first five of some names."""
+    first = list(itertools.islice(names, 6))
+    return ", ".join(first[:5]) + (" …" if first[5:] else "")
+
+
+def not_readable(name: str) -> Problem:
+    return Problem(f"Not a readable image: {name}. Repair or remove it, or leave out --strict.")
+
+
+def no_readable_images(data: str, unreadable: list[str]) -> Problem:
+    return Problem(f"No readable images in --data {data}: {few(unreadable) or 'it is empty'}.")
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from .data import hold_out, load_splits, read_names
+from .data import ROW, check_columns, choose, hold_out_rows, load_splits, read_names, skip_unreadable
 from .loading import Images, Item
 from .options import Problem, first_line
 from .pictures import named, open_picture
@@ -66,12 +66,7 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
             raise Problem(f"--data {args.data} does not tell its classes: name a file of names, one a line: --classes.")
     names = read_names(names)
     for split, rows in splits.items():
-        for option, column in (("--image-column", args.image_column), ("--map-column", args.map_column)):
-            if not isinstance(rows.features.get(column), datasets.Image):
-                raise Problem(
-                    f"The split {split} of --data {args.data} has no images in a column {column}; its columns are "
-                    f"{', '.join(rows.column_names)}. Name the right one with {option}."
-                )
+        check_columns(args, rows.features, images=("image", "map"))
         splits[split] = rows.select_columns([args.image_column, args.map_column])
         for column in (args.image_column, args.map_column):
             splits[split] = splits[split].cast_column(column, datasets.Image(decode=False))
@@ -89,14 +84,9 @@ def choose_splits(
     train = splits["train"]
     if args.validation_split in splits:
         return train, splits[args.validation_split]
-    rows, held = hold_out([""] * len(train), args.validation_fraction, args.seed)
-    if not held or not rows:
-        raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
-    say(
-        f"No split called {args.validation_split}: holding out {len(held)} of {len(train)} training images, "
-        f"{args.validation_fraction:.0%} of all (seed {args.seed})."
-    )
-    return train.select(rows), train.select(held)
+    others = [split for split in splits if split != "train"]
+    rows, held = hold_out_rows(args, [""] * len(train), others, say)
+    return choose(train, rows), choose(train, held)
 
 
 def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
@@ -149,12 +139,7 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
             if problem:
                 pool.shutdown(cancel_futures=True)
                 raise Problem(problem)
-    unreadable.sort()
-    if unreadable and args.strict:
-        raise Problem(f"Not a readable image: {unreadable[0]}. Repair or remove it, or leave out --strict.")
-    if unreadable:
-        shown = ", ".join(unreadable[:5]) + (" …" if unreadable[5:] else "")
-        say(f"Skipping what is no readable image ({len(unreadable)}): {shown}")
+    skip_unreadable(args, sorted(unreadable), say)
 
 
 class Scenes(Images):
@@ -171,8 +156,9 @@ class Scenes(Images):
         self.columns, self.reduce_labels = (args.image_column, args.map_column), args.reduce_labels
 
     def __getitem__(self, item: Item) -> dict:
-        image, classes = (self.rows[item.key][column] for column in self.columns)
-        image, broken = self.decode(named(image, f"row {item.key}"))
+        row = self.rows[item.key]
+        image, classes = (row[column] for column in self.columns)
+        image, broken = self.decode(named(image, f"row {row.get(ROW, item.key)}"))
         if broken or not item.counts:
             classes = np.full((image.height, image.width), NO_CLASS, "uint8")
         else:

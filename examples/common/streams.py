@@ -2,15 +2,16 @@
 
 import argparse
 import itertools
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 
-from .batches import check_columns
-from .data import load_splits, read_names
+from .data import check_columns, load_splits, read_names, streamed, with_features
 from .loading import seed_of
 from .options import Problem
+from .pictures import named
 
 BUFFER = 1000  # images among which a stream is shuffled
 
@@ -18,27 +19,32 @@ BUFFER = 1000  # images among which a stream is shuffled
 class Stream:
     """Undecoded images with their classes' names, in the order of the shards or shuffled.
 
-    Without a column of labels, all have the class "".
+    Without a column of labels, all have the class ""; an image that has no label there has None.
     """
 
     def __init__(self, rows: datasets.IterableDataset, args: argparse.Namespace, names: list[str]):
         self.rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
         self.columns, self.names, self.seed = (args.image_column, args.label_column), names, args.seed
+        # Of classes, `datasets` has -1 where there is none.
+        self.no_label = (None, -1) if isinstance(rows.features.get(args.label_column), datasets.ClassLabel) else (None,)
+        self.source = args.data
 
-    def labelled(self, rows: datasets.IterableDataset) -> Iterator[tuple[dict, str]]:
+    def labelled(self, rows: datasets.IterableDataset) -> Iterator[tuple[dict, str | None]]:
         image, label = self.columns
-        for row in rows:
+        for row in streamed(self.source, rows):
             value = row[label] if label else ""
             if isinstance(value, int) and 0 <= value < len(self.names):
                 value = self.names[value]
-            if value not in self.names:
+            value = None if value in self.no_label else value
+            if value is not None and value not in self.names:
                 raise Problem(f"The stream has a label that its classes do not include: {value}. See --classes.")
-            yield row[image], value
+            content = (row[image] and row[image]["bytes"]) or b""
+            yield named(row[image], row.get("__key__") or f"image with the CRC-32 {zlib.crc32(content):08x}"), value
 
-    def once(self) -> Iterator[tuple[dict, str]]:
+    def once(self) -> Iterator[tuple[dict, str | None]]:
         return self.labelled(self.rows)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[dict, str]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[dict, str | None]]:
         """Without an end: where it has none left, it begins anew in another order."""
         for again in itertools.count():
             seed = seed_of(self.seed, "order", epoch, again)
@@ -74,14 +80,16 @@ def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[st
                 f"--data {args.data} has no split called {split}, only {', '.join(splits)}; nothing can be held out "
                 "of a stream: see --validation-split."
             )
-    train, validation = (
-        split if split.features is not None else split._resolve_features()
-        for split in (splits["train"], splits[args.validation_split])
-    )
-    check_columns(args.data, train, args.image_column, args.label_column)
+    train, validation = (with_features(args.data, splits[split]) for split in ("train", args.validation_split))
+    for rows in (train, validation):
+        check_columns(args, rows.features, others=("label",))
     names = [""] if args.label_column is None else class_names(args, train)
     known = (train.info.splits or {}).get("train")
     images = args.train_images or (known and known.num_examples)
     if not images:
         raise Problem(f"--data {args.data} does not tell how many images it has: say so by --train-images.")
-    return Stream(train, args, names), Stream(validation, args, names), images, names
+    streams = Stream(train, args, names), Stream(validation, args, names)
+    for stream, split in zip(streams, ("train", args.validation_split), strict=True):
+        if next(stream.once(), None) is None:  # epochs of it would never end
+            raise Problem(f"--data {args.data} has no images in its {split} split.")
+    return *streams, images, names
