@@ -6,11 +6,13 @@ See `--help` and docs/visualization.md.
 
 import argparse
 import base64
+import functools
 import html
 import io
 import os
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,8 @@ examples:
 """
 DEFAULT_MODEL = "quickstart/model"
 LONGEST = 8  # times the shorter side: the work of models that see the whole picture grows with it
+MOST_VIEWS = 40  # that are kept for all visitors together, of 30 MB each for Focal-Tiny
+MOST_VISITORS = 1000  # whose choices are kept; with more, those who were there longest have to load the page again
 SHOWN, CLICKED = 224, 480  # pixels at least; what a model sees in fewer is enlarged
 NOTHING, THE_ANSWER, LAST = "none", "the model's answer", "last"
 HEAT_COLOUR = (255, 96, 32)
@@ -144,9 +148,29 @@ def read_picture(file: str) -> Image.Image:
     return picture
 
 
-def view_picture(name: str, classifier: Classifier, picture: Image.Image) -> View:
-    pixel_values, image = prepare(classifier.processor, picture)
-    return View(name, classifier.labels, image, record_attention(classifier.model, pixel_values))
+class Views:
+    """What models make of visitors' pictures. The last of them are kept; others are computed again when needed."""
+
+    def __init__(self, classifiers: dict[str, Classifier]):
+        self.classifiers = classifiers
+        self.lock = threading.Lock()  # `record_attention` must not run in two threads at once
+        self.kept = functools.lru_cache(MOST_VIEWS)(self.compute)
+
+    def compute(self, name: str, file: str) -> View:
+        classifier = self.classifiers[name]
+        pixel_values, image = prepare(classifier.processor, read_picture(file))
+        return View(name, classifier.labels, image, record_attention(classifier.model, pixel_values))
+
+    def __call__(self, file: str | None, *names: str) -> list[View]:
+        """What some models make of a picture; nothing, and a word to the visitor, where no picture is kept."""
+        try:
+            if file is None:
+                raise Problem("no picture")
+            with self.lock:
+                return [self.kept(name, file) for name in names if name != NOTHING]
+        except Problem:
+            gr.Warning("No picture is kept here for this page: upload one, or load the page again.")
+            return []
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -253,10 +277,15 @@ def level_choices(views: list[View]) -> list[tuple[str, int]]:
 
 
 def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Blocks:
-    names = list(classifiers)
+    names, views_of = list(classifiers), Views(classifiers)
+    # A choice is refused that is not among those of the page as it was loaded, if it is not known what a visitor sees.
+    configs = [classifier.model.config for classifier in classifiers.values()]
+    most_stages = max(len(config.depths) for config in configs)
+    most_layers = max(max(config.depths) for config in configs)
+    most_levels = max(1, *(max(config.focal_levels) for config in configs))
+    all_labels = dict.fromkeys(label for classifier in classifiers.values() for label in classifier.labels)
     with gr.Blocks(title="Where a Focal Transformer looks", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        file = gr.State(str(examples[0]) if examples else None)
-        views = gr.State()  # up to two, each of 30 MB for Focal-Tiny
+        file = gr.State()
         at = gr.State((0.5, 0.5))
 
         gr.Markdown(TEXT)
@@ -280,7 +309,9 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                     second = gr.Dropdown(
                         [NOTHING, *names], value=NOTHING, label="Compare with", min_width=150, visible=len(names) > 1
                     )
-                    label = gr.Dropdown([THE_ANSWER], value=THE_ANSWER, label="Show what speaks for", min_width=150)
+                    label = gr.Dropdown(
+                        [THE_ANSWER, *all_labels], value=THE_ANSWER, label="Show what speaks for", min_width=150
+                    )
                 with gr.Row():
                     facts, answer, heat = [], [], []
                     for number in range(2):
@@ -290,28 +321,30 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                                 answer.append(gr.Label(num_top_classes=5, min_width=240))
                                 heat.append(gr.HTML(elem_classes="saliency"))
                 with gr.Row():
-                    levels = gr.CheckboxGroup([], label="Levels", elem_id="levels", scale=3, min_width=220)
-                    stage = gr.Radio([0], value=0, label="Heads of stage", scale=2, min_width=160)
-                    layer = gr.Dropdown([LAST], value=LAST, label="in layer", scale=1, min_width=100)
+                    levels = gr.CheckboxGroup(
+                        [(f"level {level}", level) for level in range(most_levels)],
+                        label="Levels",
+                        elem_id="levels",
+                        scale=3,
+                        min_width=220,
+                    )
+                    stage = gr.Radio(list(range(most_stages)), value=0, label="Heads of stage", scale=2, min_width=160)
+                    layer = gr.Dropdown(
+                        [LAST, *range(most_layers)], value=LAST, label="in layer", scale=1, min_width=100
+                    )
                 gr.HTML(KEY)
         with gr.Row():
             look = [gr.HTML(visible=number == 0, elem_classes="seen") for number in range(2)]
 
         def show(file: str | None, first: str, second: str, stage: int | None) -> list:
-            """Run the models on a picture. Not in two threads at once, which `record_attention` does not allow."""
-            if file is None:
+            """Run the models on a picture."""
+            views = views_of(file, first, second)
+            if not views:
                 return gr.skip()
-            try:
-                picture = read_picture(file)
-            except Problem as problem:
-                gr.Warning(str(problem))
-                return gr.skip()
-            views = [view_picture(name, classifiers[name], picture) for name in (first, second) if name != NOTHING]
             stages = max(len(view.record.stages) for view in views)
             levels = level_choices(views)
             visible = [gr.update(visible=number < len(views)) for number in range(2)]
             return [
-                views,
                 gr.update(choices=list(range(stages)), value=min(stage or 0, stages - 1)),
                 gr.update(choices=levels, value=[level for _, level in levels]),
                 gr.update(choices=[THE_ANSWER, *views[0].labels], value=THE_ANSWER),
@@ -321,10 +354,14 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                 *visible,
             ]
 
-        def draw(views: list[View] | None, at: tuple, stage: int, layer: int | str, levels: list[int]) -> list:
-            """What a click, or a choice, changes: nothing is computed but pictures."""
-            if not views:
-                return gr.skip()
+        def draw(
+            file: str | None, first: str, second: str, at: tuple, stage: int, layer: int | str, levels: list[int]
+        ) -> list:
+            """What a choice changes."""
+            views = views_of(file, first, second)
+            return drawn(views, at, stage, layer, levels) if views else gr.skip()
+
+        def drawn(views: list[View], at: tuple, stage: int, layer: int | str, levels: list[int]) -> list:
             layers = max(len(view.record.stages[stage]) for view in views if stage < len(view.record.stages))
             layer = LAST if layer == LAST or layer >= layers else layer
             number = -1 if layer == LAST else layer
@@ -334,15 +371,23 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                 *in_columns([looks(view, at, stage, number, levels) for view in views]),
             ]
 
-        def click(views: list[View] | None, stage: int, layer: int | str, levels: list[int], event: gr.SelectData):
+        def click(
+            file: str | None,
+            first: str,
+            second: str,
+            stage: int,
+            layer: int | str,
+            levels: list[int],
+            event: gr.SelectData,
+        ) -> list:
+            views = views_of(file, first, second)
             if not views:
-                gr.Warning("This picture is no longer kept here: load the page again.")
                 return gr.skip()
             height, width = views[0].record.image_size
             scale = enlargement((height, width), CLICKED)
             across, down = event.index
             point = min((across + 0.5) / (width * scale), 1), min((down + 0.5) / (height * scale), 1)
-            return [point, *draw(views, point, stage, layer, levels)]
+            return [point, *drawn(views, point, stage, layer, levels)]
 
         def take(file: str) -> str:
             try:
@@ -355,24 +400,26 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
         def choose(event: gr.SelectData) -> str:
             return str(examples[event.index])
 
-        def weigh(views: list[View] | None, label: str) -> list:
-            return in_columns([saliency(view, label) for view in views or []])
+        def weigh(file: str | None, first: str, second: str, label: str) -> list:
+            return in_columns([saliency(view, label) for view in views_of(file, first, second)])
 
         upload.upload(take, upload, file)
         gallery.select(choose, None, file)
         # A choice made while an earlier one is drawn is drawn after it.
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
-        drawing = {"fn": draw, "inputs": [views, at, stage, layer, levels], "outputs": [picture, layer, *look]} | quick
+        seen = [file, first, second]
+        drawing = {"fn": draw, "inputs": [*seen, at, stage, layer, levels], "outputs": [picture, layer, *look]} | quick
+        if examples:
+            page.load(lambda: str(examples[0]), None, file)
         gr.on(
-            [page.load, file.change, first.input, second.input],
+            [file.change, first.input, second.input],
             show,
-            [file, first, second, stage],
-            [views, stage, levels, label, *answer, *heat, *facts, *look],
-            concurrency_limit=1,
+            [*seen, stage],
+            [stage, levels, label, *answer, *heat, *facts, *look],
         ).success(**drawing)
         gr.on([stage.input, layer.input, levels.input], **drawing)
-        picture.select(click, [views, stage, layer, levels], [at, picture, layer, *look], **quick)
-        label.input(weigh, [views, label], heat, **quick)
+        picture.select(click, [*seen, stage, layer, levels], [at, picture, layer, *look], **quick)
+        label.input(weigh, [*seen, label], heat, **quick)
     return page
 
 
@@ -416,6 +463,6 @@ if __name__ == "__main__":
             css=CSS,
             footer_links=[],
             max_file_size="20mb",
-            state_session_capacity=20,
+            state_session_capacity=MOST_VISITORS,
             ssr_mode=False,
         )

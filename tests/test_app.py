@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -72,7 +75,7 @@ def address(space, tmp_path_factory):
             [sys.executable, "app.py"], env=environment, cwd=space, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        for _ in range(600):
+        for _ in range(3000):
             if "Running on" in log.read_text() or process.poll() is not None:
                 break
             time.sleep(0.1)
@@ -190,6 +193,55 @@ def test_upload_click_levels_heads_and_comparison(page, space, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+class Visitor:
+    """A session of the page's server, without a browser."""
+
+    def __init__(self, address: str):
+        self.address, self.session = f"{address}/gradio_api/queue", secrets.token_hex(8)
+        config = httpx.get(f"{address}/config").json()
+        self.components = {component["id"]: component["props"] for component in config["components"]}
+        self.events = {name: event for event in config["dependencies"] for _, name in event["targets"]}
+
+    def send(self, name: str, **values) -> tuple[dict, list[str]]:
+        """What the server answers to the last event of this name, and what it warns of.
+
+        Args:
+            values: of components, by their `elem_id`; others have those that the page begins with.
+        """
+        event = self.events[name]
+        shown = [self.components[number] for number in event["inputs"]]
+        data = [values.get(props.get("elem_id"), props.get("value")) for props in shown]
+        point = {"index": [100, 200], "value": None}
+        content = {"data": data, "fn_index": event["id"], "session_hash": self.session, "event_data": point}
+        httpx.post(f"{self.address}/join", json=content).raise_for_status()
+        warned = []
+        with httpx.stream("GET", f"{self.address}/data?session_hash={self.session}", timeout=60) as lines:
+            for line in lines.iter_lines():
+                message = json.loads(line.removeprefix("data:") or "{}")
+                if message.get("msg") == "log":
+                    warned.append(message["log"])
+                if message.get("msg") == "process_completed":
+                    return message, warned
+        raise AssertionError(f"no answer to {name}")
+
+
+def test_every_one_of_many_visitors_can_click(address):
+    visitors = [Visitor(address) for _ in range(24)]
+    for visitor in visitors:
+        assert visitor.send("load")[0]["success"]
+    for _ in range(2):
+        for visitor in visitors:
+            answer, warned = visitor.send("select", levels=[0, 1])
+            assert (answer["success"], warned) == (True, []), answer
+            assert "each stage</h3>" in json.dumps(answer["output"]["data"])
+
+
+def test_a_visitor_whom_the_server_has_forgotten_is_told_to_load_the_page_again(address):
+    answer, warned = Visitor(address).send("select", levels=[0, 1])
+    assert answer["success"], answer
+    assert warned == ["No picture is kept here for this page: upload one, or load the page again."]
+
+
 def test_uploads_that_are_odd_or_bad(page, space, tmp_path):
     changes(page, ".looks img", lambda: click(page, *AT))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
@@ -197,15 +249,15 @@ def test_uploads_that_are_odd_or_bad(page, space, tmp_path):
         "rgba.png": Image.fromarray(pixels),
         "cmyk.jpg": Image.fromarray(pixels, "CMYK"),
         "sixteen bit.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257),
-        "float.tiff": Image.fromarray(pixels[..., 0].astype(np.float32) / 255),
+        "float.tiff": Image.fromarray(pixels[..., 1].astype(np.float32) / 255),
         "one pixel.png": Image.new("RGB", (1, 1), "red"),
     }
     for name, image in odd.items():
         image.save(tmp_path / name)
         shown = changes(page, ".looks img", lambda name=name: upload(page, tmp_path / name))
         if name in ("sixteen bit.png", "float.tiff"):
+            Image.fromarray(pixels[..., int(name == "float.tiff")]).save(tmp_path / "eight bit.png")
             name = "eight bit.png"
-            Image.fromarray(pixels[..., 0]).save(tmp_path / name)
         assert same(shown, expected(space, NAMES[0], tmp_path / name)), name
     frames = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
     frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
