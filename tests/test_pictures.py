@@ -13,12 +13,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import BitImageProcessorPil
 
-from common.batches import Batches
+from common.batches import Batches, load_batches, load_split
 from common.coco import picture_size
-from common.data import read_data, report_unreadable, unreadable_pictures
+from common.data import check_columns, read_data, report_unreadable, unreadable_pictures
 from common.detection_views import picture
 from common.loading import IGNORED, Images, Item, listed
 from common.options import Problem
@@ -302,3 +303,42 @@ def test_damaged_data_is_one_clear_line(tmp_path, damage, streaming):
         read()
     assert DAMAGED[damage][-1 if streaming else 0] in str(error.value)
     assert str(error.value).isprintable()
+
+
+def evaluated(args: Namespace, workers: int, needs_label: bool = True) -> tuple[list, list[str], list[str]]:
+    """The labels and names of what evaluate.py is given of a stream, and what is left out."""
+    data = load_split(args.data, "validation", streaming=True)
+    check_columns(args, data.features, others=("label",))
+    processor = BitImageProcessorPil(size={"height": 4, "width": 4})
+    batches = Batches(data, (args.image_column, args.label_column), processor, 3, 1, [0], args.data, needs_label)
+    options = Namespace(workers=workers, strict=args.strict)
+    unreadable = []
+    loaded = [*load_batches(options, Namespace(device=torch.device("cpu")), batches, unreadable)]
+    return *([value for batch in loaded for value in batch[key]] for key in ("labels", "names")), unreadable
+
+
+def test_evaluation_leaves_out_what_has_no_image_or_label(tmp_path):
+    write_parquet(tmp_path / "data", "validation", {2: None, 5: {"path": None, "bytes": b"none"}}, {0: None})
+    labels, names, unreadable = evaluated(arguments(tmp_path / "data"), workers=0)
+    assert labels == [1, 1, 0, 0, 1, 0, 1]
+    assert names == ["0:1", "0:3", "0:4", "0:6", "0:7", "0:8", "0:9"]
+    assert unreadable == [
+        "0:0 (there is no label)",
+        "0:2 (ValueError: there is no picture)",
+        "0:5 (UnidentifiedImageError: cannot identify image file)",
+    ]
+    labels, _, unreadable = evaluated(arguments(tmp_path / "data"), workers=0, needs_label=False)
+    assert (labels[0], len(labels), len(unreadable)) == (None, 8, 2)
+    with pytest.raises(Problem, match=r"Not a readable image: 0:0 \(there is no label\)\. Repair or remove it"):
+        evaluated(arguments(tmp_path / "data", strict=True), workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_finds_damaged_is_one_clear_line(tmp_path, workers):
+    args = cut_tar(tmp_path / "data")
+    (tmp_path / "data" / "train-0.tar").rename(tmp_path / "data" / "validation-0.tar")
+    with pytest.raises(Problem) as error:
+        evaluated(args, workers)
+    assert str(error.value).endswith(
+        "validation-0.tar is damaged (ReadError: unexpected end of data). Replace or remove it."
+    )
