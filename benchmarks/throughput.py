@@ -52,9 +52,10 @@ from transformers import (
     SwinConfig,
     SwinForImageClassification,
 )
+from transformers.utils import is_triton_available
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
-from focal_hf.modeling_focal import FocalDropPath, reason_against_triton
+from focal_hf.modeling_focal import FocalDropPath
 
 EXAMPLES = """\
 examples:
@@ -229,8 +230,7 @@ class Contender:
         self.pixels = torch.randn(work.batch_size, 3, *work.sides).to(device, dtype)
         self.labels = torch.randint(1000, (work.batch_size,)).to(device)
         self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
-        # Asked for, as the default is for GPUs on which it has been tested.
-        if name == OURS and self.pixels.is_cuda and not reason_against_triton(self.pixels, 32, 0.0, asked=True):
+        if name == OURS and self.pixels.is_cuda and is_triton_available():  # opt-in, so not the default
             attn_implementation = "triton"
         if attn_implementation := attn_implementation or (SDPA if name == SDPA else None):
             self.module.set_attn_implementation(attn_implementation)

@@ -12,7 +12,7 @@ Timed is the GPU alone, by replaying a CUDA graph of many calls, whose inputs ma
 with --eager, calls as a program makes them, with a cold cache and, where the GPU waits for it, the time of Python.
 
 The first call of each row compiles; --first-call tells how long, from an empty cache. --tune times other ways to cut
-the work (LAUNCHES in triton_attention_focal.py) and names the fastest for each stage.
+the work (LAUNCH_SIZES in triton_attention_focal.py) and names the fastest for each stage.
 """
 
 import argparse
@@ -27,8 +27,9 @@ import torch
 from throughput import MODEL_SIZES, Setting, device_name, matmul_rate
 
 from focal_hf import FocalConfig
+from focal_hf.attention_focal import choose_attention
 from focal_hf.modeling_focal import FocalAttention
-from focal_hf.neighborhood_focal import BiasPart
+from focal_hf.neighborhood_focal import BiasPart, Neighborhood
 
 EXAMPLES = """\
 examples:
@@ -86,8 +87,8 @@ class Call:
         side = -(-side // window) * window
         neighborhood = attention.neighborhood(torch.empty(batch, side, side, channels, device=device, dtype=dtype))
         parts = [BiasPart(part.source.detach().requires_grad_(), part.pattern) for part in neighborhood.parts]
-        self.neighborhood = neighborhood._replace(parts=parts)
-        tokens = int(neighborhood.head_index.max()) // attention.num_heads + 1
+        self.neighborhood = Neighborhood(neighborhood.index, parts, neighborhood.squares, neighborhood.shift_size)
+        tokens = int(neighborhood.index.max()) + 1
         self.query, self.grad_output = torch.randn(2, batch, side**2, channels, device=device, dtype=dtype).unbind()
         self.key, self.value = torch.randn(2, batch, tokens, channels, device=device, dtype=dtype).unbind()
         self.inputs = [self.query, self.key, self.value]
@@ -95,7 +96,8 @@ class Call:
             tensor.requires_grad_()
 
     def forward(self) -> torch.Tensor:
-        return self.attention.attend(*self.inputs, self.neighborhood)[0]
+        attention = choose_attention(self.attention, self.query, self.neighborhood)
+        return attention.attend(self.attention, *self.inputs, self.neighborhood)[0]
 
     def seconds(self, implementation: str) -> tuple[float, float]:
         """Of the forward and of the backward pass."""
@@ -112,7 +114,7 @@ class Call:
     def floors(self, bytes_per_s: float, operations_per_s: float) -> tuple[float, float]:
         """Of the forward and of the backward pass, in seconds."""
         queries, keys = (tensor.numel() * tensor.element_size() for tensor in (self.query, self.key))
-        products = 2 * self.query.numel() * self.neighborhood.head_index.shape[-1]  # operations of one
+        products = 2 * self.query.numel() * self.neighborhood.index.shape[-1]  # operations of one
         return (
             max((2 * queries + 2 * keys) / bytes_per_s, 2 * products / operations_per_s),
             max((4 * queries + 4 * keys) / bytes_per_s, 5 * products / operations_per_s),
@@ -134,14 +136,14 @@ def tune(call: Call) -> list[tuple[float, tuple[int, ...]]]:
     from focal_hf import triton_attention_focal as kernels
 
     size, found = call.query.element_size(), []
-    kept = dict(kernels.LAUNCHES[size])
+    kept = dict(kernels.LAUNCH_SIZES[size])
     for numbers in LAUNCHES_TO_TRY:
-        kernels.LAUNCHES[size] = {kernels.LARGEST_HEAD: kernels.Launch(*numbers)}
+        kernels.LAUNCH_SIZES[size] = {kernels.LARGEST_HEAD: kernels.LaunchSizes(*numbers)}
         try:
             found.append((sum(call.seconds("triton")), numbers))
         except Exception as error:  # more shared memory or registers than there are
             print(f"    {numbers}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-    kernels.LAUNCHES[size] = kept
+    kernels.LAUNCH_SIZES[size] = kept
     return sorted(found)
 
 

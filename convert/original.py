@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
-from focal_hf.neighborhood_focal import focal_index, relative_position_index, slot_tokens
+from focal_hf.geometry_focal import focal_index, relative_position_index, slot_tokens
 from messages import ConversionError, shown
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -
             geometry = config.block_geometry(stage, block)
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
-                _, (mask,), _ = focal_index(height, width, 1, window, 0, geometry.shift_size, 1, 0, cpu)
-                yield f"{prefix}.attn_mask", mask.flatten(0, 1).clamp(min=-100)
+                _, (hidden,) = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
+                yield f"{prefix}.attn_mask", torch.zeros(hidden.shape).masked_fill(hidden, -100.0).flatten(0, 1)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2
                 coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from focal_hf import FocalConfig, cpu_attention_focal
+from focal_hf.attention_focal import attend_densely, attend_in_chunks, choose_attention
 from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
 from reference import reference_attention
@@ -58,17 +59,17 @@ def build(config, block):
     width=st.integers(1, 14),
     implementation=st.sampled_from(["eager", "sdpa"]),
     images=st.integers(1, 3),
-    per_piece=st.sampled_from([1, 300, 3000]),
+    per_chunk=st.sampled_from([1, 300, 3000]),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_slow_reference(config, block, height, width, implementation, images, per_piece, seed):
+def test_equals_the_slow_reference(config, block, height, width, implementation, images, per_chunk, seed):
     torch.manual_seed(seed)
     config._attn_implementation = implementation
     attention = build(config, block)
     maps = torch.randn(images, height, width, 4, dtype=torch.float64, requires_grad=True)
     expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
     inputs = [maps, *attention.parameters()]
-    with mock.patch.object(cpu_attention_focal, "KEY_VALUES_PER_PIECE", per_piece):
+    with mock.patch.object(cpu_attention_focal, "KEY_ELEMENTS_PER_CHUNK", per_chunk):
         output = attention(maps)[0]
         probe = torch.randn_like(output)
         gradients = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
@@ -118,8 +119,11 @@ def test_what_is_remembered_for_one_size_does_not_serve_another():
     attention = build(config, block=1)
     sizes = [(10, 10), (20, 15), (9, 10), (10, 15), (10, 10), (5, 10)]
     with torch.inference_mode():
-        at_once = [attention.neighborhood(torch.empty(1, 10, width, 8)).whole_bias is not None for width in (10, 15)]
-        assert at_once == [True, False]
+        chosen = []
+        for width in (10, 15):
+            maps = torch.empty(1, 10, width, 8)
+            chosen.append(choose_attention(attention, maps.flatten(1, 2), attention.neighborhood(maps)).attend)
+        assert chosen == [attend_densely, attend_in_chunks]
         for size in sizes:
             maps = torch.randn(2, *size, 8, dtype=torch.float64)
             expected = torch.cat([reference_attention(attention, image) for image in maps.split(1)])
@@ -145,4 +149,4 @@ def test_small_maps_are_attended_to_at_once_in_graphs_too(shift):
     with torch.inference_mode():
         found = torch.compile(attention, fullgraph=True, dynamic=False, backend=backend)(maps)[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert any("attention_in_pieces" in call for call in calls) == shift
+    assert any("attention_in_chunks" in call for call in calls) == shift

@@ -8,7 +8,7 @@ from transformers import __version__ as transformers_version
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, modeling_focal
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, cpu_attention_focal
 from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
@@ -42,7 +42,7 @@ def graphs():
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs, monkeypatch):
     """Whatever is asked of a model, which must have been asked before: transformers then installs hooks."""
-    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
+    monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 10)
     for model_class in (FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone):
         model = randomized(model_class(tiny(attention_type, **BLOCK)))
         model.set_attn_implementation(implementation)
@@ -82,7 +82,7 @@ def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
 @BOTH
 def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch):
     """More sizes than the graphs that PyTorch keeps, whether or not they are whole patches and windows."""
-    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 100)
+    monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 100)
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK)))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     assert len(SIZES) > torch._dynamo.config.recompile_limit

@@ -38,7 +38,7 @@ from focal_hf import (
     FocalForMaskedImageModeling,
     FocalModel,
     FocalPreTrainedModel,
-    modeling_focal,
+    cpu_attention_focal,
 )
 from focal_hf.configuration_focal import ATTENTION_TYPES, EXPAND_LAYERS, POOLS
 from focal_hf.modeling_focal import FocalAttention
@@ -357,7 +357,7 @@ def test_low_precision(attention_type, dtype, tmp_path):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(attention_type, reentrant, monkeypatch):
     """Reentrant checkpointing first runs without gradients, and must draw the same random numbers then."""
-    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
+    monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 10)
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.3}
     model = randomized(FocalForImageClassification(tiny(attention_type, **rates))).train()
     gradients = []
@@ -386,7 +386,7 @@ def test_dropout_and_stochastic_depth(attention_type, rate):
 @pytest.mark.parametrize("shift", [False, True])
 def test_inference_in_pieces_is_the_same(attention_type, shift, monkeypatch):
     """Without gradients a CPU works in pieces; many small ones here."""
-    monkeypatch.setattr(modeling_focal, "TOKENS_PER_PIECE", 10)
+    monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 10)
     model = randomized(FocalForImageClassification(tiny(attention_type, use_shift=shift)))
     image = pixels(5, 3, 52, 71)
     whole = model(image, output_hidden_states=True)

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from focal_hf import FocalForImageClassification, cpu_attention_focal, modeling_focal
+from focal_hf import FocalForImageClassification, attention_focal, cpu_attention_focal
+from focal_hf.layout_focal import head_index
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.neighborhood_focal import FocalNeighborhood
 from test_attention import build, one_stage_configs
@@ -369,10 +370,10 @@ def test_derivatives_in_one_direction(attention_type):
     height=st.integers(1, 14),
     width=st.integers(1, 14),
     batch=st.sampled_from([1, 3]),
-    per_piece=st.sampled_from([1, 2000, 786432]),
+    per_chunk=st.sampled_from([1, 2000, 786432]),
 )
-def test_pieces_equal_attention_written_out(config, head_dim, block, height, width, batch, per_piece):
-    """Answers and gradients, for many images and however many windows a piece has."""
+def test_chunks_equal_attention_written_out(config, head_dim, block, height, width, batch, per_chunk):
+    """Answers and gradients, for many images and however many windows a chunk has."""
     config.embed_dim = config.num_heads[0] * head_dim
     config._attn_implementation = "sdpa"
     attention = build(config, block)
@@ -381,7 +382,7 @@ def test_pieces_equal_attention_written_out(config, head_dim, block, height, wid
     probe = torch.randn_like(maps)
 
     found = {}
-    with mock.patch.object(cpu_attention_focal, "KEY_VALUES_PER_PIECE", per_piece):
+    with mock.patch.object(cpu_attention_focal, "KEY_ELEMENTS_PER_CHUNK", per_chunk):
         for implementation in ("sdpa", "eager"):
             config._attn_implementation = implementation
             output = attention(maps)[0]
@@ -398,8 +399,8 @@ def test_pieces_equal_attention_written_out(config, head_dim, block, height, wid
 def test_the_operator_keeps_to_what_it_declares(attention_type, training, monkeypatch):
     """PyTorch's own check of its schema, of the shapes it foretells, and of its gradients in a graph."""
     calls = []
-    operator = torch.ops.focal_hf.attention_in_pieces.default
-    monkeypatch.setattr(modeling_focal, "attention_in_pieces", lambda *args: calls.append(args) or operator(*args))
+    operator = torch.ops.focal_hf.attention_in_chunks.default
+    monkeypatch.setattr(attention_focal, "attention_in_chunks", lambda *args: calls.append(args) or operator(*args))
     config = tiny(attention_type, embed_dim=6, num_heads=(2, 1, 3), use_shift=True)
     config._attn_implementation = "sdpa"
     attention = FocalAttention(config, 0, config.block_geometry(0, 1)).double()
@@ -571,11 +572,11 @@ def test_biases_of_bfloat16_weights_are_rounded_once_at_most(attention_type, inf
     model = classifier(attention_type).to(torch.bfloat16)
     neighborhood = model.focal.encoder.layers[0].blocks[0].attention.neighborhood
     exact = copy.deepcopy(neighborhood).double()
-    everything, maps = (slice(None), slice(None)), torch.zeros(1, 12, 16, 8)
+    maps = torch.zeros(1, 12, 16, 8)
     with inference():
-        expected = exact(maps.double()).bias(everything)
+        expected = exact(maps.double()).bias()
         for _ in range(2):
-            bias = neighborhood(maps.bfloat16()).bias(everything)
+            bias = neighborhood(maps.bfloat16()).bias()
             torch.testing.assert_close(bias.double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -588,7 +589,7 @@ def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
     blocks = [module for module in model.modules() if isinstance(module, FocalAttention)]
     seen = []
     for block in blocks:
-        block.neighborhood.register_forward_hook(lambda module, args, output: seen.append([output.head_index]))
+        block.neighborhood.register_forward_hook(lambda module, args, output: seen.append([output.index]))
         block.v_proj.register_forward_hook(lambda module, args, output: seen[-1].append(output))
         block.o_proj.register_forward_pre_hook(lambda module, args: seen[-1].append(args[0]))
         block.register_forward_hook(lambda module, args, output: seen[-1].append(output[1]))
@@ -596,12 +597,12 @@ def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
         attentions = model(IMAGES, output_attentions=True).attentions
 
     assert len(seen) == len(blocks)
-    for block, (head_index, values, output, weights) in zip(blocks, seen, strict=True):
-        rows, cols, heads, keys = head_index.shape
-        side = block.window_size
+    for block, (index, values, output, weights) in zip(blocks, seen, strict=True):
+        rows, cols, keys = index.shape
+        heads, side = block.num_heads, block.window_size
         assert weights.shape == (len(IMAGES) * rows * cols, heads, side**2, keys)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-        places = values.unflatten(-1, (heads, block.head_dim)).flatten(1, 2)[:, head_index]
+        places = values.unflatten(-1, (heads, block.head_dim)).flatten(1, 2)[:, head_index(index, heads)]
         mixed = torch.matmul(weights.unflatten(0, (-1, rows, cols)), places)  # (batch, rows, cols, heads, queries, ...)
         mixed = mixed.transpose(3, 4).flatten(4).unflatten(3, (side, side)).transpose(2, 3).reshape(output.shape)
         torch.testing.assert_close(mixed, output)

@@ -14,14 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForImageClassification, UperNetConfig, UperNetForSemanticSegmentation
 
 import golden_cases
 import original
 from conftest import ROOT
 from focal_hf import FocalConfig, FocalForImageClassification, FocalModel
+from focal_hf.attention_focal import choose_attention
 from focal_hf.modeling_focal import FocalAttention
-from focal_hf.neighborhood_focal import BiasPart
+from focal_hf.neighborhood_focal import BiasPart, Neighborhood
 from reference import reference_attention
 from test_attention import build, one_stage_configs
 from test_golden import SMALL, load
@@ -152,7 +152,7 @@ def test_blocks_as_released(kind, precision):
     maps = torch.empty(3, 28, 21, 64, dtype=torch.float64)
     with torch.no_grad():
         neighborhood = attention.neighborhood(maps)
-    tokens = int(neighborhood.head_index.max()) // 2 + 1
+    tokens = int(neighborhood.index.max()) + 1
     inputs = [torch.randn(3, length, 64).to(dtype) for length in (28 * 21, tokens, tokens, 28 * 21)]
 
     def answer(implementation, device, dtype):
@@ -160,13 +160,10 @@ def test_blocks_as_released(kind, precision):
         of_bias = torch.promote_types(dtype, torch.float32)
         sources = [part.source.float().to(device, of_bias).requires_grad_() for part in neighborhood.parts]
         patterns = [part.pattern.to(device) for part in neighborhood.parts]
-        there = neighborhood._replace(
-            head_index=neighborhood.head_index.to(device),
-            parts=list(map(BiasPart, sources, patterns)),
-            sight=neighborhood.sight._replace(tokens=neighborhood.sight.tokens.to(device)),
-        )
+        parts = list(map(BiasPart, sources, patterns))
+        there = Neighborhood(neighborhood.index.to(device), parts, neighborhood.squares, neighborhood.shift_size)
         *leaves, grad_output = (tensor.detach().to(device, dtype).requires_grad_() for tensor in inputs)
-        output = attention.attend(*leaves, there)[0]
+        output = choose_attention(attention, leaves[0], there).attend(attention, *leaves, there)[0]
         gradients = torch.autograd.grad(output, [*leaves, *sources], grad_output)
         return [tensor.detach().cpu() for tensor in (output, *gradients)]
 
@@ -196,16 +193,16 @@ def test_half_precision(attention_type):
 
 @BOTH
 def test_the_operator_is_as_torch_wants_it(attention_type):
-    from focal_hf.triton_attention_focal import operands, triton_attention
+    from focal_hf.triton_attention_focal import kernel_layout, triton_attention
 
     config = tiny(attention_type, **BLOCK)
     attention = FocalAttention(config, 0, config.block_geometry(0, 1)).to(DEVICE)
     neighborhood = attention.neighborhood(torch.empty(1, 8, 4, 8, device=DEVICE))
-    tokens = neighborhood.head_index.max().item() // 2 + 1
+    tokens = neighborhood.index.max().item() + 1
     query = torch.randn(1, 32, 8, device=DEVICE, requires_grad=True)
     key, value = torch.randn(2, 1, tokens, 8, device=DEVICE).unbind()
     inputs = query, key.requires_grad_(), value.requires_grad_()
-    torch.library.opcheck(triton_attention, (*inputs, *operands(neighborhood), 4, 0.5))
+    torch.library.opcheck(triton_attention, (*inputs, *kernel_layout(neighborhood), 4, 0.5))
 
 
 @BOTH
@@ -247,68 +244,6 @@ def test_what_it_cannot_do_is_refused():
         refused(tiny(**BLOCK), "no rules for .* forward-mode derivatives")
 
 
-def by_default(model):
-    return model.config._attn_implementation, model.config._attn_implementation_by_default
-
-
-def test_default_is_told_from_what_was_asked_for(tmp_path):
-    """Who asks for sdpa, by whichever way, has sdpa on a GPU, too."""
-    FocalForImageClassification(tiny(**BLOCK)).save_pretrained(tmp_path)
-    load_model, make = AutoModelForImageClassification.from_pretrained, AutoModelForImageClassification.from_config
-    models = FocalForImageClassification(tiny(**BLOCK)), load_model(tmp_path), make(tiny(**BLOCK))
-    assert by_default(FocalModel(models[0].config)) == ("sdpa", True)
-    for model in models:
-        assert by_default(model) == ("sdpa", True)
-        model.set_attn_implementation("sdpa")
-        assert by_default(model) == ("sdpa", False)
-    for asked in ("sdpa", "eager", "triton"):
-        config = tiny(**BLOCK)
-        config._attn_implementation = asked
-        models = [load_model(tmp_path, attn_implementation=asked), make(tiny(**BLOCK), attn_implementation=asked)]
-        for model in (*models, FocalModel(config)):
-            assert by_default(model) == (asked, False)
-            model.save_pretrained(tmp_path / "again")
-            assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
-    assert by_default(load_model(tmp_path / "again")) == ("sdpa", True)
-
-    backbone = tiny(**SEGMENTER)
-    heads = {"hidden_size": 8, "auxiliary_in_channels": 8, "pool_scales": [1], "auxiliary_channels": 8}
-    whole = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **heads))
-    assert by_default(whole.backbone) == ("sdpa", True)
-    whole.set_attn_implementation({"backbone_config": "sdpa"})
-    assert by_default(whole.backbone) == ("sdpa", False)
-    whole.backbone.set_attn_implementation("triton")
-    assert by_default(whole.backbone) == ("triton", False)
-
-
-SEGMENTER = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "focal_levels": (1, 1, 1, 1)}
-SEGMENTER |= {"focal_windows": (1, 1, 1, 1), "expand_sizes": (0, 0, 0, 0), "encoder_stride": 32}
-SEGMENTER |= {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
-
-
-@needs_gpu
-@BOTH
-def test_default_on_a_gpu(attention_type, monkeypatch):
-    """Of a kind on which these tests have passed."""
-    from focal_hf import triton_attention_focal
-
-    monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [torch.cuda.get_device_capability()])
-    model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK))).cuda()
-    images = pixels(2, 3, 40, 52).cuda()
-    found, by_triton = answers(model, images)
-    assert by_triton
-    for asked in ("sdpa", "eager"):
-        model.set_attn_implementation(asked)
-        expected, by_triton = answers(model, images)
-        assert not by_triton
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    model = FocalForImageClassification(tiny(attention_type, **BLOCK, attention_probs_dropout_prob=0.1)).cuda()
-    assert not answers(model.train(), images)[1]
-    assert answers(model.eval(), images)[1]
-    monkeypatch.setattr(triton_attention_focal, "TESTED_ON", [])
-    assert not answers(model, images)[1]
-
-
 @needs_gpu
 @BOTH
 def test_the_same_bits_every_time(attention_type):
@@ -336,26 +271,52 @@ def run(script, **environment):
     return result.stdout
 
 
-def test_only_where_it_is_used():
-    """Neither the package nor its default needs Triton; who asks for it is told what to do."""
-    run("""
+def test_nothing_of_triton_runs_unless_it_was_asked_for():
+    """A broken installation of Triton does not touch the default, not even on a GPU."""
+    said = run("""
 import sys
-sys.modules["triton"] = None  # as if it were not installed
+
+class Broken:  # an import of Triton ends the process
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            sys.exit("Triton was imported")
+
+sys.meta_path.insert(0, Broken())
 
 import torch
+from transformers import logging
 from focal_hf import FocalConfig, FocalModel
 
-model = FocalModel(FocalConfig(image_size=32, embed_dim=12))
-model(torch.zeros(1, 3, 32, 32))
+logging.set_verbosity_info()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = FocalModel(FocalConfig(image_size=32, embed_dim=12)).to(device)
+model(torch.zeros(1, 3, 32, 32, device=device))
 assert "focal_hf.triton_attention_focal" not in sys.modules
+sys.meta_path.pop(0)
+sys.modules["triton"] = None  # as if it were not installed
 model.set_attn_implementation("triton")
 try:
-    model(torch.zeros(1, 3, 32, 32))
+    model(torch.zeros(1, 3, 32, 32, device=device))
 except ValueError as error:
     assert "needs the package triton: pip install triton" in str(error), error
 else:
     raise AssertionError
 """)
+    assert said == ""
+
+
+def test_a_neighbourhood_without_squares_is_refused():
+    """Which no other implementation needs."""
+    config = tiny(**BLOCK)
+    attention = FocalAttention(config, 0, config.block_geometry(0, 1)).to(DEVICE)
+    attention.neighborhood.register_forward_hook(lambda module, args, output: Neighborhood(output.index, output.parts))
+    maps = torch.randn(1, 8, 4, 8, device=DEVICE)
+    expected = attention(maps)[0]
+    config._attn_implementation = "triton"
+    with pytest.raises(ValueError, match=r"'triton' cannot be used here: .*Neighborhood\.squares"):
+        attention(maps)
+    config._attn_implementation = "eager"
+    torch.testing.assert_close(attention(maps)[0], expected)
 
 
 COMPILE = """
@@ -410,8 +371,8 @@ for options in ({"use_shift": True, "focal_levels": (2,)}, {"attention_type": "t
     attention = FocalAttention(config, 0, config.block_geometry(0, 1))
     neighborhood = attention.neighborhood(torch.empty(1, 14, 14, 32))
     query = torch.empty(1, 196, 32, dtype=torch.bfloat16, requires_grad=True)
-    key = torch.empty(1, int(neighborhood.sight.tokens.max()) + 1, 32, dtype=torch.bfloat16)
-    kernels.attend_by_triton(query, key, key, neighborhood, 32, 0.5).sum().backward()
+    key = torch.empty(1, int(neighborhood.index.max()) + 1, 32, dtype=torch.bfloat16)
+    kernels.attend(query, key, key, neighborhood, 32, 0.5).sum().backward()
 print(json.dumps(found))
 """
 

@@ -20,10 +20,10 @@ from transformers import AutoConfig, BitImageProcessorPil
 # Of its own module: up to 5.17, transformers gives a stand-in for it where torchvision is absent.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from . import modeling_focal as _modeling
 from .backbone_weights_focal import load_backbone_weights
-from .configuration_focal import FocalConfig
+from .configuration_focal import AUTO_CLASSES, FocalConfig
 from .modeling_focal import (
-    AUTO_CLASSES,
     FocalBackbone,
     FocalForImageClassification,
     FocalForMaskedImageModeling,
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register(FocalConfig.model_type, FocalConfig)
 for _auto_class, _model_class in AUTO_CLASSES.items():
-    getattr(transformers, _auto_class).register(FocalConfig, _model_class)
+    getattr(transformers, _auto_class).register(FocalConfig, getattr(_modeling, _model_class))
 
 _image_processors = {"pil": BitImageProcessorPil}
 if is_torchvision_available():

@@ -2,12 +2,24 @@
 
 import math
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
+
+if TYPE_CHECKING:
+    # Not needed here. transformers reads this line to find the modules that it copies beside a config.
+    from .modeling_focal import FocalPreTrainedModel  # noqa: F401
+
+# transformers' Auto classes, and the classes of `modeling_focal` that they build from a FocalConfig.
+AUTO_CLASSES = {
+    "AutoModel": "FocalModel",
+    "AutoModelForImageClassification": "FocalForImageClassification",
+    "AutoModelForMaskedImageModeling": "FocalForMaskedImageModeling",
+    "AutoBackbone": "FocalBackbone",
+}
 
 ATTENTION_TYPES = ("focal", "topk")
 POOLS = ("fc", "conv", "mean", "max", "none")
@@ -184,31 +196,17 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As for every config; the models' `save_pretrained` calls it, too.
+        """As for every config. The `save_pretrained` of models calls it, too.
 
-        The package's modules go along, for `trust_remote_code=True` where it is not installed, after
-        `FocalConfig.register_for_auto_class()` or a model's, and where this was loaded from a folder that has them.
+        The package's modules are saved as well, for `trust_remote_code=True` where the package is not installed, after
+        `FocalConfig.register_for_auto_class()` or a model's, and where the config was loaded from a folder with them.
         """
         carried = getattr(self, "auto_map", None) or {}
         # A class derived from this one has models of its own.
         if type(self) is FocalConfig and (carried or self._auto_class):
-            # Not at the top, where it would be circular. transformers reads in such lines which modules to copy.
-            from .modeling_focal import AUTO_CLASSES
-
-            self.auto_map = carried | {auto: f"modeling_focal.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
+            self.auto_map = carried | {auto: f"modeling_focal.{name}" for auto, name in AUTO_CLASSES.items()}
             self._auto_class = "AutoConfig"  # for which transformers copies the modules
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @PreTrainedConfig._attn_implementation.setter
-    def _attn_implementation(self, value: str | dict | None):
-        """Whatever is asked for comes by here. What a model takes for None, the default, does not."""
-        PreTrainedConfig._attn_implementation.fset(self, value)
-        self._attn_implementation_by_default = value is None
-
-    def to_dict(self) -> dict:
-        serialized = super().to_dict()
-        serialized.pop("_attn_implementation_by_default", None)  # how to attend is not saved
-        return serialized
 
     # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
     # from it must follow.

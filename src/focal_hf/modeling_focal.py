@@ -1,48 +1,30 @@
 """The network. Section numbers are those of Yang et al. 2021 (https://arxiv.org/abs/2107.00641)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, is_triton_available, logging
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_focal import choose_attention
 from .configuration_focal import BlockGeometry, FocalConfig
-from .cpu_attention_focal import attention_in_pieces, works_in_pieces
-from .neighborhood_focal import (
-    FocalNeighborhood,
-    Neighborhood,
-    TopkNeighborhood,
-    at_least_float32,
-    cut_windows,
-    in_cpu_inference,
-    is_exporting,
-    is_fixed,
-    is_transforming,
-    joined,
-    picked,
-)
+from .cpu_attention_focal import mlp_in_chunks
+from .layout_focal import cat_unless_single, split_windows
+from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
+from .run_state_focal import is_compiling, is_transforming
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 
-# Below transformers' own logger, so that its verbosity holds here, too.
+# A child of transformers' own logger, so that transformers' verbosity applies.
 logger = logging.get_logger(f"transformers.{__name__}")
-
-# What an MLP works on at a time in inference on a CPU, measured on one with 2 MB of second-level cache per core.
-TOKENS_PER_PIECE = 1600
-# Larger pieces than that in compiled graphs, which have all of them one after the other: the gain is in memory that is
-# used again rather than asked for.
-PIECES_IN_GRAPH = 8
 
 
 @dataclass
@@ -166,7 +148,7 @@ def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     height, width = (-(-side // multiple) * multiple for side in maps.shape[-2:])
     bottom, right = height - maps.shape[-2], width - maps.shape[-1]
     # Graphs pad always, so that one of them serves images that need it and those that do not.
-    if torch.compiler.is_compiling() or bottom or right:
+    if is_compiling() or bottom or right:
         maps = nn.functional.pad(maps, (0, right, 0, bottom))
     return maps
 
@@ -175,7 +157,7 @@ def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(batch, height, width, channels) maps without what `pad_to_multiple` has added."""
     maps = maps[:, :height, :width]
     # Or graphs would differ by whether there was something to crop. They fuse the copy with what follows.
-    return maps.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else maps
+    return maps.clone(memory_format=torch.contiguous_format) if is_compiling() else maps
 
 
 def to_map(hidden_states: torch.Tensor, dimensions: tuple[int, int]) -> torch.Tensor:
@@ -306,7 +288,7 @@ class FocalDownsample(nn.Module):
         height, width = self.config.reduced_size(maps.shape[2:], 2)
         # For channels last, weights are put in another order at every call: it may be less to turn the map. (Compiled,
         # there would be graphs for the one and the other.)
-        if not torch.compiler.is_compiling() and self.projection.weight.numel() > maps.numel():
+        if not is_compiling() and self.projection.weight.numel() > maps.numel():
             maps = maps.contiguous()
         maps = self.projection(maps)
         if self.config.drop_remainder:
@@ -360,90 +342,7 @@ class FocalPooling(nn.Module):
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
-        return joined([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, of all windows' heads side by side.
-
-    Returns the output (batch, queries, windows · heads, head_dim) and the weights (batch · windows, heads, queries,
-    keys).
-    """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
-    weights = nn.functional.softmax(at_least_float32(scores), dim=-1).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    # The output is made of what is returned, so that gradients reach it.
-    weights = weights.unflatten(1, (-1, module.num_heads)).flatten(0, 1)
-    return torch.matmul(weights.view(scores.shape), value).transpose(1, 2).contiguous(), weights
-
-
-def flex_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """Attention by `torch.nn.attention.flex_attention`, which adds the bias to each score as it makes it.
-
-    Transformers' own function of this name takes the first head's mask for all heads.
-    """
-    if dropout:
-        raise ValueError(
-            f"flex_attention has no dropout of attention weights; got attention_probs_dropout_prob={dropout} in "
-            "training. Set it to 0, or train with attn_implementation='sdpa'."
-        )
-    tensors = query, key, value, attention_mask
-    if query.device.type == "cpu" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            "flex_attention on a CPU is for inference only, under torch.no_grad() or torch.inference_mode(); got "
-            "inputs or weights that require gradients. For those, call model.set_attn_implementation('sdpa')."
-        )
-
-    bias = attention_mask[0]
-
-    # Windows and heads are counted along the batch, whose size compiled code may leave open.
-    def biased(score, number, head, query_place, key_place):
-        return score + bias[number % bias.shape[0], query_place, key_place]
-
-    flat_query, flat_key, flat_value = (tensor.flatten(0, 1)[:, None] for tensor in (query, key, value))
-    if query.device.type == "cpu":
-        # As it is: compiled for sizes that change, it does not get past the C++ compiler (torch 2.13). Scaled before,
-        # half in each, as the compiler takes queries and keys in memory of their own shape alone.
-        root = scaling**0.5
-        output = flex_attention(flat_query * root, flat_key * root, flat_value, score_mod=biased, scale=1.0)
-    else:
-        output = compile_friendly_flex_attention(
-            flat_query, flat_key, flat_value, training=module.training, score_mod=biased, scale=scaling
-        )
-    return output.view(query.shape).transpose(1, 2).contiguous(), None
-
-
-def reason_against_triton(query: torch.Tensor, head_dim: int, dropout: float, asked: bool) -> str | None:
-    """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
-    if not is_triton_available():
-        return "it needs the package triton: pip install triton"
-    # Not before it is used, as importing Triton takes time.
-    from .triton_attention_focal import why_not
-
-    return why_not(query.device, query.dtype, head_dim, dropout, asked)
-
-
-# Ours among those of transformers, by the name in which it looks for them.
-ALL_ATTENTION_FUNCTIONS: AttentionInterface = AttentionInterface()
-ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
+        return cat_unless_single([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
 
 
 class FocalAttention(nn.Module):
@@ -500,101 +399,22 @@ class FocalAttention(nn.Module):
 
         tokens = maps.flatten(1, 2)
         query = self.q_proj(tokens)
+        attention = choose_attention(self, query, neighborhood)
         tokens = [tokens]
         if self.pooling is not None:
-            # Of tokens once more, not of maps, which compiled code would lay out in an order that suits nothing.
-            tokens.append(self.pooling(cut_windows(tokens[0].unflatten(1, maps.shape[1:3]), self.window_size)))
-        if neighborhood.whole_bias is not None:
-            filling = neighborhood.whole_bias.shape[2] - sum(part.shape[1] for part in tokens)
-            tokens.append(maps.new_zeros(maps.shape[0], filling, maps.shape[3]))
-        tokens = joined(tokens, dim=1)
+            # From tokens back to maps, because compiled code would give `maps` itself an unsuitable memory layout.
+            tokens.append(self.pooling(split_windows(tokens[0].unflatten(1, maps.shape[1:3]), self.window_size)))
+        if (missing := attention.tokens - sum(part.shape[1] for part in tokens)) > 0:
+            tokens.append(maps.new_zeros(maps.shape[0], missing, maps.shape[3]))
+        tokens = cat_unless_single(tokens, dim=1)
         key, value = self.k_proj(tokens), self.v_proj(tokens)
-        del tokens  # What follows takes its memory.
-        output, weights = self.attend(query, key, value, neighborhood, **kwargs)
+        del tokens  # so that attention can reuse the memory
+        output, weights = attention.attend(self, query, key, value, neighborhood, **kwargs)
         output = self.o_proj(output).unflatten(1, maps.shape[1:3])
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
         return cropped(output, input_height, input_width), weights
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        neighborhood: Neighborhood,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where queries, the tokens' keys and values, the index and the bias meet.
-
-        Args:
-            query (`torch.Tensor` of shape `(batch, height · width, channels)`):
-                Of the map's tokens.
-            key, value (`torch.Tensor` of shape `(batch, tokens, channels)`):
-                Of the map's and the pooled tokens, among which the neighbourhood picks.
-
-        Returns:
-            The output (batch, height · width, channels) and, with eager attention, the weights (batch · windows, heads,
-            queries, keys).
-        """
-        batch, heads = query.shape[0], self.num_heads
-        index, parts = neighborhood.head_index, neighborhood.parts
-        dropout = self.attention_dropout if self.training else 0.0
-
-        if self.uses_triton(query, dropout):
-            from .triton_attention_focal import attend_by_triton
-
-            return attend_by_triton(query, key, value, neighborhood, self.head_dim, self.scaling), None
-
-        if self.config._attn_implementation == "sdpa" and not dropout and works_in_pieces(query):
-            if neighborhood.whole_bias is not None:
-                # Four dimensions of the bias, too, or PyTorch takes its slow way.
-                output = nn.functional.scaled_dot_product_attention(
-                    *(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (query, key, value)),
-                    attn_mask=neighborhood.whole_bias[None].to(query.dtype),
-                    scale=self.scaling,
-                )
-                return output.transpose(1, 2).reshape(query.shape), None
-            sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
-            return attention_in_pieces(query, key, value, index, sources, patterns, self.head_dim, self.scaling), None
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        everything = slice(None), slice(None)
-        sides = [length * self.window_size for length in index.shape[:2]]
-        windows = cut_windows(query.unflatten(1, sides), self.window_size)  # (batch, rows, cols, side, side, channels)
-        first = torch.arange(batch, device=index.device) * (key.shape[1] * heads)
-        head_index = first[:, None, None, None] + index.flatten(0, 1)  # (batch, windows, heads, keys)
-        # Windows of all heads stand side by side, where heads do elsewhere: so images share a bias as it is.
-        output, weights = attention_interface(
-            self,
-            windows.reshape(*head_index.shape[:2], -1, heads, self.head_dim).transpose(2, 3).flatten(1, 2),
-            picked(key, head_index, self.head_dim).flatten(1, 2),
-            picked(value, head_index, self.head_dim).flatten(1, 2),
-            neighborhood.bias(everything).to(query.dtype).flatten(0, 1)[None],
-            dropout=dropout,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        # (batch, queries, windows · heads, head_dim)
-        output = output.unflatten(2, head_index.shape[1:3]).transpose(1, 2).reshape(windows.shape)
-        return output.transpose(2, 3).reshape(query.shape), weights
-
-    def uses_triton(self, query: torch.Tensor, dropout: float) -> bool:
-        """Whether to attend by the kernels in Triton: where that was asked for and, on CUDA, where nothing was."""
-        asked = self.config._attn_implementation == "triton"
-        if not asked and not (self.config._attn_implementation_by_default and query.is_cuda and not is_exporting()):
-            return False
-        reason = reason_against_triton(query, self.head_dim, dropout, asked)
-        if asked and reason:
-            raise ValueError(
-                f"attn_implementation='triton' cannot be used here: {reason}. For another way to attend, call "
-                "model.set_attn_implementation('sdpa')."
-            )
-        if reason and not torch.compiler.is_compiling():
-            logger.info(f"Attention is by sdpa, not by the faster triton: {reason}.")
-        return reason is None
 
 
 class FocalMLP(nn.Module):
@@ -608,17 +428,9 @@ class FocalMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.flatten(0, -2)
-        # Layers in the place of these may need to see which image a token is of, as PEFT's with an adapter per image.
-        plain = type(self.fc1) is type(self.fc2) is nn.Linear
-        if not (plain and in_cpu_inference(self, tokens) and is_fixed(tokens.shape[0])):
-            return self.mix(hidden_states)
-        count = -(-tokens.shape[0] // TOKENS_PER_PIECE)
-        if torch.compiler.is_compiling():
-            count = min(count, PIECES_IN_GRAPH)
-        return joined([self.mix(piece) for piece in tokens.chunk(count)]).view(hidden_states.shape)
+        return mlp_in_chunks(self, hidden_states)
 
-    def mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
         return self.dropout(self.fc2(hidden_states))
 
@@ -694,7 +506,7 @@ class FocalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FocalEmbeddings", "FocalLayer"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_flex_attn = True
+    _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _input_embed_layer = "patch_embeddings"
@@ -708,18 +520,16 @@ class FocalPreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers searches this file for its attention interface, which is in `attention_focal`.
+        return True
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        if not is_init_check:
-            self.config._attn_implementation_by_default = False
-        # Not among those of transformers, which any other model could be asked to take.
+        # Not registered with transformers' interface, where any other model could choose it.
         if requested_attention == "triton":
             return requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        # Even if it is the default, of which transformers does not ask whether it is correct.
-        self.config._attn_implementation_by_default = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -1032,14 +842,6 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-
-# What transformers' Auto classes make of a FocalConfig.
-AUTO_CLASSES = {
-    "AutoModel": FocalModel,
-    "AutoModelForImageClassification": FocalForImageClassification,
-    "AutoModelForMaskedImageModeling": FocalForMaskedImageModeling,
-    "AutoBackbone": FocalBackbone,
-}
 
 __all__ = [
     "FocalBackbone",

@@ -1,15 +1,15 @@
-"""Attention on a GPU, as kernels in Triton that read keys, values and biases where they lie.
+"""Attention on a GPU, as Triton kernels that read keys, values and biases in place.
 
-What is read: queries, keys and values as their projections give them, (images, tokens, channels); the tokens that each
-window sees, as int32; the bias of each head, which its windows share. What is written: the output, and for the backward
-pass one number for each query. No key, value or bias is written once for each window, and neither are scores.
+The kernels read queries, keys and values as their projections return them, (images, tokens, channels); the index of
+each window's keys; and the bias of each head, which all windows share. They write the output and, for the backward
+pass, one number per query. Keys, values, biases and scores are never written per window.
 
-A kernel's program works on one window and head of one image, or on one block of tokens: their keys' and values'
-gradients are sums over the windows that see them, found by arithmetic. Every number is written by one program, which
-adds in a fixed order: the same input gives the same bits, in both passes.
+A program of a kernel works on one window and head of one image, or on one block of tokens. The gradients of a block's
+keys and values are sums over the windows that attend to them, which follow from the squares of the neighbourhood. Every
+number is written by one program, which adds in a fixed order: equal input gives equal bits, in both passes.
 
-This module needs the `triton` package, and is imported only where it is to be used. With TRITON_INTERPRET=1 in the
-environment before Triton is imported, the kernels run on a CPU, slowly, to be tested.
+This module needs the `triton` package and is imported only with `attn_implementation="triton"`. The kernels have not
+run on a GPU yet. With TRITON_INTERPRET=1 in the environment before Triton is imported, they run on a CPU, for tests.
 """
 
 import math
@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .cpu_attention_focal import NAMESPACE
-from .neighborhood_focal import Neighborhood, Square, at_least_float32, is_transforming
+from .geometry_focal import Square
+from .layout_focal import at_least_float32
+from .neighborhood_focal import Neighborhood
+from .run_state_focal import OPERATOR_NAMESPACE, is_transforming
 
-try:  # Transformers asks of code that comes with a checkpoint that all it imports is there, unless it is tried.
+try:  # transformers requires every package that a checkpoint's code imports, unless the import is in a `try`.
     import triton
     import triton.language as tl
 except ImportError:
@@ -30,24 +32,24 @@ except ImportError:
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
-# In all of them: tokens of an image are rows of `channels` numbers, of which a head has HEAD_DIM, filled up to BLOCK_D.
-# Queries of a window are numbered row by row, and filled up to blocks of BLOCK_Q. `source` is (heads, places, FILLED
-# queries), -inf for those that fill up: its rows start at multiples of 16 bytes, and four numbers are read at a time.
-# Log-sum-exps and deltas are (images · windows, heads, queries), float32. Offsets within an image fit into int32.
+# Conventions of all kernels. Tokens of an image are rows of `channels` numbers, of which a head has HEAD_DIM, padded to
+# BLOCK_D. The queries of a window are numbered row by row and padded to blocks of BLOCK_Q. `source` is (heads, places,
+# FILLED queries), -inf for padding: its rows start at multiples of 16 bytes and are read four numbers at a time.
+# Log-sum-exps and deltas are (images · windows, heads, queries) in float32. Offsets within an image fit into int32.
 
-# What differs between images' sizes: no reason to compile again.
+# Arguments that differ with the size of the images and must not trigger a compilation.
 SIZES = ["rows", "cols", "images", "all_tokens", "keys", "places"]
 
 
 @triton.jit
 def _query_tokens(queries, window, cols, SIDE: tl.constexpr):
-    """Which tokens of the map a window's queries are."""
+    """Numbers of the map's tokens that are a window's queries."""
     return (window // cols * SIDE + queries // SIDE) * (cols * SIDE) + window % cols * SIDE + queries % SIDE
 
 
 @triton.jit
 def _hidden(queries, places, window, rows, cols, SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr):
-    """Which places a shift hides from which queries: those of the window's own that come from across the map's edge."""
+    """Mask of the places that a shift hides from queries: tokens of the window that come from the opposite edge."""
     row = places // (SIDE + 2 * EXPAND) - EXPAND
     col = places % (SIDE + 2 * EXPAND) - EXPAND
     own = (row >= 0) & (row < SIDE) & (col >= 0) & (col < SIDE)
@@ -62,7 +64,7 @@ def _forward_kernel(
     key,
     value,
     tokens,  # (windows, keys)
-    place_of,  # (windows, keys), or anything where columns are places
+    place_of,  # (windows, keys); unused unless LOOK_UP
     source,
     output,
     logsumexp,
@@ -83,7 +85,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of a window and head, a block of queries."""
+    """Forward pass of a block of queries of one window and head."""
     window = tl.program_id(0) % (rows * cols)
     image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
     head = tl.program_id(1)
@@ -117,7 +119,7 @@ def _forward_kernel(
             hidden = _hidden(queries[:, None], place[None, :], window, rows, cols, SIDE, EXPAND, SHIFT)
             scores = tl.where(hidden, float("-inf"), scores)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # where all so far are hidden
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # if all keys so far are hidden
         weights = tl.exp(scores - base[:, None])
         faded = tl.exp(highest - base)
         total = total * faded + tl.sum(weights, axis=1)
@@ -160,7 +162,7 @@ def _query_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of a window and head, a block of queries. Writes delta, the sum of output · its gradient, for those below."""
+    """Gradient of a block of queries of one window and head. Writes delta, the sum of output · grad_output, as well."""
     window = tl.program_id(0) % (rows * cols)
     image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
     head = tl.program_id(1)
@@ -233,7 +235,7 @@ def _bias_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of a head, a block of places and one of queries, summed over some of all images' windows."""
+    """Gradient of the bias of a block of places and of queries of one head, summed over some windows of all images."""
     head = tl.program_id(1)
     QUERIES: tl.constexpr = SIDE * SIDE
     FILLED: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
@@ -255,7 +257,7 @@ def _bias_gradient_kernel(
         seen = token >= 0
         any_seen = True
         if LOOK_UP:
-            any_seen = tl.max(token, axis=0) >= 0  # a window sees few of all places
+            any_seen = tl.max(token, axis=0) >= 0  # a window has keys in few of all places
         if any_seen:
             of_map = image * (rows * cols * QUERIES) * channels + head * HEAD_DIM
             here = _query_tokens(queries, window, cols, SIDE)[:, None] * channels + dims[None, :]
@@ -320,7 +322,7 @@ def _key_gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of a head, a square block of a level's tokens, summed over the windows that see any of them, row by row."""
+    """Gradients of a square block of a level's tokens of one head, summed over the windows that attend to them."""
     block = tl.program_id(0) % (block_rows * block_cols)
     image = (tl.program_id(0) // (block_rows * block_cols)).to(tl.int64)
     head = tl.program_id(1)
@@ -333,7 +335,7 @@ def _key_gradient_kernel(
     row = top + slots // BLOCK_SIDE
     col = left + slots % BLOCK_SIDE
     in_map = slots < BLOCK_SIDE * BLOCK_SIDE
-    if WRAPS:  # the map's first rows and columns come last
+    if WRAPS:  # the map's first rows and columns are the last ones of the blocks
         in_map &= (row < ORIGIN + height) & (col < ORIGIN + width)
         token = row % height * width + col % width
     else:
@@ -346,8 +348,8 @@ def _key_gradient_kernel(
     v = tl.load(value + of_image + there, mask=there_real, other=0.0)
     source += head * places * FILLED
 
-    # Windows whose squares reach into the block, from the map's edge on or, where it wraps, across it. AWAY keeps
-    # numerators positive, as divisions round towards zero.
+    # The windows whose squares overlap the block, within the map or, if it wraps, across its edges. AWAY keeps the
+    # numerators positive, because divisions round towards zero.
     AWAY: tl.constexpr = SQUARE_SIDE + BLOCK_SIDE + SIDE
     first_row = (top + FIRST - SQUARE_SIDE + STEP + STEP * AWAY) // STEP - AWAY
     first_col = (left + FIRST - SQUARE_SIDE + STEP + STEP * AWAY) // STEP - AWAY
@@ -407,8 +409,8 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 # --- How they are launched --------------------------------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """How the work is cut, of which only the speed depends."""
+class LaunchSizes(NamedTuple):
+    """How a kernel's work is divided. Only the speed depends on it."""
 
     queries: int  # in a block
     keys: int  # in a block
@@ -416,23 +418,22 @@ class Launch(NamedTuple):
     warps: int
 
 
-# By bytes of a number, then by channels of a head, at most. Not yet tuned: chosen by what the compiler reports for
-# compute capability 9.0, so that no registers are spilt for heads of 32 and many programs share a processor. With
-# loads ahead (num_stages above 1) it reads biases by single numbers, and has room for fewer programs.
-LAUNCHES = {
-    2: {64: Launch(64, 32, 8, 4), 128: Launch(64, 32, 4, 8), 256: Launch(16, 16, 4, 8)},
-    4: {32: Launch(32, 32, 8, 8), 128: Launch(32, 16, 4, 8), 256: Launch(16, 16, 4, 8)},
+# By bytes of a number, then by channels of a head, at most. Chosen from the compiler's reports for compute capability
+# 9.0, not measured yet: no registers are spilled for heads of 32, and many programs share a multiprocessor. With
+# num_stages above 1, biases are read singly and fewer programs fit.
+LAUNCH_SIZES = {
+    2: {64: LaunchSizes(64, 32, 8, 4), 128: LaunchSizes(64, 32, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
+    4: {32: LaunchSizes(32, 32, 8, 8), 128: LaunchSizes(32, 16, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
 }
 LARGEST_HEAD = 256
-# Compute capabilities, (major, minor), of the GPUs on which tests/test_triton.py has passed. Only there do the kernels
-# take the place of the default; on others they have to be asked for.
-TESTED_ON: list[tuple[int, int]] = []
-# Programs of the bias's gradient: enough for every present GPU, few enough for their sums to take little memory.
+# Programs that sum the gradient of the bias: enough for present GPUs, few enough that their sums take little memory.
 BIAS_GRADIENT_PROGRAMS = 1024
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, asked: bool) -> str | None:
-    """Why the kernels cannot run, or None if they can. Who has not asked for them gets them where they are tested."""
+def reason_against(
+    device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, neighborhood: Neighborhood
+) -> str | None:
+    """Why the kernels cannot run, or None if they can."""
     if is_transforming():
         return "it has no rules for the transforms of torch.func, nor for forward-mode derivatives"
     if dropout:
@@ -445,31 +446,31 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: fl
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
             return f"it needs a GPU of compute capability 8.0 or higher (got {properties.major}.{properties.minor})"
-        if not asked and (properties.major, properties.minor) not in TESTED_ON:
-            return f"it is not tested yet on GPUs of compute capability {properties.major}.{properties.minor}"
-    # Interpreted, products of bfloat16 are wrong.
+    # Interpreted products of bfloat16 are wrong.
     dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
     if dtype not in dtypes:
         return f"it takes {', '.join(map(str, dtypes))}{' when interpreted' * INTERPRETED} (got {dtype})"
     if head_dim > LARGEST_HEAD:
         return f"it takes heads of at most {LARGEST_HEAD} channels (got {head_dim})"
+    if neighborhood.squares is None:
+        return "the neighbourhood does not give the squares of tokens that windows attend to (Neighborhood.squares)"
     return None
 
 
 def power_of_two(number: int) -> int:
-    """The least that is at least `number` and that `tl.dot` takes."""
+    """The smallest power of two that is at least `number` and that `tl.dot` accepts."""
     return max(16, triton.next_power_of_2(number))
 
 
 def tf32_is_allowed() -> bool:
-    """Whether products of float32 may be less precise, by torch's settings of matrix products."""
+    """Whether torch's settings allow TF32 in matrix products of float32."""
     settings = torch.backends.cuda.matmul
-    # torch from 2.9 on refuses the older question once the newer setting was used.
+    # Since torch 2.9, reading the older setting raises an error once the newer one was used.
     return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
-class Work:
-    """What the launches of a pass share: sizes, and settings that are compiled into the kernels."""
+class LaunchPlan:
+    """Sizes that the launches of a pass share, and settings that are compiled into the kernels."""
 
     def __init__(self, query, key, tokens, places, source, squares, shift_size, head_dim):
         self.rows, self.cols, self.keys = tokens.shape
@@ -477,12 +478,14 @@ class Work:
         self.heads, self.places, self.queries = source.shape[0], source.shape[1], source.shape[2]
         self.side = math.isqrt(self.queries)
         self.squares = [Square(*squares[at : at + 3]) for at in range(0, len(squares), 3)]
-        of_size = LAUNCHES[query.element_size()].items()
+        of_size = LAUNCH_SIZES[query.element_size()].items()
         self.launch = next(launch for channels, launch in of_size if head_dim <= channels)
         self.settings = {
             "LOOK_UP": places is not None,
             "SIDE": self.side,
-            "EXPAND": self.squares[0].first if shift_size else 0,  # or each radius of topk would be compiled for
+            "EXPAND": self.squares[0].first
+            if shift_size
+            else 0,  # not the radius of topk, for each of which it would compile
             "SHIFT": shift_size,
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if tf32_is_allowed() else "ieee",  # of float32
@@ -498,7 +501,7 @@ class Work:
 
     @property
     def windows_grid(self) -> tuple[int, int, int]:
-        """A program for each window of all images, head, and block of queries."""
+        """One program per window of all images, head and block of queries."""
         return self.images * self.rows * self.cols, self.heads, self.query_blocks
 
     def filled(self, source: torch.Tensor) -> torch.Tensor:
@@ -508,18 +511,20 @@ class Work:
 
     @property
     def numbers_of_queries(self) -> tuple[int, int, int]:
-        """The shape of what has one number for each query and head."""
+        """Shape of tensors with one number per query and head."""
         return self.images * self.rows * self.cols, self.heads, self.queries
 
 
-# In so many words, as older torch does not read `list[...]`.
+# Spelled out, because older torch cannot infer `list[int]`.
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? places, Tensor source, SymInt[] squares, "
     "int shift_size, int head_dim, float scaling"
 )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::triton_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    f"{OPERATOR_NAMESPACE}::triton_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)"
+)
 def triton_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -538,37 +543,37 @@ def triton_attention(
         query (`torch.Tensor` of shape `(images, height · width, channels)`)
         key, value (`torch.Tensor` of shape `(images, tokens, channels)`)
         tokens (`torch.Tensor` of shape `(rows, cols, keys)`):
-            As in [`Sight`].
+            The index of a [`Neighborhood`].
         places (`torch.Tensor` of shape `(rows, cols, keys)`, *optional*):
-            Where in `source` the bias of each key stands, in int32; in order if not given.
+            The place of each key in `source`, in int32; by default the keys have all places in order.
         source (`torch.Tensor` of shape `(heads, places, queries)`):
             The bias, in float32.
         squares (`list[int]`), shift_size (`int`):
-            As in [`Sight`], the numbers of all squares in one list.
+            Those of a [`Neighborhood`], with the numbers of all squares in one list.
     """
     query, key, value = (tensor.contiguous() for tensor in (query, key, value))
-    work = Work(query, key, tokens, places, source, squares, shift_size, head_dim)
+    plan = LaunchPlan(query, key, tokens, places, source, squares, shift_size, head_dim)
     output = torch.empty_like(query)
-    logsumexp = source.new_empty(work.numbers_of_queries)
+    logsumexp = source.new_empty(plan.numbers_of_queries)
     with torch.cuda.device_of(query):
-        _forward_kernel[work.windows_grid](
+        _forward_kernel[plan.windows_grid](
             query,
             key,
             value,
             tokens,
             tokens if places is None else places,
-            work.filled(source),
+            plan.filled(source),
             output,
             logsumexp,
-            work.channels,
-            work.rows,
-            work.cols,
-            work.all_tokens,
-            work.keys,
-            work.places,
+            plan.channels,
+            plan.rows,
+            plan.cols,
+            plan.all_tokens,
+            plan.keys,
+            plan.places,
             scaling,
-            BLOCK_K=work.launch.keys,
-            **work.settings,
+            BLOCK_K=plan.launch.keys,
+            **plan.settings,
         )
     return output, logsumexp
 
@@ -581,7 +586,7 @@ def _(query, key, value, tokens, places, source, squares, shift_size, head_dim, 
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::triton_attention_backward",
+    f"{OPERATOR_NAMESPACE}::triton_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad_output, Tensor output, Tensor logsumexp, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -602,12 +607,12 @@ def triton_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and source."""
     grad_output, query, key, value = (tensor.contiguous() for tensor in (grad_output, query, key, value))
-    work = Work(query, key, tokens, places, source, squares, shift_size, head_dim)
+    plan = LaunchPlan(query, key, tokens, places, source, squares, shift_size, head_dim)
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     delta = torch.empty_like(logsumexp)
-    source = work.filled(source)
+    source = plan.filled(source)
     with torch.cuda.device_of(query):
-        _query_gradient_kernel[work.windows_grid](
+        _query_gradient_kernel[plan.windows_grid](
             query,
             key,
             value,
@@ -619,34 +624,35 @@ def triton_attention_backward(
             grad_output,
             grad_query,
             delta,
-            work.channels,
-            work.rows,
-            work.cols,
-            work.all_tokens,
-            work.keys,
-            work.places,
+            plan.channels,
+            plan.rows,
+            plan.cols,
+            plan.all_tokens,
+            plan.keys,
+            plan.places,
             scaling,
-            BLOCK_K=work.launch.keys,
-            **work.settings,
+            BLOCK_K=plan.launch.keys,
+            **plan.settings,
         )
         token_at = tokens
         if places is not None:
-            token_at = tokens.new_full((work.rows, work.cols, work.places), -1).scatter_(2, places.long(), tokens)
+            token_at = tokens.new_full((plan.rows, plan.cols, plan.places), -1).scatter_(2, places.long(), tokens)
         shared = query, key, value, token_at, source, logsumexp, delta, grad_output
-        grad_source = _bias_gradient(work, *shared, scaling)
-        _write_key_gradients(work, *shared, grad_key, grad_value, scaling)
+        grad_source = _bias_gradient(plan, *shared, scaling)
+        _write_key_gradients(plan, *shared, grad_key, grad_value, scaling)
     return grad_query, grad_key, grad_value, grad_source
 
 
-def _bias_gradient(work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, scaling):
-    """Windows are shared out among programs, whose sums are added up in order."""
-    units, blocks = work.images * work.rows * work.cols, triton.cdiv(work.places, work.launch.keys)
-    busy = work.heads * triton.cdiv(work.keys, work.launch.keys) * work.query_blocks  # most see none of other places
+def _bias_gradient(plan: LaunchPlan, query, key, value, token_at, source, logsumexp, delta, grad_output, scaling):
+    """The gradient of the bias: each program sums over some windows, and the sums are added in order."""
+    units, blocks = plan.images * plan.rows * plan.cols, triton.cdiv(plan.places, plan.launch.keys)
+    # Blocks of the places in which a window has keys: in the others, programs have next to nothing to do.
+    busy = plan.heads * triton.cdiv(plan.keys, plan.launch.keys) * plan.query_blocks
     parts = min(units, max(1, BIAS_GRADIENT_PROGRAMS // busy))
     per_program = triton.cdiv(units, parts)
     parts = triton.cdiv(units, per_program)
     grad_source = source.new_empty(parts, *source.shape)
-    _bias_gradient_kernel[(blocks, work.heads, parts * work.query_blocks)](
+    _bias_gradient_kernel[(blocks, plan.heads, parts * plan.query_blocks)](
         query,
         key,
         value,
@@ -656,37 +662,38 @@ def _bias_gradient(work: Work, query, key, value, token_at, source, logsumexp, d
         delta,
         grad_output,
         grad_source,
-        work.channels,
-        work.rows,
-        work.cols,
-        work.images,
-        work.all_tokens,
-        work.places,
+        plan.channels,
+        plan.rows,
+        plan.cols,
+        plan.images,
+        plan.all_tokens,
+        plan.places,
         per_program,
         scaling,
-        BLOCK_K=work.launch.keys,
-        **work.settings,
+        BLOCK_K=plan.launch.keys,
+        **plan.settings,
     )
-    return grad_source[..., : work.queries].sum(0)
+    return grad_source[..., : plan.queries].sum(0)
 
 
 def _write_key_gradients(
-    work: Work, query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value, scaling
+    plan: LaunchPlan, query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value, scaling
 ):
-    """Level by level."""
+    """Writes the gradients of keys and values, level by level."""
     first_token, first_place = 0, 0
-    for square in work.squares:
-        height, width = work.rows * square.step, work.cols * square.step
+    for square in plan.squares:
+        height, width = plan.rows * square.step, plan.cols * square.step
         of_map = first_token == 0
-        wraps = of_map and not work.settings["LOOK_UP"]
-        block, origin = min(4, work.launch.side), 0
+        wraps = of_map and not plan.settings["LOOK_UP"]
+        block, origin = min(4, plan.launch.side), 0
         if of_map:
-            # Of whole windows, if they are small enough, and across their corners, where the fewest windows see them.
-            block = work.launch.side // work.side * work.side or work.launch.side
-            origin = work.side // 2 - (0 if wraps else block)
+            # Blocks of whole windows, if these are small enough, centred on the windows' corners, where the fewest
+            # windows attend to them.
+            block = plan.launch.side // plan.side * plan.side or plan.launch.side
+            origin = plan.side // 2 - (0 if wraps else block)
         block_rows, block_cols = (triton.cdiv(length - min(origin, 0), block) for length in (height, width))
-        settings = work.settings | ({} if of_map else {"SHIFT": 0})
-        _key_gradient_kernel[(work.images * block_rows * block_cols, work.heads)](
+        settings = plan.settings | ({} if of_map else {"SHIFT": 0})
+        _key_gradient_kernel[(plan.images * block_rows * block_cols, plan.heads)](
             query,
             key,
             value,
@@ -697,11 +704,11 @@ def _write_key_gradients(
             grad_output,
             grad_key,
             grad_value,
-            work.channels,
-            work.rows,
-            work.cols,
-            work.all_tokens,
-            work.places,
+            plan.channels,
+            plan.rows,
+            plan.cols,
+            plan.all_tokens,
+            plan.places,
             height,
             width,
             first_token,
@@ -742,13 +749,13 @@ def _(
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     query, key, value, tokens, places, source, *ctx.numbers = inputs
     ctx.save_for_backward(*output, query, key, value, tokens, places, source)
 
 
 def _backward(ctx, grad_output, grad_logsumexp):
-    """The log-sum-exps are for the backward pass alone: nothing is made of them that could have a gradient."""
+    """The log-sum-exps are returned for this function alone and have no gradient."""
     output, logsumexp, *rest = ctx.saved_tensors
     grad_query, grad_key, grad_value, grad_source = triton_attention_backward(
         grad_output, output, logsumexp, *rest, *ctx.numbers
@@ -756,22 +763,23 @@ def _backward(ctx, grad_output, grad_logsumexp):
     return grad_query, grad_key, grad_value, None, None, grad_source, None, None, None, None
 
 
-triton_attention.register_autograd(_backward, setup_context=_keep)
+triton_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
-def _operations(query_shape, key_shape, value_shape, tokens_shape, *args, out_shape=None, **kwargs) -> int:
-    """For `torch.utils.flop_counter`, which does not look into operators: two products of queries and their keys."""
+@register_flop_formula(getattr(torch.ops, OPERATOR_NAMESPACE).triton_attention)
+def _count_flops(query_shape, key_shape, value_shape, tokens_shape, *args, out_shape=None, **kwargs) -> int:
+    """For `torch.utils.flop_counter`, which does not see into operators: two products of queries and their keys."""
     return 4 * math.prod(query_shape) * tokens_shape[-1]
 
 
-def operands(neighborhood: Neighborhood) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int], int]:
-    """What `triton_attention` takes of it: tokens, places, source, squares and shift_size."""
-    tokens, squares, shift_size = neighborhood.sight
+def kernel_layout(
+    neighborhood: Neighborhood,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int], int]:
+    """A neighbourhood as `triton_attention` takes it: tokens, places, source, squares and shift_size."""
     sources = [at_least_float32(part.source) for part in neighborhood.parts]
     places = None
-    # Biases of a place stand side by side: so they are read, whichever places a window sees.
-    if neighborhood.parts[0].pattern.is_floating_point():
+    # The biases of a place are contiguous, so that a program reads only those of its window's keys.
+    if neighborhood.parts[0].is_mask:
         sources = [source.transpose(1, 2) for source in sources]
     else:
         of_parts, first = [], 0
@@ -780,11 +788,11 @@ def operands(neighborhood: Neighborhood) -> tuple[torch.Tensor, torch.Tensor | N
             first += len(part.source)
         places = torch.cat(of_parts, dim=2).int()
         sources = [source.transpose(0, 1) for source in sources]
-    source = torch.cat(sources, dim=1)
-    return tokens, places, source, [number for square in squares for number in square], shift_size
+    squares = [number for square in neighborhood.squares for number in square]
+    return neighborhood.index, places, torch.cat(sources, dim=1), squares, neighborhood.shift_size
 
 
-def attend_by_triton(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -792,5 +800,5 @@ def attend_by_triton(
     head_dim: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Args and output as `FocalAttention.attend` has them."""
-    return triton_attention(query, key, value, *operands(neighborhood), head_dim, scaling)[0]
+    """Attention of queries (batch, height · width, channels) to the keys and values (batch, tokens, channels)."""
+    return triton_attention(query, key, value, *kernel_layout(neighborhood), head_dim, scaling)[0]

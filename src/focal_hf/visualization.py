@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .layout_focal import split_windows
 from .modeling_focal import FocalForImageClassification, FocalModel, pad_to_multiple
-from .neighborhood_focal import Neighborhood, cut_windows
+from .neighborhood_focal import Neighborhood
 
 __all__ = [
     "AttentionRecord",
@@ -64,7 +65,7 @@ class BlockAttention:
     @property
     def windows(self) -> tuple[int, int]:
         """Rows and columns of windows."""
-        return tuple(self.neighborhood.head_index.shape[:2])
+        return tuple(self.neighborhood.index.shape[:2])
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -78,8 +79,7 @@ class BlockAttention:
 
         Of shape (rows, cols, keys) of windows.
         """
-        head_index = self.neighborhood.head_index
-        return head_index[:, :, 0].cpu() // head_index.shape[2]
+        return self.neighborhood.index.clamp(min=0).cpu()
 
     def grid(self, level: int) -> tuple[int, int]:
         """Rows and columns of the tokens of a level."""
@@ -157,7 +157,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     neighborhoods, recorded = {}, {}
 
     def keep_neighborhood(module: nn.Module, args: tuple, output: Neighborhood):
-        neighborhoods[module] = output
+        neighborhoods[module] = Neighborhood(output.index, output.parts)
 
     def keep_weights(module: nn.Module, args: tuple, output: tuple):
         pooled = [] if module.pooling is None else module.pooling.cells
@@ -175,7 +175,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     for attention in (attention for stage in stages for attention in stage):
         hooks.append(attention.neighborhood.register_forward_hook(keep_neighborhood))
         hooks.append(attention.register_forward_hook(keep_weights))
-    implementation, by_default = focal.config._attn_implementation, focal.config._attn_implementation_by_default
+    implementation = focal.config._attn_implementation
     focal.set_attn_implementation("eager")
     try:
         # Offloaded models have no device; their hooks bring the image to where it is needed.
@@ -183,7 +183,6 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
         last_hidden_state = focal(pixel_values.to(device, focal.dtype)).last_hidden_state
     finally:
         focal.set_attn_implementation(implementation)
-        focal.config._attn_implementation_by_default = by_default
         for hook in hooks:
             hook.remove()
 
@@ -348,7 +347,7 @@ def query_attention(
     weights = (weights.mean(0) if head is None else weights[head]).double().numpy()
     index = block.index[window_row, window_col].numpy()
     places = slice(window_row, window_row + 1), slice(window_col, window_col + 1)
-    seen = ~torch.isneginf(block.neighborhood.bias(places)[0, 0, query]).cpu().numpy()
+    seen = ~torch.isneginf(block.neighborhood.bias(*places)[0, 0, query]).cpu().numpy()
 
     def boxes(first_row: int, first_col: int, side: int) -> list[tuple[Run, Run]]:
         across = [
@@ -421,7 +420,7 @@ def attended(block: BlockAttention, relevance: torch.Tensor) -> torch.Tensor:
     """
     shift, window = block.shift_size, block.window_size
     maps = pad_to_multiple(relevance[None], window)[..., None].roll((-shift, -shift), (1, 2))
-    by_window = cut_windows(maps, window).flatten(3).flatten(0, 2)  # (windows, queries)
+    by_window = split_windows(maps, window).flatten(3).flatten(0, 2)  # (windows, queries)
     by_key = torch.einsum("wq,whqk->wk", by_window, block.weights.to(relevance.dtype)) / block.weights.shape[1]
 
     grids = [block.grid(level) for level in range(len(block.cells))]

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .configuration_focal import FocalConfig
-from .neighborhood_focal import at_least_float32, displacements, slot_tokens
+from .geometry_focal import displacements, slot_tokens
+from .layout_focal import at_least_float32
 
 
 def resized_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -177,7 +177,7 @@ class SaveAsItIs(ConversionOps):
 # Each finds something in models of both attention types, which transformers expects. None finds the parts to which a
 # quantised linear layer is taken when it is saved: a tensor has one conversion, and those need their quantiser's.
 register_checkpoint_conversion_mapping(
-    FocalConfig.model_type,
+    "focal",
     [
         WeightConverter(name, name, [FitFocalWeight(fitted)])
         for name, fitted in (

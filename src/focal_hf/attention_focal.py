@@ -1,0 +1,152 @@
+"""How the queries of a window attend to their neighbourhood: the implementations, and the choice between them.
+
+Every implementation takes the queries of a map's tokens, the keys and values of the map's and the pooled tokens, and a
+[`Neighborhood`]. It derives from the latter the form that it needs.
+
+| implementation | `attn_implementation` | where |
+|---|---|---|
+| gathered | any other, and `"sdpa"` elsewhere | everywhere, through transformers' `AttentionInterface` |
+| in chunks | `"sdpa"` | on a CPU |
+| dense | `"sdpa"` | on a CPU, in inference, on small maps |
+| Triton | `"triton"` | on NVIDIA GPUs, opt-in |
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, is_triton_available
+
+from .cpu_attention_focal import (
+    attention_in_chunks,
+    dense_attention,
+    dense_bias,
+    dense_tokens,
+    reason_against_cpu_attention,
+    reason_against_dense_attention,
+)
+from .layout_focal import at_least_float32, fold_windows, unfold_windows
+from .neighborhood_focal import Neighborhood
+
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain operations, with windows folded into the head dimension.
+
+    Returns the output (batch, queries, windows · heads, head_dim) and the weights (batch · windows, heads, queries,
+    keys).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
+    weights = nn.functional.softmax(at_least_float32(scores), dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    # The output is computed from the returned tensor, so that gradients reach it.
+    weights = weights.unflatten(1, (-1, module.num_heads)).flatten(0, 1)
+    return torch.matmul(weights.view(scores.shape), value).transpose(1, 2).contiguous(), weights
+
+
+def attend_gathered(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    neighborhood: Neighborhood,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gathers the keys and values of all windows, for the function that transformers has for `attn_implementation`."""
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    index, window_size = neighborhood.index, module.window_size
+    output, weights = attention_interface(
+        module,
+        *fold_windows(query, key, value, index, window_size, module.head_dim),
+        neighborhood.bias().to(query.dtype).flatten(0, 1)[None],
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    return unfold_windows(output.transpose(1, 2), query, index, window_size), weights
+
+
+def attend_in_chunks(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """`attention_in_chunks`."""
+    parts = neighborhood.parts
+    sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
+    output = attention_in_chunks(
+        query, key, value, neighborhood.index, sources, patterns, module.head_dim, module.scaling
+    )
+    return output, None
+
+
+def attend_densely(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """`dense_attention`."""
+    return dense_attention(query, key, value, neighborhood.derived(dense_bias), module.scaling), None
+
+
+def attend_by_triton(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """`triton_attention_focal.triton_attention`."""
+    from .triton_attention_focal import attend
+
+    return attend(query, key, value, neighborhood, module.head_dim, module.scaling), None
+
+
+def reason_against_triton(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
+    """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
+    if not is_triton_available():
+        return "it needs the package triton: pip install triton"
+    # Triton is imported only where it was asked for: the import takes time, and may fail.
+    from .triton_attention_focal import reason_against
+
+    dropout = module.attention_dropout if module.training else 0.0
+    return reason_against(query.device, query.dtype, module.head_dim, dropout, neighborhood)
+
+
+class Attention(NamedTuple):
+    """An implementation of attention.
+
+    Args:
+        attend (`Callable`):
+            Takes the [`FocalAttention`], the query (batch, height · width, channels), the key and value (batch, tokens,
+            channels) and the neighbourhood. Returns the output in query's shape and, with eager attention, the weights
+            (batch · windows, heads, queries, keys).
+        tokens (`int`, *optional*):
+            The number of tokens, padding included, whose keys and values it takes. By default no token is added.
+    """
+
+    attend: Callable
+    tokens: int = 0
+
+
+def choose_attention(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> Attention:
+    """The implementation with which a block attends.
+
+    Raises:
+        ValueError: where `attn_implementation="triton"` cannot be used; the message says why.
+    """
+    implementation = module.config._attn_implementation
+    if implementation == "triton":
+        if reason := reason_against_triton(module, query, neighborhood):
+            raise ValueError(
+                f"attn_implementation='triton' cannot be used here: {reason}. For another implementation, call "
+                "model.set_attn_implementation('sdpa')."
+            )
+        return Attention(attend_by_triton)
+    drops = module.training and module.attention_dropout > 0
+    if implementation != "sdpa" or drops or reason_against_cpu_attention(query):
+        return Attention(attend_gathered)
+    if reason_against_dense_attention(module, query, neighborhood):
+        return Attention(attend_in_chunks)
+    return Attention(attend_densely, dense_tokens(neighborhood))

@@ -1,0 +1,152 @@
+"""What kind of run this is (compiled, exported, traced, transformed, inference on a CPU), and what may be cached in it.
+
+All private and version-dependent names of torch that the model needs are in this module.
+"""
+
+import functools
+import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
+from torch.fx.experimental import symbolic_shapes
+from torch.utils._pytree import tree_leaves
+
+# Largest size in bytes of all index tables that `cached_table` keeps together.
+TABLE_CACHE_BYTES = 64 * 1024 * 1024
+
+# Namespace of the custom operators of this copy of the code. Checkpoints may carry other copies into the same process,
+# and PyTorch keeps only the last operator that is registered under a name.
+OPERATOR_NAMESPACE = re.sub(r"[^0-9A-Za-z_]", "_", __name__.rpartition(".")[0])
+
+
+def is_compiling() -> bool:
+    """Whether `torch.compile` or `torch.export` is capturing a graph."""
+    return torch.compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being exported or traced, where custom operators are unavailable."""
+    # torch before 2.7 cannot tell exporting from compiling.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return exporting() or torch.jit.is_tracing()
+
+
+def is_static(*sizes: int) -> bool:
+    """Whether the sizes are numbers rather than symbols, so that this run or graph serves these sizes alone."""
+    if is_exporting():
+        return False
+    # torch before 2.8 cannot tell.
+    known = getattr(symbolic_shapes, "has_static_value", None)
+    return not is_compiling() or (known is not None and all(known(size) for size in sizes))
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active.
+
+    Our custom operators have rules for neither. Without this check they would drop forward-mode tangents silently.
+    """
+    if is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether `module` runs inference on a CPU, where chunks that stay in the processor's cache are faster."""
+    return tensor.device.type == "cpu" and not module.training and not torch.is_grad_enabled()
+
+
+def can_cache() -> bool:
+    """Whether a tensor that is computed now can be used in a later run.
+
+    It cannot while compiling, exporting or tracing, where the arithmetic belongs into the graph; under a fake mode or
+    a transform of `torch.func`, whose tensors are invalid afterwards; and in a CUDA graph under capture, whose tensors
+    are not computed yet.
+    """
+    if is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return False
+    return detect_fake_mode() is None and not is_transforming()
+
+
+class _TableCache:
+    """Least recently used cache of tables, bounded in bytes."""
+
+    def __init__(self):
+        self.entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], object]):
+        with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+                return self.entries[key][0]
+        tables = make()
+        leaves = [leaf for leaf in tree_leaves(tables) if isinstance(leaf, torch.Tensor)]
+        size = sum(leaf.untyped_storage().nbytes() for leaf in leaves)
+        # Loading builds models on the meta device. Tables made there hold no numbers.
+        if size > TABLE_CACHE_BYTES or any(leaf.is_meta for leaf in leaves):
+            return tables
+        with self.lock:
+            if key not in self.entries:
+                self.entries[key] = tables, size
+                self.bytes += size
+            while self.bytes > TABLE_CACHE_BYTES:
+                _, (_, freed) = self.entries.popitem(last=False)
+                self.bytes -= freed
+        return tables
+
+
+_tables = _TableCache()
+
+
+def cached_table(function: Callable) -> Callable:
+    """Decorator that caches the tables that a function of integers and a device returns.
+
+    All decorated functions share one cache of at most `TABLE_CACHE_BYTES`. Tables are never inference tensors, which
+    autograd could not use later.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        if not can_cache():
+            return function(*args)
+
+        def make():
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args)
+
+        return _tables.get((function, args), make)
+
+    return wrapper
+
+
+# The last result of each module: see `cached_by_value`. Copies and pickles of a module do not take it along.
+_last_results: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def cached_by_value(module: nn.Module, make: Callable, *tensors: torch.Tensor, key: Hashable = None):
+    """`make(*tensors)`; in inference on a CPU, the module's last result as long as `key` and `tensors` are equal.
+
+    The numbers are compared, because neither a tensor's version nor its address changes with every update by fused
+    optimizers, `.data`, loading or swapping. The result belongs to the module and is freed with it.
+    """
+    if not (can_cache() and is_cpu_inference(module, tensors[0])):
+        return make(*tensors)
+    last = _last_results.get(module)
+    if last is None or last[0] != key or not all(map(_equal, last[1], tensors)):
+        with torch.inference_mode(False), torch.no_grad():
+            last = _last_results[module] = key, [tensor.clone() for tensor in tensors], make(*tensors)
+    return last[2]
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same dtype on the same device."""
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
