@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from focal_hf import FocalForImageClassification, attention_focal, cpu_attention_focal
+from focal_hf import FocalForImageClassification, cpu_attention_focal
 from focal_hf.layout_focal import head_index
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.neighborhood_focal import FocalNeighborhood
@@ -400,7 +400,7 @@ def test_the_operator_keeps_to_what_it_declares(attention_type, training, monkey
     """PyTorch's own check of its schema, of the shapes it foretells, and of its gradients in a graph."""
     calls = []
     operator = torch.ops.focal_hf.attention_in_chunks.default
-    monkeypatch.setattr(attention_focal, "attention_in_chunks", lambda *args: calls.append(args) or operator(*args))
+    monkeypatch.setattr(cpu_attention_focal, "attention_in_chunks", lambda *args: calls.append(args) or operator(*args))
     config = tiny(attention_type, embed_dim=6, num_heads=(2, 1, 3), use_shift=True)
     config._attn_implementation = "sdpa"
     attention = FocalAttention(config, 0, config.block_geometry(0, 1)).double()

@@ -21,9 +21,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_triton_available
 
 from .cpu_attention_focal import (
-    attention_in_chunks,
-    dense_attention,
-    dense_bias,
+    attend_densely,
+    attend_in_chunks,
     dense_tokens,
     reason_against_cpu_attention,
     reason_against_dense_attention,
@@ -79,21 +78,6 @@ def attend_gathered(
         **kwargs,
     )
     return unfold_windows(output.transpose(1, 2), query, index, window_size), weights
-
-
-def attend_in_chunks(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
-    """`attention_in_chunks`."""
-    parts = neighborhood.parts
-    sources, patterns = [part.source for part in parts], [part.pattern for part in parts]
-    output = attention_in_chunks(
-        query, key, value, neighborhood.index, sources, patterns, module.head_dim, module.scaling
-    )
-    return output, None
-
-
-def attend_densely(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
-    """`dense_attention`."""
-    return dense_attention(query, key, value, neighborhood.derived(dense_bias), module.scaling), None
 
 
 def attend_by_triton(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:

@@ -107,17 +107,14 @@ def dense_bias(neighborhood: Neighborhood) -> torch.Tensor:
     return everywhere.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)[None]
 
 
-def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Attention of all queries (batch, height · width, channels) to all keys (batch, tokens, channels)."""
-    heads = bias.shape[1]
+def attend_densely(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention of all queries of the map to all tokens, which have keys and values up to `dense_tokens`."""
     output = nn.functional.scaled_dot_product_attention(
-        *(tensor.unflatten(2, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)),
-        attn_mask=bias.to(query.dtype),
-        scale=scaling,
+        *(tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)),
+        attn_mask=neighborhood.derived(dense_bias).to(query.dtype),
+        scale=module.scaling,
     )
-    return output.transpose(1, 2).reshape(query.shape)
+    return output.transpose(1, 2).reshape(query.shape), None
 
 
 # --- Attention in chunks ----------------------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ def write_heads_(windows: torch.Tensor, heads: torch.Tensor):
     windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
 
 
-# Spelled out, because older torch cannot infer `list[torch.Tensor]`.
+# Schemas are spelled out, because older torch cannot infer them from `list[torch.Tensor]`.
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor index, Tensor[] sources, Tensor[] patterns, "
     "int head_dim, float scaling"
@@ -220,16 +217,7 @@ ARGUMENTS = (
 @torch.library.custom_op(
     f"{OPERATOR_NAMESPACE}::attention_in_chunks", mutates_args=(), device_types="cpu", schema=f"({ARGUMENTS}) -> Tensor"
 )
-def attention_in_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    index: torch.Tensor,
-    sources: list[torch.Tensor],
-    patterns: list[torch.Tensor],
-    head_dim: int,
-    scaling: float,
-) -> torch.Tensor:
+def attention_in_chunks(query, key, value, index, sources, patterns, head_dim, scaling):
     """Attention of every window's queries to the keys of its neighbourhood.
 
     Args:
@@ -266,18 +254,7 @@ def _(query, key, value, index, sources, patterns, head_dim, scaling):
     device_types="cpu",
     schema=f"(Tensor grad_output, Tensor output, {ARGUMENTS}) -> Tensor[]",
 )
-def attention_in_chunks_backward(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    index: torch.Tensor,
-    sources: list[torch.Tensor],
-    patterns: list[torch.Tensor],
-    head_dim: int,
-    scaling: float,
-) -> list[torch.Tensor]:
+def attention_in_chunks_backward(grad_output, output, query, key, value, index, sources, patterns, head_dim, scaling):
     """Gradients of query, key, value and the sources."""
     neighborhood = Neighborhood(index, list(map(BiasPart, sources, patterns)))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -350,6 +327,14 @@ attention_in_chunks.register_autograd(_backward, setup_context=_setup_context)
 def _count_flops(query_shape, key_shape, value_shape, index_shape, *args, out_shape=None, **kwargs) -> int:
     """For `torch.utils.flop_counter`, which does not see into operators: two products of queries and gathered keys."""
     return 4 * math.prod(query_shape) * index_shape[-1]
+
+
+def attend_in_chunks(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention of every window's queries to the keys of its neighbourhood, by `attention_in_chunks`."""
+    sources = [part.source for part in neighborhood.parts]
+    patterns = [part.pattern for part in neighborhood.parts]
+    numbers = module.head_dim, module.scaling
+    return attention_in_chunks(query, key, value, neighborhood.index, sources, patterns, *numbers), None
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------

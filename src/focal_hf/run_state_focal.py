@@ -132,8 +132,8 @@ def cached_table(function: Callable) -> Callable:
 _last_results: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
-def cached_by_value(module: nn.Module, make: Callable, *tensors: torch.Tensor, key: Hashable = None):
-    """`make(*tensors)`; in inference on a CPU, the module's last result as long as `key` and `tensors` are equal.
+def cached_by_value(module: nn.Module, make: Callable, *tensors: torch.Tensor):
+    """`make(*tensors)`; in inference on a CPU, the module's last result as long as the tensors are equal.
 
     The numbers are compared, because neither a tensor's version nor its address changes with every update by fused
     optimizers, `.data`, loading or swapping. The result belongs to the module and is freed with it.
@@ -141,10 +141,10 @@ def cached_by_value(module: nn.Module, make: Callable, *tensors: torch.Tensor, k
     if not (can_cache() and is_cpu_inference(module, tensors[0])):
         return make(*tensors)
     last = _last_results.get(module)
-    if last is None or last[0] != key or not all(map(_equal, last[1], tensors)):
+    if last is None or not all(map(_equal, last[0], tensors)):
         with torch.inference_mode(False), torch.no_grad():
-            last = _last_results[module] = key, [tensor.clone() for tensor in tensors], make(*tensors)
-    return last[2]
+            last = _last_results[module] = [tensor.clone() for tensor in tensors], make(*tensors)
+    return last[1]
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -220,9 +220,9 @@ def _bias_gradient_kernel(
     channels,
     rows,
     cols,
-    images,
     all_tokens,
     places,
+    images,
     per_program,
     scaling,
     LOOK_UP: tl.constexpr,
@@ -496,6 +496,11 @@ class LaunchPlan:
         }
 
     @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The numbers that all kernels take after their tensors."""
+        return self.channels, self.rows, self.cols, self.all_tokens
+
+    @property
     def query_blocks(self) -> int:
         return triton.cdiv(self.queries, self.settings["BLOCK_Q"])
 
@@ -515,7 +520,7 @@ class LaunchPlan:
         return self.images * self.rows * self.cols, self.heads, self.queries
 
 
-# Spelled out, because older torch cannot infer `list[int]`.
+# Schemas are spelled out, because older torch cannot infer them from `list[int]`.
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? places, Tensor source, SymInt[] squares, "
     "int shift_size, int head_dim, float scaling"
@@ -525,18 +530,7 @@ ARGUMENTS = (
 @torch.library.custom_op(
     f"{OPERATOR_NAMESPACE}::triton_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)"
 )
-def triton_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tokens: torch.Tensor,
-    places: torch.Tensor | None,
-    source: torch.Tensor,
-    squares: list[int],
-    shift_size: int,
-    head_dim: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def triton_attention(query, key, value, tokens, places, source, squares, shift_size, head_dim, scaling):
     """The output and, for the backward pass, the scores' log-sum-exps (images · windows, heads, queries).
 
     Args:
@@ -556,24 +550,10 @@ def triton_attention(
     output = torch.empty_like(query)
     logsumexp = source.new_empty(plan.numbers_of_queries)
     with torch.cuda.device_of(query):
+        inputs = query, key, value, tokens, tokens if places is None else places, plan.filled(source)
+        numbers = *plan.sizes, plan.keys, plan.places, scaling
         _forward_kernel[plan.windows_grid](
-            query,
-            key,
-            value,
-            tokens,
-            tokens if places is None else places,
-            plan.filled(source),
-            output,
-            logsumexp,
-            plan.channels,
-            plan.rows,
-            plan.cols,
-            plan.all_tokens,
-            plan.keys,
-            plan.places,
-            scaling,
-            BLOCK_K=plan.launch.keys,
-            **plan.settings,
+            *inputs, output, logsumexp, *numbers, BLOCK_K=plan.launch.keys, **plan.settings
         )
     return output, logsumexp
 
@@ -591,20 +571,8 @@ def _(query, key, value, tokens, places, source, squares, shift_size, head_dim, 
     schema=f"(Tensor grad_output, Tensor output, Tensor logsumexp, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def triton_attention_backward(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tokens: torch.Tensor,
-    places: torch.Tensor | None,
-    source: torch.Tensor,
-    squares: list[int],
-    shift_size: int,
-    head_dim: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_output, output, logsumexp, query, key, value, tokens, places, source, squares, shift_size, head_dim, scaling
+):
     """Gradients of query, key, value and source."""
     grad_output, query, key, value = (tensor.contiguous() for tensor in (grad_output, query, key, value))
     plan = LaunchPlan(query, key, tokens, places, source, squares, shift_size, head_dim)
@@ -612,38 +580,23 @@ def triton_attention_backward(
     delta = torch.empty_like(logsumexp)
     source = plan.filled(source)
     with torch.cuda.device_of(query):
+        inputs = query, key, value, tokens, tokens if places is None else places, source
+        numbers = *plan.sizes, plan.keys, plan.places, scaling
         _query_gradient_kernel[plan.windows_grid](
-            query,
-            key,
-            value,
-            tokens,
-            tokens if places is None else places,
-            source,
-            output,
-            logsumexp,
-            grad_output,
-            grad_query,
-            delta,
-            plan.channels,
-            plan.rows,
-            plan.cols,
-            plan.all_tokens,
-            plan.keys,
-            plan.places,
-            scaling,
+            *(*inputs, output, logsumexp, grad_output, grad_query, delta, *numbers),
             BLOCK_K=plan.launch.keys,
             **plan.settings,
         )
         token_at = tokens
         if places is not None:
             token_at = tokens.new_full((plan.rows, plan.cols, plan.places), -1).scatter_(2, places.long(), tokens)
-        shared = query, key, value, token_at, source, logsumexp, delta, grad_output
-        grad_source = _bias_gradient(plan, *shared, scaling)
-        _write_key_gradients(plan, *shared, grad_key, grad_value, scaling)
+        inputs = query, key, value, token_at, source, logsumexp, delta, grad_output
+        grad_source = _bias_gradient(plan, inputs, scaling)
+        _write_key_gradients_(plan, inputs, grad_key, grad_value, scaling)
     return grad_query, grad_key, grad_value, grad_source
 
 
-def _bias_gradient(plan: LaunchPlan, query, key, value, token_at, source, logsumexp, delta, grad_output, scaling):
+def _bias_gradient(plan: LaunchPlan, inputs: tuple[torch.Tensor, ...], scaling: float) -> torch.Tensor:
     """The gradient of the bias: each program sums over some windows, and the sums are added in order."""
     units, blocks = plan.images * plan.rows * plan.cols, triton.cdiv(plan.places, plan.launch.keys)
     # Blocks of the places in which a window has keys: in the others, programs have next to nothing to do.
@@ -651,33 +604,21 @@ def _bias_gradient(plan: LaunchPlan, query, key, value, token_at, source, logsum
     parts = min(units, max(1, BIAS_GRADIENT_PROGRAMS // busy))
     per_program = triton.cdiv(units, parts)
     parts = triton.cdiv(units, per_program)
+    source = inputs[4]
     grad_source = source.new_empty(parts, *source.shape)
+    numbers = *plan.sizes, plan.places, plan.images, per_program, scaling
     _bias_gradient_kernel[(blocks, plan.heads, parts * plan.query_blocks)](
-        query,
-        key,
-        value,
-        token_at,
-        source,
-        logsumexp,
-        delta,
-        grad_output,
-        grad_source,
-        plan.channels,
-        plan.rows,
-        plan.cols,
-        plan.images,
-        plan.all_tokens,
-        plan.places,
-        per_program,
-        scaling,
-        BLOCK_K=plan.launch.keys,
-        **plan.settings,
+        *inputs, grad_source, *numbers, BLOCK_K=plan.launch.keys, **plan.settings
     )
     return grad_source[..., : plan.queries].sum(0)
 
 
-def _write_key_gradients(
-    plan: LaunchPlan, query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value, scaling
+def _write_key_gradients_(
+    plan: LaunchPlan,
+    inputs: tuple[torch.Tensor, ...],
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    scaling: float,
 ):
     """Writes the gradients of keys and values, level by level."""
     first_token, first_place = 0, 0
@@ -691,31 +632,11 @@ def _write_key_gradients(
             # windows attend to them.
             block = plan.launch.side // plan.side * plan.side or plan.launch.side
             origin = plan.side // 2 - (0 if wraps else block)
-        block_rows, block_cols = (triton.cdiv(length - min(origin, 0), block) for length in (height, width))
+        blocks = [triton.cdiv(length - min(origin, 0), block) for length in (height, width)]
+        numbers = *plan.sizes, plan.places, height, width, first_token, first_place, *blocks, scaling
         settings = plan.settings | ({} if of_map else {"SHIFT": 0})
-        _key_gradient_kernel[(plan.images * block_rows * block_cols, plan.heads)](
-            query,
-            key,
-            value,
-            token_at,
-            source,
-            logsumexp,
-            delta,
-            grad_output,
-            grad_key,
-            grad_value,
-            plan.channels,
-            plan.rows,
-            plan.cols,
-            plan.all_tokens,
-            plan.places,
-            height,
-            width,
-            first_token,
-            first_place,
-            block_rows,
-            block_cols,
-            scaling,
+        _key_gradient_kernel[(plan.images * blocks[0] * blocks[1], plan.heads)](
+            *(*inputs, grad_key, grad_value, *numbers),
             SQUARE_SIDE=square.side,
             STEP=square.step,
             FIRST=square.first,
@@ -731,19 +652,7 @@ def _write_key_gradients(
 
 @triton_attention_backward.register_fake
 def _(
-    grad_output,
-    output,
-    logsumexp,
-    query,
-    key,
-    value,
-    tokens,
-    places,
-    source,
-    squares,
-    shift_size,
-    head_dim,
-    scaling,
+    grad_output, output, logsumexp, query, key, value, tokens, places, source, squares, shift_size, head_dim, scaling
 ):
     inputs = query, key, value, source
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
