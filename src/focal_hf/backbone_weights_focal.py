@@ -16,18 +16,18 @@ FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate",
 FREE |= {"layerscale_value", "encoder_stride", "_out_features", "_out_indices"}
 
 NORMS = "hidden_states_norms."
-# What the other classes have beside a backbone.
+# Weights of the other classes that a backbone does not have.
 OF_HEADS = ("classifier.", "decoder.", "layernorm.", "embeddings.mask_token")
 
 
 def differences(config: FocalConfig, other: FocalConfig) -> dict[str, tuple]:
-    """The settings of Focal that two configs have differently, with both values."""
+    """The settings of Focal in which two configs differ, with both values."""
     names = {field.name for field in dataclasses.fields(FocalConfig)}
     names -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
     values = {}
     for name in sorted(names):
         pair = getattr(config, name), getattr(other, name)
-        # Read from a file, a tuple is a list.
+        # A tuple becomes a list in a file.
         values[name] = tuple(tuple(value) if isinstance(value, list) else value for value in pair)
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
@@ -49,7 +49,7 @@ def load_backbone_weights(
         pretrained_model_name_or_path (`str` or `os.PathLike`):
             A folder as `save_pretrained` writes it, or the name of a model on the Hub.
         kwargs:
-            What `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`, `subfolder`, `variant` …
+            Arguments of `from_pretrained` that find files: `revision`, `token`, `cache_dir`, `subfolder`, `variant` …
 
     Returns:
         `model`.
@@ -101,11 +101,11 @@ def load_backbone_weights(
             "backbone_config=FocalConfig.from_pretrained(checkpoint, out_features=…)."
         )
 
-    # In float32, so that each tensor is rounded once, to the dtype that it has in the model.
+    # Loaded in float32, so that each tensor is rounded only once, to its dtype in the model.
     loaded, info = FocalBackbone.from_pretrained(
         name, config=backbone.config, dtype=torch.float32, output_loading_info=True, **kwargs
     )
-    # At another size, blocks begin or cease to look around their windows.
+    # At another size, blocks may gain or lose the surroundings of their windows.
     around = ("relative_position_bias_table_to_neighbors",) if differing.keys() & FITTED else ()
     missing = sorted(key for key in info["missing_keys"] if not (key.startswith(NORMS) or key.endswith(around)))
     unused = (key.removeprefix("focal.") for key in info["unexpected_keys"])

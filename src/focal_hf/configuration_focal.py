@@ -1,4 +1,4 @@
-"""What a Focal Transformer is: its settings, and the geometry that follows from them."""
+"""The settings of a Focal Transformer, and the geometry of stages and blocks that follows from them."""
 
 import math
 import os
@@ -349,7 +349,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_combinations(self):
-        """What must hold between settings."""
+        """Combinations of settings."""
         if self.use_conv_embed and self.patch_size != 4:
             raise ValueError(
                 f"use_conv_embed has patches of kernel 7 and stride 4, so patch_size must be 4; got {self.patch_size}."

@@ -144,19 +144,19 @@ class FocalLayerScale(nn.Module):
 
 
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Zeros at the bottom and right of (..., height, width) maps until both sides are multiples of `multiple`."""
+    """Pads (..., height, width) maps with zeros at the bottom and right to multiples of `multiple`."""
     height, width = (-(-side // multiple) * multiple for side in maps.shape[-2:])
     bottom, right = height - maps.shape[-2], width - maps.shape[-1]
-    # Graphs pad always, so that one of them serves images that need it and those that do not.
+    # A compiled graph always pads, so that one graph serves images with and without a remainder.
     if is_compiling() or bottom or right:
         maps = nn.functional.pad(maps, (0, right, 0, bottom))
     return maps
 
 
-def cropped(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(batch, height, width, channels) maps without what `pad_to_multiple` has added."""
+def crop(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Removes the padding of `pad_to_multiple` from (batch, height, width, channels) maps."""
     maps = maps[:, :height, :width]
-    # Or graphs would differ by whether there was something to crop. They fuse the copy with what follows.
+    # With a copy, one graph serves maps with and without padding. The compiler fuses it with the next operation.
     return maps.clone(memory_format=torch.contiguous_format) if is_compiling() else maps
 
 
@@ -181,7 +181,7 @@ class FocalPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Returns the tokens and the height and width of their map.
 
-        The input is padded to whole patches. With `config.drop_remainder`, what does not fill a patch is dropped.
+        The input is padded to whole patches. With `config.drop_remainder`, an incomplete patch is dropped instead.
         """
         if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
@@ -210,7 +210,7 @@ class FocalPatchEmbeddings(nn.Module):
                 )
         else:
             pixel_values = pad_to_multiple(pixel_values, self.patch_size)
-        # So that the projection gives tokens as they are needed, without a transposition. `torch.func.vmap` cannot.
+        # The projection then returns tokens without a transposition. `torch.func.vmap` does not support it.
         if not is_transforming():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         height, width = self.config.reduced_size(pixel_values.shape[2:], self.patch_size)
@@ -221,7 +221,7 @@ class FocalPatchEmbeddings(nn.Module):
 
 
 class FocalEmbeddings(nn.Module):
-    """Patches, with mask tokens and absolute positions where there are any."""
+    """Patch embeddings, with mask tokens and absolute positions if the model has them."""
 
     def __init__(self, config: FocalConfig, use_mask_token: bool = False):
         super().__init__()
@@ -277,7 +277,7 @@ class FocalDownsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
-        # Tokens are a map with its channels last. (Transposed first, a single one would not be known for one.)
+        # Tokens are a map in channels-last layout. (After a transposition, torch would not see this for one token.)
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
         # `torch.func` has no group norm of maps with their channels last.
         if is_transforming():
@@ -286,8 +286,8 @@ class FocalDownsample(nn.Module):
         if not self.config.drop_remainder:
             maps = pad_to_multiple(maps, 2)
         height, width = self.config.reduced_size(maps.shape[2:], 2)
-        # For channels last, weights are put in another order at every call: it may be less to turn the map. (Compiled,
-        # there would be graphs for the one and the other.)
+        # A channels-last convolution reorders its weights at every call. Where the weights are larger than the map,
+        # reordering the map is cheaper. (Not while compiling, where this would need two graphs.)
         if not is_compiling() and self.projection.weight.numel() > maps.numel():
             maps = maps.contiguous()
         maps = self.projection(maps)
@@ -299,8 +299,8 @@ class FocalDownsample(nn.Module):
 class FocalPooling(nn.Module):
     """Sub-window pooling (section 3.2.1): each cell of tokens becomes one pooled token.
 
-    Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis. Where they do not fill the map, its border
-    is left out, half of the surplus at the top and left.
+    Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis. If they do not fill the map, its border is
+    trimmed, half of the surplus at the top and left.
     """
 
     def __init__(self, config: FocalConfig, dim: int, window_size: int, levels: int):
@@ -334,7 +334,7 @@ class FocalPooling(nn.Module):
         elif self.pool == "max":
             pooled = cells.amax(dim=(2, 3))
         elif self.pool == "fc":
-            # Places first, as channels are copied side by side so; what the layer takes is a view of that.
+            # Places before tokens, so that the copy moves contiguous channels. The layer takes a view of it.
             pooled = self.layers[level](cells.permute(2, 3, 0, 1, 4).reshape(self.cells[level] ** 2, -1).t())
         else:
             pooled = self.layers[level](cells.permute(0, 1, 4, 2, 3).flatten(0, 1))
@@ -350,8 +350,8 @@ class FocalAttention(nn.Module):
 
     `forward` returns the new map and, with eager attention, the weights (batch · windows, heads, queries, keys):
     windows row by row, queries row by row in their window, keys in the order of the neighbourhood's index
-    ([`FocalNeighborhood`], [`TopkNeighborhood`]). `output_attentions=True` returns those of the last block of each
-    stage; a forward hook on the modules of this class sees those of every block.
+    ([`FocalNeighborhood`], [`TopkNeighborhood`]). `output_attentions=True` returns the weights of the last block of
+    each stage; a forward hook on this module sees the weights of every block.
     """
 
     def __init__(self, config: FocalConfig, stage: int, geometry: BlockGeometry):
@@ -390,7 +390,7 @@ class FocalAttention(nn.Module):
     def forward(
         self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, height, width, channels) maps, of any size, to maps of that size and the attention weights."""
+        """Takes (batch, height, width, channels) maps of any size. Returns maps of that size and attention weights."""
         input_height, input_width = maps.shape[1:3]
         maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         if self.shift_size:
@@ -404,8 +404,9 @@ class FocalAttention(nn.Module):
         if self.pooling is not None:
             # From tokens back to maps, because compiled code would give `maps` itself an unsuitable memory layout.
             tokens.append(self.pooling(split_windows(tokens[0].unflatten(1, maps.shape[1:3]), self.window_size)))
-        if (missing := attention.tokens - sum(part.shape[1] for part in tokens)) > 0:
-            tokens.append(maps.new_zeros(maps.shape[0], missing, maps.shape[3]))
+        if attention.tokens:
+            padding = attention.tokens - sum(part.shape[1] for part in tokens)
+            tokens.append(maps.new_zeros(maps.shape[0], padding, maps.shape[3]))
         tokens = cat_unless_single(tokens, dim=1)
         key, value = self.k_proj(tokens), self.v_proj(tokens)
         del tokens  # so that attention can reuse the memory
@@ -414,7 +415,7 @@ class FocalAttention(nn.Module):
 
         if self.shift_size:
             output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
-        return cropped(output, input_height, input_width), weights
+        return crop(output, input_height, input_width), weights
 
 
 class FocalMLP(nn.Module):
@@ -436,7 +437,7 @@ class FocalMLP(nn.Module):
 
 
 class FocalLayer(GradientCheckpointingLayer):
-    """One block: focal attention, then an MLP, both normalised before and added to their input."""
+    """One block: focal attention and an MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: FocalConfig, stage: int, block: int, drop_path_rate: float):
         super().__init__()
@@ -457,7 +458,7 @@ class FocalLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, tokens, channels) to the same, and the attention weights."""
+        """Takes tokens (batch, tokens, channels). Returns new ones and the attention weights."""
         maps = self.layernorm_before(hidden_states).unflatten(1, input_dimensions)
         attention, weights = self.attention(maps, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attention.flatten(1, 2))))
@@ -466,7 +467,7 @@ class FocalLayer(GradientCheckpointingLayer):
 
 
 class FocalStage(GradientCheckpointingLayer):
-    """Blocks on a map of one size, and the downsampling to the next stage's."""
+    """Blocks on a map of one size, and the downsampling to the next stage."""
 
     def __init__(self, config: FocalConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
@@ -482,7 +483,7 @@ class FocalStage(GradientCheckpointingLayer):
         input_dimensions: tuple[int, int],
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns tokens (batch, tokens, channels), those before downsampling, and the last attention weights."""
+        """Returns tokens (batch, tokens, channels), the tokens before downsampling, and the last attention weights."""
         for block in self.blocks:
             hidden_states, weights = block(hidden_states, input_dimensions, **kwargs)
         before = hidden_states
@@ -492,12 +493,12 @@ class FocalStage(GradientCheckpointingLayer):
 
 
 def is_loaded(parameter: nn.Parameter) -> bool:
-    """Whether transformers has taken it from a checkpoint, and so will not initialise it."""
+    """Whether transformers has loaded the parameter from a checkpoint, so that it will not initialise it."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 class FocalPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, and loading and saving as every transformers model has them."""
+    """Weight initialisation, and the interface for loading and saving that all models share."""
 
     config: FocalConfig
     base_model_prefix = "focal"
@@ -533,8 +534,8 @@ class FocalPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As the original's: truncated normals for linear layers and tables, but zeros for the window's own table, and
-        PyTorch's own for convolutions."""
+        """The original's initialisation: truncated normals for linear layers and tables, zeros for the window's own
+        table, PyTorch's default for convolutions."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
@@ -625,7 +626,7 @@ class FocalModel(FocalPreTrainedModel):
 
     Args:
         config ([`FocalConfig`]):
-            What to build.
+            The settings of the model.
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
             Whether to return the mean of the last tokens.
         use_mask_token (`bool`, *optional*, defaults to `False`):
@@ -769,7 +770,7 @@ class FocalForMaskedImageModeling(FocalPreTrainedModel):
         size = tuple(pixel_values.shape[2:])
         patch, stride = self.config.patch_size, self.config.encoder_stride
         last_map = outputs.last_hidden_state.transpose(1, 2).unflatten(2, self.config.reduced_size(size, stride))
-        # What padding has added is cut off; what is dropped is not reconstructed.
+        # Padding is cropped. Dropped pixels are not reconstructed.
         reconstruction = self.decoder(last_map)[:, :, : size[0], : size[1]]
 
         loss = None

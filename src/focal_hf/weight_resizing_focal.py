@@ -1,7 +1,7 @@
-"""Weights of one window size, reach or image size for a model of another: `from_pretrained(..., window_size=12)`.
+"""Weights for another window size, expand size or image size: `from_pretrained(..., window_size=12)`.
 
-Position tables are interpolated bicubically, as Swin's are for fine-tuning at a larger size. Importing this module
-makes that a part of loading, through transformers' own mapping of checkpoints. What fits already is loaded as it is.
+Position tables are interpolated bicubically, as Swin's are for fine-tuning at a larger size. Importing this module adds
+the interpolation to transformers' mapping of checkpoints. Weights that fit already are loaded unchanged.
 """
 
 import math
@@ -36,18 +36,18 @@ def resized_square(values: torch.Tensor, count: int) -> torch.Tensor:
     """(..., side²) values of a square, row by row, to (..., count) of another."""
     side, new_side = math.isqrt(values.shape[-1]), math.isqrt(count)
     if side**2 != values.shape[-1]:
-        return values  # of another model: that the shapes differ is for transformers to tell
+        return values  # of another model: transformers reports the shapes
     return resized_maps(values.unflatten(-1, (side, side)), (new_side, new_side)).flatten(-2)
 
 
 def square_places(side: int, device: torch.device) -> torch.Tensor:
-    """Rows and columns of a square's tokens, row by row, (side², 2)."""
+    """Rows and columns (side², 2) of the tokens of a square, row by row."""
     axis = torch.arange(side, device=device)
     return torch.cartesian_prod(axis, axis)
 
 
 def neighbor_slots(window_size: int, expand_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each of the four displaced windows: its displacement (2,), and where in it the slots are (slots, 2)."""
+    """For each of the four displaced windows: its displacement (2,) and the places of its slots in it (slots, 2)."""
     places = square_places(window_size, device)
     masks = slot_tokens(window_size, expand_size, device)
     displacement = torch.tensor(displacements(expand_size), device=device)
@@ -67,7 +67,7 @@ def neighbors_geometry(shape: torch.Size) -> tuple[int, int]:
 
 
 def resized_neighbors(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A table of neighbours (1, heads, queries, slots) for another window or expand size, each direction by itself."""
+    """Resizes a table of neighbours (1, heads, queries, slots), each displaced window by itself."""
     window_size, expand_size = neighbors_geometry(table.shape)
     new_window_size, new_expand_size = neighbors_geometry(shape)
     old_slots = neighbor_slots(window_size, expand_size, table.device)
@@ -78,11 +78,11 @@ def resized_neighbors(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     for bias, (displacement, places), (new_displacement, new_places) in zip(
         directions, old_slots, new_slots, strict=True
     ):
-        # Places of the displaced window that lie in the window itself have no slot: they take the nearest one's.
+        # Places of the displaced window inside the window itself have no slot: they take the nearest slot's bias.
         whole = square_places(window_size, table.device)
         nearest = torch.cdist(whole.to(bias), places.to(bias)).argmin(dim=1)
         keys = bias[..., nearest].unflatten(-1, (window_size, window_size))
-        # The old window laid over the new one, a token of the one is a fraction of a token of the other.
+        # The places of the new slots in the old window, whose tokens are larger or smaller than the new ones.
         over = (new_places + new_displacement + 0.5) * (window_size / new_window_size) - 0.5
         keys = sampled_maps(keys, (over - displacement).to(keys))
         resized.append(resized_square(keys.transpose(1, 2), new_window_size**2).transpose(1, 2))
@@ -92,7 +92,7 @@ def resized_neighbors(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def neighbors_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A table of neighbours (1, heads, queries, slots) from the window's own table (relative positions, heads).
 
-    Each slot has the bias of the nearest offset that the window's own table knows.
+    Each slot has the bias of the nearest offset in the window's own table.
     """
     window_size, expand_size = neighbors_geometry(shape)
     queries = square_places(window_size, table.device)[:, None]
@@ -107,7 +107,7 @@ def neighbors_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tenso
 def pooled_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A table of pooled tokens (heads, relative positions) from the window's own table (relative positions, heads).
 
-    Each position has the bias of the nearest one in the window's own table, their middles laid on one another.
+    Each position has the bias of the nearest position in the window's own table. The two tables are centred.
     """
     side, new_side = math.isqrt(table.shape[0]), math.isqrt(shape[1])
     along = (torch.arange(new_side, device=table.device) - (new_side - side) // 2).clamp(0, side - 1)
@@ -115,7 +115,7 @@ def pooled_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    """A table or an index of a neighbourhood."""
+    """Fits a table or an index of a neighbourhood."""
     shape = getattr(module, name).shape
     if name.startswith("nearest_index_"):
         return module.nearest_or_computed(tensor, level=int(name.rpartition("_")[2]))
@@ -127,16 +127,16 @@ def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> t
 
 
 def fitted_pooling(weight: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    """Weights of the tokens of a cell, (1, tokens) or (channels, 1, height, width), for a cell of another size."""
+    """Fits the pooling weights of a cell, (1, tokens) or (channels, 1, height, width), to a cell of another size."""
     expected = getattr(module, name)
     flat = weight.flatten(1)
     count = expected[0].numel()
-    # More tokens for the same sum.
+    # The sum of the weights stays the same.
     return (resized_square(flat, count) * (flat.shape[1] / count)).view(-1, *expected.shape[1:])
 
 
 def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-    """Absolute positions (1, patches, channels) of a square image, for `module.patch_grid`."""
+    """Fits the absolute positions (1, patches, channels) of a square image to `module.patch_grid`."""
     side = math.isqrt(positions.shape[1])
     if side**2 != positions.shape[1]:
         return positions
@@ -145,7 +145,7 @@ def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> t
 
 
 class FitFocalWeight(ConversionOps):
-    """Gives a tensor of a checkpoint the shape that the model has, by a function of it, its module and its name."""
+    """Changes a tensor of a checkpoint to the shape that the model has, by a function of tensor, module and name."""
 
     def __init__(self, fitted: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]):
         self.fitted = fitted
@@ -156,7 +156,7 @@ class FitFocalWeight(ConversionOps):
         path, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(path)
         expected = getattr(module, name).shape
-        # Indices of another map may have the shape of this one's.
+        # The index of another map may have the same shape.
         if tensor.ndim == len(expected) and (tensor.shape != expected or not tensor.is_floating_point()):
             tensor = self.fitted(tensor, module, name).contiguous()
         return {full_layer_name: tensor}
@@ -167,15 +167,15 @@ class FitFocalWeight(ConversionOps):
 
 
 class SaveAsItIs(ConversionOps):
-    """Saves a tensor that loading may have changed."""
+    """The reverse of `FitFocalWeight`: tensors are saved unchanged."""
 
     def convert(self, input_dict, full_layer_name, **kwargs):
         (tensors,) = input_dict.values()
         return {full_layer_name: tensors}
 
 
-# Each finds something in models of both attention types, which transformers expects. None finds the parts to which a
-# quantised linear layer is taken when it is saved: a tensor has one conversion, and those need their quantiser's.
+# Each pattern matches tensors of models of both attention types, as transformers expects. No pattern matches the parts
+# of a quantised linear layer: a tensor has one conversion, and those parts need the quantiser's.
 register_checkpoint_conversion_mapping(
     "focal",
     [
