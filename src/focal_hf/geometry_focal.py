@@ -160,7 +160,7 @@ def focal_index(
         own_key = in_window(square, square, window_size).flatten()
         fine_hidden = own_key & (of_query[..., :, None] != of_key[..., None, :])
 
-    first_pooled, pooled_hidden = height * width, []
+    first_pooled = height * width
     for level in range(pooled_levels):
         stride = 2**level  # pooled tokens in a window, per axis
         pooled_rows, pooled_cols = rows * stride, cols * stride
@@ -170,11 +170,11 @@ def focal_index(
         row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
         outside = (row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2)
         index.append(grid_index(row * pooled_cols + first_pooled, col).masked_fill(outside, -1))
-        pooled_hidden.append(outside)
         first_pooled += pooled_rows * pooled_cols
 
-    hidden = [fine_hidden, *([torch.cat(pooled_hidden, dim=2)[:, :, None]] if pooled_hidden else [])]
-    return torch.cat(index, dim=2).int(), hidden
+    index = torch.cat(index, dim=2).int()
+    pooled_hidden = index[:, :, None, side**2 :] < 0
+    return index, [fine_hidden, pooled_hidden] if pooled_levels else [fine_hidden]
 
 
 def focal_squares(window_size: int, expand_size: int, focal_window: int, pooled_levels: int) -> list[Square]:
