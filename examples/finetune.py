@@ -291,7 +291,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     order, train_loader, validation_loader = labelled_loaders(
         *(args, accelerator, (train_data, validation_data), images, config, processor)
     )
-    settings = settings_of(args, accelerator, images)
+    settings = settings_of(args, accelerator, images, (train_data, validation_data))
     training = begin(
         *(args, accelerator, model, order, train_loader, settings),
         about=f"{len(names)} classes",

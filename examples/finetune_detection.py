@@ -171,7 +171,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         kind,
     )
     objects = sum(int(inside(image)[1].sum()) for image in train_data["labels"])
-    settings = settings_of(args, accelerator, images)
+    settings = settings_of(args, accelerator, images, (train_data, validation_data))
     training = begin(
         *(args, accelerator, model, order, train_loader, settings),
         about=f"{len(names)} classes, {objects} objects",

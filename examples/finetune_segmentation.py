@@ -365,7 +365,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     order, train_loader = training_loader(args, accelerator, train_rows, processor)
     loader = validation_loader(args, accelerator, validation_rows, processor)
-    settings = settings_of(args, accelerator, len(train_rows))
+    settings = settings_of(args, accelerator, len(train_rows), (train_rows, validation_rows))
     backbone = model.config.backbone_config.model_type
     training = begin(
         *(args, accelerator, model, order, train_loader, settings),

@@ -247,7 +247,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         ]
     order, train_loader, validation_loader = make_loaders(args, accelerator, keys, images, in_turn, fetchers, views)
 
-    settings = settings_of(args, accelerator, images)
+    settings = settings_of(args, accelerator, images, (train_data, validation_data))
     hidden, squares = hidden_squares(args, *size)
     about = f"{hidden} of {squares} squares of {args.mask_patch} pixels hidden"
     pixels = "{} x {}".format(*size)

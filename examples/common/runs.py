@@ -5,7 +5,7 @@ import copy
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import peft
@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 
 from .engine import Training
 from .files import check_output, save_model, write_results
+from .fingerprint import fingerprint
 from .loading import Images, InTurn, Loader, Order
 from .models import decay_groups
 from .options import Problem, first_line, run_script
@@ -94,13 +95,14 @@ def make_loaders(
     )
 
 
-def settings_of(args: argparse.Namespace, accelerator: Accelerator, images: int) -> dict:
-    """What the result follows from, by the names that users know."""
+def settings_of(args: argparse.Namespace, accelerator: Accelerator, images: int, data: Iterable) -> dict:
+    """What the result follows from, by the names that users know. `data` is as for [`fingerprint`]."""
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     return options | {
         "the number of processes": accelerator.num_processes,
         "the precision": accelerator.mixed_precision,
         "the number of training images": images,
+        "the fingerprint of pictures and labels": fingerprint(accelerator, data),
     }
 
 
