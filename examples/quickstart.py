@@ -31,6 +31,7 @@ from transformers.utils import logging
 from focal_hf import FocalConfig
 
 GOAL = 0.95
+WRITTEN = {"digits", "config", "model", "cache", "result.json", "predictions.png"}
 INK, GREY, BLUE, RED = "#1d2433", "#8a93a6", "#2456c8", "#d1372c"
 
 
@@ -136,8 +137,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     started = time.perf_counter()
 
-    if folder.exists() and not (folder.is_dir() and ((folder / "digits").is_dir() or not any(folder.iterdir()))):
-        sys.exit(f"error: --folder {folder} holds something else than an earlier quickstart: name another.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (names and "digits" not in names) or names - WRITTEN:
+        strange = ", ".join(sorted(names - WRITTEN)) or "no digits"
+        sys.exit(f"error: --folder {folder} holds something else than an earlier quickstart ({strange}): name another.")
     for part in ("digits", "config", "model", "cache"):  # of an earlier run
         shutil.rmtree(folder / part, ignore_errors=True)
     write_pictures(folder / "digits")
@@ -180,4 +183,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped by Ctrl-C.")

@@ -285,12 +285,14 @@ def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monk
 
 
 def test_quickstart_leaves_folders_of_others_alone(tmp_path):
-    (tmp_path / "model").mkdir()
+    for name in ("digits", "model", "thesis"):
+        (tmp_path / name).mkdir()
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(f"error: --folder {tmp_path} holds something else than")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert "(thesis)" in run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"digits", "model", "thesis"}
 
 
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
@@ -349,12 +351,14 @@ def test_random_view_shows_a_part_of_the_size_asked_for():
 def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, tmp_path):
     output = tmp_path / "out"
     tiny_config(embed_dim=4).save_pretrained(output)
-    (output / "stale.txt").write_text("of the earlier model")
+    (output / "confusion.png").write_text("of the earlier model")
+    (output / "model-00001-of-00002.safetensors").write_text("of the earlier model")
     options = ("--config", config, "--data", data, "--output", output, "--epochs", 1)
     run = finetune(*options, "--overwrite")
     assert run.returncode == 0, run.stderr
     assert AutoModelForImageClassification.from_pretrained(output).config.embed_dim == 8
-    assert not (output / "stale.txt").exists()
+    assert not (output / "model-00001-of-00002.safetensors").exists()
+    assert (output / "confusion.png").read_bytes() != b"of the earlier model"
 
     other = tmp_path / "other"
     shutil.copytree(output, other)
@@ -366,7 +370,7 @@ def test_overwrite_replaces_the_model_and_nothing_else(finetune, data, config, t
     itself, no_model = run_examples_in_turn("finetune.py", lines, tmp_path)
     assert (itself[0], no_model[0]) == (1, 1)
     assert f"--output {output} contains the --model of this run" in itself[2]
-    assert "holds something else than a model" in no_model[2]
+    assert "holds no model (a config.json with a model_type of transformers)" in no_model[2]
     assert (output / "model.safetensors").exists()
     assert (other / "model.safetensors").exists()
 

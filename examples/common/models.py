@@ -61,6 +61,8 @@ def load_model(
             model, loading = kind.from_pretrained(
                 source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
             )
+    except Problem:
+        raise
     except Exception as error:
         option = "--config" if args.config else "--model"
         raise Problem(f"Cannot build {what} from {option} {source}: {first_line(error)}") from error
@@ -230,7 +232,8 @@ def default_processor(config: PreTrainedConfig, crop: float) -> BitImageProcesso
 def stages_of(model: PreTrainedModel, option: str) -> list[torch.nn.Module]:
     """The stem and the stages, for an option that needs to know them."""
     base = model.base_model
-    if not hasattr(base, "embeddings") or not hasattr(getattr(base, "encoder", None), "layers"):
+    parts = hasattr(base, "embeddings") and hasattr(getattr(base, "encoder", None), "layers")
+    if not parts or not hasattr(model.config, "depths"):
         raise Problem(f"{option} is for models with stages, as Focal and Swin are; {model.config.model_type} has none.")
     return [base.embeddings, *base.encoder.layers]
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .loading import IGNORED
+from .options import Problem
 
 # What the options of these names are where the command line does not say. `None`: it follows from something else.
 FINE_TUNING = {
@@ -85,6 +86,8 @@ def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
 
 
 def drop_path_by_size(config: PreTrainedConfig) -> float:
+    if not hasattr(config, "depths") or not hasattr(config, "embed_dim"):
+        raise Problem(f"A {config.model_type} has no depths and embed_dim from which to choose --drop-path: give that.")
     return 0.5 if config.embed_dim > 96 else 0.3 if sum(config.depths) > 12 else 0.2
 
 
