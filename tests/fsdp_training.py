@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -13,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from common.checkpoints import collect_tensors, restore_tensors, separate
 from test_distributed import STEPS, batch, build, optimizer_of
 
 folder, attention_type = Path(sys.argv[1]), sys.argv[2]
@@ -51,10 +54,20 @@ train(model, optimizer, range(half))
 of_model, of_optimizer = get_state_dict(model, optimizer)
 checkpoint.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "checkpoint")
 
+ours = collect_tensors(model, optimizer)
+if rank == 0:
+    save_file(separate(ours), folder / "ours.safetensors")
+dist.barrier()
+
 model, optimizer = sharded()
 of_model, of_optimizer = get_state_dict(model, optimizer)
 checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "checkpoint")
 set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+resumed = sharded()
+restore_tensors(load_file(folder / "ours.safetensors"), *resumed)  # as examples/ do it
+restored = collect_tensors(*resumed)
+assert all(value.equal(restored[name]) for name, value in collect_tensors(model, optimizer).items())
+assert restored.keys() == ours.keys()
 train(model, optimizer, range(half, STEPS))
 whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if rank == 0:

@@ -1,9 +1,7 @@
 """The training loop: Accelerate, whatever the engine below it, with checkpoints from which a run goes on exactly."""
 
 import contextlib
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from .checkpoints import Checkpoints, collect_tensors, keeps_states, restore_tensors
 from .loading import Loader, Order, seed_of
-from .options import Problem, first_line
+from .options import Problem
 
 
 @dataclass
@@ -29,70 +29,11 @@ class Progress:
     history: list[dict] = field(default_factory=list)
     best: dict | None = None
 
-    def state_dict(self) -> dict:
-        return dict(vars(self))
 
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
-
-class Checkpoints:
-    """What a run needs to go on, in FOLDER/step_N: the latest is complete at any time.
-
-    `settings` are what the result follows from: a run does not go on with others.
-    """
-
-    def __init__(self, accelerator: Accelerator, folder: Path, settings: dict):
-        self.accelerator, self.folder, self.settings = accelerator, folder, json.loads(json.dumps(settings))
-
-    def latest(self) -> Path | None:
-        return max(self.folder.glob("step_*"), default=None)
-
-    def save(self, step: int) -> None:
-        """Write aside, then rename, and only then remove the one before."""
-        aside = self.folder / "part"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            self.accelerator.save_state(str(aside))
-            if self.accelerator.is_main_process:
-                (aside / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
-        except Exception as error:  # torch and safetensors have their own for a full disk
-            latest = self.latest()
-            kept = f"{latest} is whole: --resume goes on from it" if latest else "there is none yet to go on from"
-            raise Problem(f"Cannot save a checkpoint in {self.folder} ({first_line(error)}); {kept}.") from error
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            earlier = list(self.folder.glob("step_*"))
-            aside.rename(self.folder / f"step_{step:09}")
-            for folder in earlier:
-                shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
-
-    def load(self) -> bool:
-        """Go back to the latest one. Returns whether there is one."""
-        latest = self.latest()
-        if latest is None:
-            return False
-        saved = json.loads((latest / "settings.json").read_text())
-        changed = [
-            f"{name} was {saved.get(name)} and is now {self.settings.get(name)}"
-            for name in {**saved, **self.settings}
-            if saved.get(name) != self.settings.get(name)
-        ]
-        if changed:
-            raise Problem(
-                f"{self.folder.parent} cannot go on with other settings: {'; '.join(changed)}. Give the earlier ones "
-                "with --resume, or start anew with --overwrite or another --output."
-            )
-        self.accelerator.load_state(str(latest))
-        return True
-
-    def remove(self) -> None:
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+def is_finite(parameter: torch.nn.Parameter) -> bool:
+    """Of a sharded parameter, this process's share."""
+    values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return bool(values.isfinite().all())
 
 
 def refuse_sharding(accelerator: Accelerator, reason: str) -> None:
@@ -143,10 +84,39 @@ class Training:
         self.scheduler = schedule(optimizer, order.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.progress, self.scheduler)
-        if self.average:
-            accelerator.register_for_checkpointing(self.average)
-        self.checkpoints = Checkpoints(accelerator, output / "checkpoints", settings)
+        self.checkpoints = Checkpoints(accelerator, output, settings)
+
+    def save_state(self) -> None:
+        """Write all that the rest of the run follows from; all processes must call this together."""
+        if not keeps_states(self.accelerator):
+            return
+        scaler = self.accelerator.scaler
+        values = {
+            "progress": vars(self.progress),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        step = self.progress.epoch * self.order.steps + self.progress.step
+        self.checkpoints.save(step, collect_tensors(self.model, self.optimizer.optimizer, self.average), values)
+
+    def load_state(self) -> bool:
+        """Go back to the latest state. Returns whether there is one."""
+        saved = self.checkpoints.load()
+        if saved is None:
+            return False
+        tensors, values = saved
+        optimizer = self.optimizer.optimizer
+        try:
+            restore_tensors(tensors, self.model, optimizer, self.average)
+            self.progress = Progress(**values["progress"])
+            self.scheduler.load_state_dict(values["scheduler"])
+            for group, rate in zip(optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(values["scaler"])
+        except Exception as error:
+            raise self.checkpoints.unusable(self.checkpoints.latest, error) from error
+        return True
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -177,38 +147,44 @@ class Training:
             save: called by all processes after each epoch with the results so far, and whether the model is the best.
         """
         accelerator, progress = self.accelerator, self.progress
-        bar = tqdm(
+        with tqdm(
             total=self.order.steps * self.epochs,
             initial=progress.epoch * self.order.steps + progress.step,
             unit="step",
             disable=not accelerator.is_main_process,
             smoothing=0.05,
-        )
-        while progress.epoch < self.epochs:
-            started = time.perf_counter()
-            train_loss, gradient_norm = self.train_epoch(loss_function, bar)
-            if not math.isfinite(train_loss):
-                raise Problem(
-                    f"The loss became {train_loss} in epoch {progress.epoch + 1}: lower --learning-rate, or leave fp16."
+        ) as bar:
+            while progress.epoch < self.epochs:
+                started = time.perf_counter()
+                train_loss, gradient_norm = self.train_epoch(loss_function, bar)
+                if not math.isfinite(train_loss):
+                    raise self.diverged(f"loss became {train_loss}")
+                if not all(is_finite(parameter) for parameter in self.trained.parameters()):
+                    raise self.diverged("weights became infinite")
+                measured = evaluate(self.trained)
+                if not math.isfinite(measured.get("loss", 0)):
+                    raise self.diverged(f"validation loss became {measured['loss']}")
+                trained = {"epoch": progress.epoch + 1, "train_loss": train_loss, "gradient_norm": gradient_norm}
+                entry = trained | measured
+                progress.history.append(entry)
+                better = progress.best is None or merit(entry) > merit(progress.best)
+                progress.best = entry if better else progress.best
+                save(
+                    {"best": progress.best, "processes": accelerator.num_processes, "history": progress.history}, better
                 )
-            measured = evaluate(self.trained)
-            trained = {"epoch": progress.epoch + 1, "train_loss": train_loss, "gradient_norm": gradient_norm}
-            entry = trained | measured
-            progress.history.append(entry)
-            better = progress.best is None or merit(entry) > merit(progress.best)
-            progress.best = entry if better else progress.best
-            save({"best": progress.best, "processes": accelerator.num_processes, "history": progress.history}, better)
-            rate = self.scheduler.get_last_lr()[-1]
-            numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-            accelerator.log({"learning_rate": rate, **numbers}, step=entry["epoch"] * self.order.steps)
-            if accelerator.is_main_process:
-                bar.write(
-                    f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "
-                    f"{time.perf_counter() - started:.1f} s{'  saved' if better else ''}"
-                )
-            progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, (0.0, 0.0)
-            self.checkpoints.save(progress.epoch * self.order.steps)
-        bar.close()
+                rate = self.scheduler.get_last_lr()[-1]
+                numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+                accelerator.log({"learning_rate": rate, **numbers}, step=entry["epoch"] * self.order.steps)
+                if accelerator.is_main_process:
+                    bar.write(
+                        f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "
+                        f"{time.perf_counter() - started:.1f} s{'  saved' if better else ''}"
+                    )
+                progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, (0.0, 0.0)
+                self.save_state()
+
+    def diverged(self, how: str) -> Problem:
+        return Problem(f"The {how} in epoch {self.progress.epoch + 1}: lower --learning-rate, or leave fp16.")
 
     def train_epoch(self, loss_function: Callable, bar: tqdm) -> tuple[float, float]:
         """The rest of an epoch. Returns its mean loss and mean norm of gradients."""
@@ -232,7 +208,12 @@ class Training:
                     accelerator.backward(loss * (accelerator.gradient_accumulation_steps / share))
                 loss_sum += loss.detach()
             norm_sum += accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except RuntimeError as error:
+                if "without overflow" not in str(error):  # what PyTorch says to numbers that the weights cannot hold
+                    raise
+                raise self.diverged("weights became infinite") from error
             self.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps until it has found its scale
                 self.scheduler.step()
@@ -245,7 +226,7 @@ class Training:
                 # Of this process, the checkpoint has but a share.
                 loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
                 progress.sums = loss_sum.item(), norm_sum.item()
-                self.checkpoints.save(done)
+                self.save_state()
         return accelerator.reduce(loss_sum, "sum").item() / order.images, norm_sum.item() / order.steps
 
     def tell_unreadable(self) -> None:

@@ -2,19 +2,41 @@
 
 import argparse
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import BitImageProcessorPil, PreTrainedModel
+from transformers import CONFIG_MAPPING, BitImageProcessorPil, PreTrainedModel
+
+import focal_hf  # noqa: F401  CONFIG_MAPPING then knows its model_type
 
 from .options import Problem, first_line
+
+# Everything that the training scripts write, relative to --output.
+MODEL_FILES = (
+    r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json"
+    r"|README\.md|results\.json(\.part)?|(curves|confusion|reconstructions|predictions|detections)\.png"
+    r"|adapter/(adapter_config\.json|adapter_model\.safetensors|README\.md)"
+)
+STATE_FOLDER = r"step_\d{9,}"
+KNOWN_FILES = re.compile(
+    rf"(last/)?(\.part/)?({MODEL_FILES})"
+    rf"|(checkpoints|\.part)/({STATE_FOLDER}|part|old)/(tensors\.safetensors|state\.json|checksums\.json)"
+    r"|logs/(.*/)?(events\.out\.tfevents\.[^/]*|hparams\.yml)"
+)
+KNOWN_FOLDERS = re.compile(
+    rf"(last/)?(\.part/)?adapter|last|(last/)?\.part|checkpoints|(checkpoints|\.part)/({STATE_FOLDER}|part|old)|logs(/.*)?"
+)
 
 
 def check_place(option: str, folder: Path) -> None:
     """Refuse what cannot be a folder to write into."""
+    if folder.is_symlink() and not folder.exists():
+        raise Problem(f"{option} {folder} is a link to a folder that does not exist: name another folder.")
     if folder.exists() and not folder.is_dir():
         raise Problem(f"{option} {folder} is a file: name a folder.")
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
@@ -38,22 +60,110 @@ def check_output(args: argparse.Namespace) -> None:
     """Refuse an output folder whose content would be lost by mistake."""
     folder = args.output
     check_place("--output", folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if args.resume and (is_complete(folder) or states_in(folder)):
+        return
+    if args.resume and not is_unfinished(folder):
+        raise Problem(f"--output {folder} holds nothing to --resume: name the folder of the stopped run.")
+    if not args.resume and not args.overwrite:
+        raise Problem(
+            f"--output {folder} exists and is not empty: name another folder, or add --overwrite. To go on with a "
+            "run that was stopped there, add --resume."
+        )
+    check_replaceable(folder)
+    for option in ("data", "config", "model", "head"):
+        source = getattr(args, option, None)
+        if source and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise Problem(f"--output {folder} contains the --{option} of this run: name another folder.")
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states in an output folder from which a run can go on, the latest first."""
+    states = [state for state in folder.glob("checkpoints/step_*") if re.fullmatch(STATE_FOLDER, state.name)]
+    return sorted(states, key=lambda state: int(state.name.removeprefix("step_")), reverse=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in an output folder has come to its end."""
+    return (folder / "last").is_dir() and not (folder / "checkpoints").is_dir()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether an output folder is that of a run which was stopped."""
+    return (folder / "checkpoints").is_dir() or {entry.name for entry in folder.iterdir()} <= {".part", "logs"}
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a config.json of a model that transformers knows."""
+    file = folder / "config.json"
+    try:
+        return file.is_file() and json.loads(file.read_bytes())["model_type"] in CONFIG_MAPPING
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+
+
+def first_unknown(folder: Path) -> Path | None:
+    """The first file, folder or link in `folder`, relative to it, that no training script writes."""
+    for place, folders, files in os.walk(folder):
+        for name in sorted(files + folders):
+            path = Path(place, name)
+            relative = path.relative_to(folder)
+            known = KNOWN_FOLDERS if name in folders else KNOWN_FILES
+            if path.is_symlink() or not known.fullmatch(relative.as_posix()):
+                return relative
+    return None
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to delete anything but the result of a training script, finished or not."""
+    if not holds_model(folder) and not is_unfinished(folder):
+        raise Problem(
+            f"--output {folder} holds no model (a config.json with a model_type of transformers): --overwrite replaces "
+            "nothing else. Name another folder."
+        )
+    if unknown := first_unknown(folder):
+        raise Problem(
+            f"--output {folder} holds {unknown}, which this script does not write: it is not deleted. Move it away, or "
+            "name another folder."
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Delete the result of an earlier run, but not the folder, which may be a link or the working folder.
+
+    The folder `checkpoints` is there first and stays: wherever this is stopped, it marks an unfinished run.
+    """
     if folder.is_dir() and any(folder.iterdir()):
-        if args.resume:
-            if not (folder / "checkpoints").is_dir() and not (folder / "last").is_dir():
-                raise Problem(f"--output {folder} holds nothing to --resume: name the folder of the stopped run.")
-            return
-        if not args.overwrite:
-            raise Problem(
-                f"--output {folder} exists and is not empty: name another folder, or add --overwrite. To go on with a "
-                "run that was stopped there, add --resume."
-            )
-        if not (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
-            raise Problem(f"--output {folder} holds something else than a model: --overwrite will not delete that.")
-        for option in ("data", "config", "model", "head"):
-            source = getattr(args, option, None)
-            if source and Path(source).resolve().is_relative_to(folder.resolve()):
-                raise Problem(f"--output {folder} contains the --{option} of this run: name another folder.")
+        check_replaceable(folder)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for state in states_in(folder):
+            remove_folder(state, folder / "checkpoints" / "old")
+        for entry in folder.iterdir():
+            if entry.is_dir() and entry.name != "checkpoints":
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
+    except OSError as error:
+        raise Problem(f"Cannot replace what --output {folder} holds: {first_line(error)}.") from error
+
+
+def remove_folder(folder: Path, aside: Path) -> None:
+    """Delete a folder in one step for all who look for it: it is renamed to `aside` first."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(aside)
+        shutil.rmtree(aside)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_results(folder: Path, results: dict) -> None:
@@ -82,12 +192,16 @@ def save_model(
         processor.save_pretrained(aside)
         add(aside)
         write_results(aside, results)
+        files = sorted(
+            (file for file in aside.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json"
+        )
+        for file in files:
+            sync(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise Problem(f"Cannot save the model ({first_line(error)}); what {folder} holds is as it was.") from error
-    for file in sorted(aside.rglob("*"), key=lambda file: file.name == "config.json"):
-        if file.is_file():
-            place = folder / file.relative_to(aside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+    for file in files:
+        place = folder / file.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
     shutil.rmtree(aside)

@@ -39,6 +39,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def not_empty(text: str) -> str:
+    """An argparse type: some text."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (one of the two)").add_mutually_exclusive_group(required=True)
     group.add_argument("--model", metavar="NAME", help="checkpoint to start from: a folder or a name on the Hub")
@@ -114,7 +121,9 @@ def result_options(parser: argparse.ArgumentParser) -> None:
         choices=[kind.value for kind in LoggerType if kind != LoggerType.ALL],
         help=f"trackers: {', '.join(kind.value for kind in LoggerType if kind != LoggerType.ALL)}",
     )
-    group.add_argument("--push-to-hub", metavar="REPO", help="upload FOLDER when it is done, as USER/NAME")
+    group.add_argument(
+        "--push-to-hub", type=not_empty, metavar="REPO", help="upload FOLDER when it is done, as USER/NAME"
+    )
 
 
 def image_size_option(group: argparse._ArgumentGroup) -> None:
@@ -232,8 +241,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def run_script(accelerator: Accelerator, act: Callable[[], None]) -> None:
-    """What a script does in each of its processes; what only the user can put right ends it with one line."""
+def run_script(accelerator: Accelerator, act: Callable[[], None], advice: str = "") -> None:
+    """What a script does in each of its processes; what only the user can put right ends it with one line.
+
+    `advice` is given to those who stop it by Ctrl-C.
+    """
     logging.disable_progress_bar()  # its bars, one for every file, would break up those of the script
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
@@ -246,4 +258,8 @@ def run_script(accelerator: Accelerator, act: Callable[[], None]) -> None:
             time.sleep(5)
         print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            print(f"Stopped by Ctrl-C.{advice}", file=sys.stderr, flush=True)
+        sys.exit(130)
     accelerator.end_training()

@@ -16,8 +16,9 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from huggingface_hub import HfApi
 from transformers import BaseImageProcessor
 
+from .checkpoints import keeps_states
 from .engine import Training
-from .files import check_output, save_model, write_results
+from .files import check_output, clear_output, is_complete, save_model, write_results
 from .fingerprint import fingerprint
 from .loading import Images, InTurn, Loader, Order
 from .models import decay_groups
@@ -35,7 +36,8 @@ def run_training(args: argparse.Namespace, train: Callable[[argparse.Namespace, 
         log_with=args.report_to or None,
         project_config=ProjectConfiguration(str(args.output), logging_dir=str(args.output / "logs")),
     )
-    run_script(accelerator, functools.partial(train, args, accelerator))
+    advice = " To go on: the same command with --resume."
+    run_script(accelerator, functools.partial(train, args, accelerator), advice)
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -56,8 +58,15 @@ def check_training(args: argparse.Namespace) -> None:
 
 def may_begin(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     """Whether there is something left to train, and places for the result."""
+    if not keeps_states(accelerator) and (args.resume or args.save_every):
+        raise Problem(
+            f"--resume and --save-every are not for {accelerator.distributed_type.value}: its checkpoints are pickles, "
+            "which can execute code. Leave them out, or use FSDP 2."
+        )
     check_output(args)
-    if args.resume and (args.output / "last").is_dir() and not (args.output / "checkpoints").is_dir():
+    if args.resume and is_complete(args.output):
+        if accelerator.is_main_process:
+            shutil.rmtree(args.output / ".part", ignore_errors=True)
         accelerator.print(f"Training is complete: {args.output} holds the best model, {args.output / 'last'} the last.")
         return False
     if args.push_to_hub and accelerator.is_main_process:
@@ -137,9 +146,11 @@ def begin(
         ema=ema,
         save_every=args.save_every,
     )
-    resumed = args.resume and training.checkpoints.load()
-    if args.overwrite and accelerator.is_main_process:
-        shutil.rmtree(args.output, ignore_errors=True)
+    resumed = args.resume and training.load_state()
+    if accelerator.is_main_process and not resumed:
+        if args.overwrite or args.resume:
+            clear_output(args.output)
+        training.checkpoints.folder.mkdir(parents=True, exist_ok=True)  # from now on, this is an unfinished run
     accelerator.wait_for_everyone()
     if args.report_to:
         written = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
@@ -158,6 +169,8 @@ def begin(
     )
     if resumed:
         accelerator.print(f"Going on after step {training.progress.step} of epoch {training.progress.epoch + 1}.")
+    elif args.resume:
+        accelerator.print(f"{args.output} holds no state to go on from: starting from the beginning.")
     return training
 
 
