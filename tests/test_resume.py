@@ -25,7 +25,7 @@ from test_training import CLASSES, assert_same, contents, draw_noise, write_tar
 
 OPTIONS = (
     *("--config", "config", "--data", "data", "--learning-rate", 5e-3, "--epochs", 2, "--batch-size", 4),
-    *("--mixup", 0.8, "--ema", 0.9, "--save-every", 2),
+    *("--mixup", 0.8, "--ema", 0.9),
 )
 
 
@@ -49,17 +49,18 @@ def runs(place):
 
 
 @pytest.fixture(scope="module")
-def whole(place, runs) -> tuple[Path, int]:
-    """A run that was never stopped, and the number of changes that it made to files."""
-    ended = runs.run("finetune.py", *OPTIONS, "--output", "whole/out", inside="whole/out")
+def whole(place, runs) -> Path:
+    """A run that was never stopped."""
+    ended = runs.run("finetune.py", *OPTIONS, "--output", "whole/out")
     assert ended.status == 0, ended.complained
-    return place / "whole" / "out", ended.changes
+    return place / "whole" / "out"
 
 
 @pytest.fixture(scope="module")
-def stopped(place, runs, whole) -> Path:
+def stopped(place, runs) -> Path:
     """A run that was killed near its end, with two states."""
-    ended = runs.run("finetune.py", *OPTIONS, "--output", "stopped/out", inside="stopped/out", before=whole[1] * 3 // 4)
+    options = (*OPTIONS, "--output", "stopped/out", "--save-every", 2)
+    ended = runs.run("finetune.py", *options, inside="stopped/out/last", before=2)
     assert ended.status == -signal.SIGKILL
     assert len(states_in(place / "stopped" / "out")) == 2
     return place / "stopped" / "out"
@@ -76,16 +77,21 @@ def run(place, stopped) -> Path:
 def test_killed_before_any_change_goes_on_to_the_same_bytes(place, runs, whole):
     """Again and again, the first time before anything is saved."""
     folder, options = place / "killed" / "out", (*OPTIONS, "--output", "killed/out", "--resume")
-    before, said = random.randrange(8), ""
+    ended = runs.run(
+        "finetune.py", *options, inside="killed/out/.part/config.json", before=1
+    )  # to be moved as the last
+    assert ended.status == -signal.SIGKILL
+    assert (folder / "model.safetensors").exists()
+    assert not states_in(folder)
+    said = ""
     for _ in range(100):
-        ended = runs.run("finetune.py", *options, inside="killed/out", before=before)
+        ended = runs.run("finetune.py", *options, inside="killed/out", before=random.randrange(70))
+        said += ended.said
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.complained
-        said += ended.said
-        before = random.randrange(50)
     assert "killed/out holds no state to go on from: starting from the beginning." in said
-    assert_same(folder, whole[0])
+    assert_same(folder, whole)
 
 
 def test_killed_while_it_overwrites_begins_anew(place, runs, whole, run):
@@ -96,7 +102,7 @@ def test_killed_while_it_overwrites_begins_anew(place, runs, whole, run):
         assert ended.status == -signal.SIGKILL, ended.complained
     ended = runs.run("finetune.py", *options, "--resume")
     assert ended.status == 0, ended.complained
-    assert_same(run, whole[0])
+    assert_same(run, whole)
 
 
 def truncate(file: Path) -> None:
@@ -146,7 +152,7 @@ def test_goes_on_from_the_state_before_a_damaged_one(runs, whole, run):
     assert (
         f"{latest.name}/{TENSORS} is missing or damaged: going on from {earlier.name}, an earlier state." in ended.said
     )
-    assert_same(run, whole[0])
+    assert_same(run, whole)
 
 
 def test_tells_where_all_states_are_damaged(runs, run):
@@ -217,7 +223,7 @@ def test_fingerprint_is_that_of_the_pictures(place, tmp_path, streaming):
             return fingerprint(accelerator, [Stream(rows, columns, list(CLASSES))])
         return fingerprint(accelerator, [{"rows": rows, "labels": rows["label"]}])
 
-    columns = Namespace(image_column="png", label_column="cls", seed=0)
+    columns = Namespace(image_column="png", label_column="cls", seed=0, data="shards")
     first = read()
     for file in folder.rglob("*.png"):
         os.utime(file, (0, 0))
@@ -242,7 +248,7 @@ def test_does_not_go_on_with_other_pictures(place, runs, run):
     assert "cannot go on with other settings: the fingerprint of pictures and labels was " in ended.complained
 
 
-def test_ctrl_c_is_told_in_one_line(runs, whole):
+def test_ctrl_c_is_told_in_one_line(runs):
     ended = runs.run(
         *("finetune.py", *OPTIONS, "--output", "interrupted"),
         inside="interrupted/checkpoints/part",
