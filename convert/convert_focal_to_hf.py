@@ -22,6 +22,7 @@ from messages import ConversionError, failing_as, say
 from model_card import model_card
 from original import (
     RELEASED,
+    build_empty,
     config_from_settings,
     dense_backbone,
     from_original,
@@ -68,7 +69,7 @@ released models:
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Names of ImageNet's 1000 classes in order: WordNet's words for each, but for `crane`, which names two of them.
-LABELS = Path(__file__).with_name("imagenet_labels.json")
+LABELS = {"imagenet": Path(__file__).with_name("imagenet_labels.json")}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +92,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write the model to")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace DIR where it holds a model, once the new one is checked"
+        "--overwrite",
+        action="store_true",
+        help="replace DIR where it is empty or holds a model and nothing else, once the new one is checked",
     )
     parser.add_argument(
         "--image-size",
@@ -99,6 +102,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="PIXELS",
         help="the size that the checkpoint was trained at, where it is not the settings': a side, or height and width",
+    )
+    parser.add_argument(
+        "--labels", choices=LABELS, help="names for the classes; a released model, by name, has ImageNet's without it"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: float32)")
     parser.add_argument(
@@ -121,7 +127,7 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConversionError(
-            f"--push-to-hub {name} is not a repository's name such as me/focal-tiny. {error}"
+            f"--push-to-hub {name!r} is not a repository's name such as me/focal-tiny. {error}"
         ) from None
     if get_token() is None:
         raise ConversionError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.")
@@ -147,12 +153,15 @@ def image_processor(config: FocalConfig) -> BitImageProcessorPil:
     )
 
 
-def name_classes(config: FocalConfig) -> None:
-    """ImageNet's names where there are as many classes as it has."""
-    labels = json.loads(LABELS.read_text())
-    if config.num_labels == len(labels):
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
+def name_classes(config: FocalConfig, labels: str | None) -> None:
+    """The names of `labels`, if any, for the classes."""
+    if labels is None:
+        return
+    names = json.loads(LABELS[labels].read_text())
+    if config.num_labels != len(names):
+        raise ConversionError(f"--labels {labels} names {len(names)} classes; this model has {config.num_labels}.")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: number for number, label in enumerate(names)}
 
 
 OUTPUTS = {FocalForImageClassification: "logits", FocalBackbone: "feature maps"}
@@ -209,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output, dtype = options.output.resolve(), DTYPES[options.dtype]
     inputs = (options.checkpoint, Path(options.config))
     check_output_folder(output, options.overwrite, inputs)
-    if options.push_to_hub:
+    if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
 
     config = config_from_settings(read_settings(options.config), options.image_size)
@@ -222,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     backbone = dense_backbone(whole)
     is_backbone = backbone is not None
     if is_backbone:
+        if options.labels is not None:
+            raise ConversionError("--labels is for classifiers; the checkpoint holds a backbone.")
         model_class, state = FocalBackbone, backbone
         config.out_indices = output_indices(state, config)
         config.drop_remainder = False  # Detectors and segmenters pad images, and their backbones odd maps.
@@ -237,9 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "trained at as --image-size."
             )
         model_class, state = FocalForImageClassification, whole
-        name_classes(config)
-    model = model_class(config).eval()
-    model.load_state_dict(from_original(state, config, model_class))
+        name_classes(config, options.labels or ("imagenet" if options.config in RELEASED else None))
+    weights = from_original(state, config, model_class)
+    model = build_empty(config, model_class).to_empty(device="cpu").eval()
+    model.load_state_dict(weights)
     say(f"All {len(state)} tensors are accounted for: {model.num_parameters():,} parameters")
     # Under the name of a released model, but at another size or from a detector, the weights are not the released ones.
     released = options.config in RELEASED and config.image_size == 224 and not is_backbone
@@ -250,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with staging_folder(output) as staging:
         say(f"Writing {options.output}")
-        built = staging / "built"
+        built = staging / output.name
         from_paddle = options.checkpoint.suffix == ".pdparams"
         model_id = options.push_to_hub or output.name
         card = model_card(name, config, released, from_paddle, model_id, options.with_code, is_backbone)
@@ -262,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say("Checking what was written")
         check(built, model_class, expected, state)
         check_output_folder(output, options.overwrite, inputs)
-        move_into_place(built, output)
+        move_into_place(staging, output)
     say(f"Done: {options.output}")
     if options.push_to_hub:
         push(output, options.push_to_hub)

@@ -4,7 +4,6 @@ Or a FocalBackbone to one for a detector's or segmenter's backbone.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from original import (
     settings_from_config,
     to_original,
 )
-from output_files import run, staging_folder
+from output_files import check_output_files, move_into_place, run, staging_folder
 from settings_files import read_settings
 
 EPILOG = """\
@@ -52,16 +51,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
-    """Raises ConversionError unless the files are free or, with `overwrite`, files indeed."""
-    for file in files:
-        if file.is_dir() or (file.exists() and not overwrite):
-            advice = "is a folder" if file.is_dir() else "exists; add --overwrite to replace it"
-            raise ConversionError(f"{file} {advice}, or choose another --output.")
-
-
 def load(name: str) -> FocalPreTrainedModel:
     """The classifier or backbone, every weight of it from its files."""
+    if strange := [entry for entry in Path(name).glob("*") if not entry.is_file() and not entry.is_dir()]:
+        raise ConversionError(f"--model {name} is not read: {strange[0].name} in it is neither a file nor a folder.")
     try:
         config = AutoConfig.from_pretrained(name)
         kind = config.model_type
@@ -70,10 +63,9 @@ def load(name: str) -> FocalPreTrainedModel:
             model_class = FocalBackbone if is_backbone else FocalForImageClassification
             model, report = model_class.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # a folder that is no model, or a damaged one, makes transformers raise almost anything
-        lines = str(error).splitlines() or [type(error).__name__]
         raise ConversionError(
             f"--model {name} is neither a folder with a model nor the name of one on the Hub, as far as can be read: "
-            f"{lines[0]}"
+            f"{error or type(error).__name__}"
         ) from None
     if kind != "focal":
         raise ConversionError(f"--model {name} is a {kind} model; the original knows only Focal Transformers.")
@@ -122,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load(options.model)
     weights = model.state_dict()
 
-    with staging_folder(checkpoint) as staging:
+    with staging_folder(checkpoint, settings) as staging:
         say(f"Writing {options.output} and {settings.name}")
         built, built_settings = staging / checkpoint.name, staging / settings.name
         described = settings_from_config(model.config, checkpoint.stem)
@@ -139,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ConversionError(f"What was written does not convert back: {name} is not what it was.")
 
         check_output_files((checkpoint, settings), options.overwrite)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(built_settings, settings)
-        os.replace(built, checkpoint)  # last, so that a checkpoint never lacks its settings
+        move_into_place(staging, checkpoint, settings)
     say(f"Done: {options.output}")
 
 

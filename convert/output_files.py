@@ -1,5 +1,6 @@
 """Writes so that nothing half-written looks whole, and replaces only what the converters write."""
 
+import json
 import os
 import secrets
 import shutil
@@ -9,71 +10,121 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+
+import focal_hf
 from messages import ConversionError, printable
 
-_staged: dict[Path, Path] = {}  # what to clear when a signal ends the process: staging folder, output
+_staged: dict[Path, tuple[Path, ...]] = {}  # what to clear when a signal ends the process: staging folder, outputs
+
+# Files of a folder that the converter writes, with the modules of --with-code.
+_WRITTEN = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+_WRITTEN |= {module.name for module in Path(focal_hf.__file__).parent.glob("*.py")}
 
 
 @contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """A new folder, on the file system of `output`, to build in. It is gone afterwards, however that comes about.
+def staging_folder(*outputs: Path) -> Iterator[Path]:
+    """A new folder, on the file system of `outputs`, to build them in under their names; for `move_into_place`.
 
-    Only SIGKILL leaves it, and then its name, hidden and ending in `.partial`, tells what it is.
+    It is gone afterwards, however that comes about. Only SIGKILL leaves it, and then its name, hidden and ending in
+    `.partial`, tells what it is.
     """
-    existing = next(parent for parent in output.parents if parent.exists())
-    folder = existing / f".{output.name}.{secrets.token_hex(4)}.partial"
-    _staged[folder] = output
+    existing = next(parent for parent in outputs[0].parents if parent.exists())
+    folder = existing / f".{outputs[0].name}.{secrets.token_hex(4)}.partial"
+    _staged[folder] = outputs
     try:
-        folder.mkdir()
-        yield folder
+        (folder / "new").mkdir(parents=True)
+        yield folder / "new"
     finally:
-        _clear(folder, output)
+        _clear(folder, outputs)
         del _staged[folder]
 
 
-def _clear(folder: Path, output: Path) -> None:
-    if (folder / "replaced").exists() and not output.exists():
-        (folder / "replaced").rename(output)
+def move_into_place(staging: Path, *outputs: Path) -> None:
+    """Replaces `outputs`, files or a folder, by those of the same names in `staging`.
+
+    The first output is removed first and appears last: wherever this is stopped, it stands beside no other outputs
+    than its own. SIGKILL leaves all old outputs, all new ones, or, between calls that take microseconds, no first
+    output, with the old ones whole in the staging folder.
+    """
+    outputs[0].parent.mkdir(parents=True, exist_ok=True)
+    old = staging.with_name("old")
+    old.mkdir()
+    for output in outputs:
+        if output.exists():
+            output.rename(old / output.name)
+    for output in reversed(outputs):
+        (staging / output.name).rename(output)
+
+
+def _clear(folder: Path, outputs: tuple[Path, ...]) -> None:
+    new, old = folder / "new", folder / "old"
+    if old.exists() and any(new.iterdir()):  # the move was stopped: the old outputs come back
+        for output in outputs:
+            if (old / output.name).exists():
+                (old / output.name).replace(output)
+            elif not (new / output.name).exists():
+                output.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    """Raises ConversionError unless `output` is free or, with `overwrite`, is a model's or empty, and no input's."""
+    """Raises ConversionError unless `output` is free or, with `overwrite`, an empty folder or a model alone.
+
+    `output` is what a symbolic link points to, if it was given as one.
+    """
     if not output.exists():
         return
     if not overwrite:
         raise ConversionError(f"--output {output} exists. Choose another folder, or add --overwrite to replace it.")
-    entries = list(output.iterdir()) if output.is_dir() else None
-    named = {entry.name for entry in entries or ()}
-    if entries is None or (entries and ("config.json" not in named or any(entry.is_dir() for entry in entries))):
-        raise ConversionError(
-            f"--output {output} is not replaced, since it may hold more than a model: --overwrite is for an empty "
-            "folder, or one with a config.json and no folders in it."
-        )
+    if not output.is_dir():
+        raise ConversionError(f"--output {output} is a file: choose a folder.")
     for path in inputs:
         if output in path.resolve().parents:
             raise ConversionError(f"--output {output} is not replaced: {path} lies in it.")
+    if output == Path.cwd():
+        raise ConversionError(f"--output {output} is not replaced: it is the working folder.")
+    entries = sorted(output.iterdir())
+    if entries and not _is_config(output / "config.json"):
+        raise ConversionError(
+            f"--output {output} holds no model (a config.json with a model_type of transformers): --overwrite replaces "
+            "nothing else. Choose another folder."
+        )
+    for entry in entries:
+        if entry.name not in _WRITTEN or entry.is_symlink() or not entry.is_file():
+            raise ConversionError(
+                f"--output {output} holds {entry.name}, which this script does not write: it is not deleted. Move it "
+                "away, or choose another folder."
+            )
 
 
-def move_into_place(built: Path, output: Path) -> None:
-    """Makes the folder `built` in a staging folder `output`. What stood there goes with the staging folder.
+def _is_config(file: Path) -> bool:
+    try:
+        return json.loads(file.read_text())["model_type"] in CONFIG_MAPPING if file.is_file() else False
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
-    SIGKILL leaves the old folder, the new one, or, between two calls that take microseconds, neither, with the old one
-    whole in the staging folder.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        output.rename(built.with_name("replaced"))
-    built.rename(output)
+
+def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
+    """Raises ConversionError unless the files are free or, with `overwrite`, files indeed."""
+    for file in files:
+        if file.is_symlink() or file.is_dir():
+            raise ConversionError(f"{file} is a {'link' if file.is_symlink() else 'folder'}: choose another --output.")
+        if file.exists() and not overwrite:
+            raise ConversionError(f"{file} exists; add --overwrite to replace it, or choose another --output.")
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
+# Windows has only the first two.
+_STOPPING = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT") if hasattr(signal, f"SIG{name}")]
+
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script: what the user can put right becomes one line on stderr and exit code 1."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    for number in _STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, _stop)
     try:
         main()
     except (ConversionError, OSError) as error:
@@ -81,7 +132,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _stop(number: int, _) -> None:
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     # Not by an exception: one that comes up while Python frees an object is lost, and the process goes on.
-    for folder, output in list(_staged.items()):
-        _clear(folder, output)
+    for folder, outputs in list(_staged.items()):
+        _clear(folder, outputs)
     os._exit(128 + number)

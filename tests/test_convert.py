@@ -242,15 +242,25 @@ def test_sizes_at_which_the_original_cannot_run(convert, tmp_path):
 
 
 def test_label_names(case, convert, tmp_path):
-    labels = json.loads(convert_focal_to_hf.LABELS.read_text())
+    labels = json.loads(convert_focal_to_hf.LABELS["imagenet"].read_text())
     assert len(set(labels)) == 1000
     assert (labels[0], labels[134], labels[517]) == ("tench, Tinca tinca", "crane (bird)", "crane (machine)")
     state, model = case.state_dict, case.config["MODEL"] | {"NUM_CLASSES": 1000}
     state["head.weight"], state["head.bias"] = torch.randn(1000, 32), torch.randn(1000)
-    folder = convert(state, config=write_settings(tmp_path / "thousand.yaml", case.config | {"MODEL": model}))
-    written = FocalConfig.from_pretrained(folder)
+    settings = write_settings(tmp_path / "thousand.yaml", case.config | {"MODEL": model})
+    written = FocalConfig.from_pretrained(convert(state, "--labels", "imagenet", config=settings))
     assert written.id2label == dict(enumerate(labels))
     assert written.label2id == {label: number for number, label in enumerate(labels)}
+    # Not every model of 1000 classes has ImageNet's.
+    written = FocalConfig.from_pretrained(convert(state, config=settings, output=tmp_path / "unnamed"))
+    assert written.id2label == {number: f"LABEL_{number}" for number in range(1000)}
+
+
+def test_labels_that_do_not_fit(convert, case):
+    with pytest.raises(ConversionError, match=r"--labels imagenet names 1000 classes; this model has 5"):
+        convert(RELEASED_SAMPLE, "--labels", "imagenet")
+    with pytest.raises(ConversionError, match="--labels is for classifiers"):
+        convert(backbone_state(case, (0, 1)), "--labels", "imagenet")
 
 
 @pytest.mark.slow
@@ -361,6 +371,13 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "topk in a backbone":
         changes = {"attention_type": "topk", "image_size": 72, "window_size": 4}
         FocalBackbone(FocalConfig(**config.to_dict() | changes)).save_pretrained(folder)
+    elif kind == "contradiction":
+        config.save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"num_heads": [1]}))
+    elif kind == "pipe":
+        folder.mkdir()
+        os.mkfifo(folder / "config.json")
     elif kind == "truncated":
         FocalForImageClassification(config).save_pretrained(folder)
         weights = folder / "model.safetensors"
@@ -383,6 +400,8 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
         ("shift", "with use_shift, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
         ("topk", "with focalv2, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
         ("topk in a backbone", "with focalv2, it does not pad maps, .* stage 1, 18 by 18 tokens, .* windows of 4"),
+        ("contradiction", r"num_heads must hold one value for each of the 2 stages"),
+        ("pipe", r"is not read: config\.json in it is neither a file nor a folder"),
         ("truncated", "as far as can be read"),
         ("absent", "as far as can be read"),
     ],
@@ -759,11 +778,11 @@ def test_problems_are_one_line_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def fail():
-        raise ConversionError("first\n  second")
+        raise ConversionError("first\n  second \x1b[2J")
 
     with pytest.raises(SystemExit) as caught:
         output_files.run(fail)
-    assert caught.value.code == "error: first second"
+    assert caught.value.code == r"error: first second \x1b[2J"
 
 
 def test_a_full_disk(convert, converted, tmp_path, monkeypatch):
@@ -821,17 +840,25 @@ def test_a_wrong_backbone_is_noticed(convert, case, tmp_path, monkeypatch):
 # --- What stands at the output ----------------------------------------------------------------------------------------
 
 
-def test_overwrite_replaces_a_model(convert, converted, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "config.json").write_text("old")
-    (folder / "extra.txt").write_text("old")
+def old_model(folder: Path) -> Path:
+    """A folder that --overwrite may replace."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "swin"}')
+    (folder / "modeling_focal.py").write_text("old")
+    return folder
+
+
+def test_overwrite_replaces_a_model(convert, tmp_path):
+    """The one that a link points to, here."""
+    folder, link = old_model(tmp_path / "models" / "old"), tmp_path / "link"
+    link.symlink_to(folder)
     with pytest.raises(ConversionError, match="add --overwrite"):
-        convert(RELEASED_SAMPLE)
-    assert (folder / "config.json").read_text() == "old"
-    convert(RELEASED_SAMPLE, "--overwrite")
+        convert(RELEASED_SAMPLE, output=link)
+    assert (folder / "modeling_focal.py").read_text() == "old"
+    convert(RELEASED_SAMPLE, "--overwrite", output=link)
     assert sorted(file.name for file in folder.iterdir()) == WRITTEN
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name not in WRITTEN) == ["link", "models", "old"]
 
 
 def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
@@ -843,38 +870,100 @@ def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "contents", [["letter.txt"], ["config.json", "pictures/cat.png"], ["config.json", "given.pth"]]
+    ("contents", "message"),
+    [
+        ({"letter.txt": ""}, "holds no model"),
+        ({"config.json": '{"port": 8080}'}, "holds no model"),
+        ({"config.json": '["model_type"]'}, "holds no model"),
+        ({"config.json": '{"model_type": ["focal"]}'}, "holds no model"),
+        ({"config.json": '{"model_type": "server"}'}, "holds no model"),
+        ({"config.json": "[" * 10_000}, "holds no model"),
+        ({"config.json/config.json": ""}, "holds no model"),
+        (
+            {"config.json": '{"model_type": "focal"}', ".env": "", "a.txt": ""},
+            r"holds \.env, which",
+        ),
+        ({"config.json": '{"model_type": "focal"}', "README.md/cat.png": ""}, r"holds README\.md, which"),
+        ({"config.json": '{"model_type": "focal"}', "model.safetensors": "link"}, r"holds model\.safetensors, which"),
+        ({"config.json": '{"model_type": "focal"}', "given.pth": "given"}, r"given\.pth lies in it"),
+        ("file", "is a file"),
+        ("working folder", "is the working folder"),
+    ],
+    ids=str,
 )
-def test_overwrite_spares_what_is_not_just_a_model(convert, tmp_path, contents):
-    folder = tmp_path / "home"
-    for name in contents:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(RELEASED_SAMPLE.read_bytes())
-    checkpoint = folder / "given.pth" if "given.pth" in contents else RELEASED_SAMPLE
-    with pytest.raises(ConversionError, match="is not replaced"):
+def test_overwrite_spares_what_is_not_just_a_model(convert, tmp_path, contents, message, monkeypatch):
+    folder, checkpoint = tmp_path / "home", RELEASED_SAMPLE
+    if contents == "file":
+        folder.write_text("mine")
+    elif contents == "working folder":
+        monkeypatch.chdir(old_model(folder))
+    else:
+        for name, text in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(RELEASED_SAMPLE) if text == "link" else (folder / name).write_text(text)
+            checkpoint = folder / name if text == "given" else checkpoint
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConversionError, match=message):
         convert(checkpoint, "--overwrite", output=folder)
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == sorted(contents)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConversionError, match="is not replaced"):
-        convert(RELEASED_SAMPLE, "--overwrite", output=tmp_path / "file")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_failed_move_brings_the_old_folder_back(convert, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "config.json").write_text("old")
+    folder = old_model(tmp_path / "out")
     rename = Path.rename
 
     def fail(path, target):
-        if path.name == "built":
+        if path.parent.name == "new":
             raise OSError("no")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no"):
         convert(RELEASED_SAMPLE, "--overwrite")
-    assert (folder / "config.json").read_text() == "old"
+    assert (folder / "modeling_focal.py").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [("back.pth", "back.yaml"), ("back.pth",), ("back.yaml",), ()])
+@pytest.mark.parametrize("stopped_at", range(5))
+def test_a_checkpoint_and_its_settings_are_replaced_together(tmp_path, monkeypatch, there, stopped_at):
+    """Stopped before any of the renames, a checkpoint never lies beside the other one's settings."""
+    outputs = [tmp_path / "back.pth", tmp_path / "back.yaml"]
+    for name in there:
+        (tmp_path / name).write_text("old")
+    old = dict.fromkeys(there, "old")
+    rename, calls = Path.rename, []
+
+    def found() -> dict[str, str]:
+        return {output.name: output.read_text() for output in outputs if output.exists()}
+
+    def rename_or_stop(path, target):
+        assert found() == old or "back.pth" not in found()
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_stop)
+    stopped = False
+    try:
+        with output_files.staging_folder(*outputs) as staging:
+            for output in outputs:
+                (staging / output.name).write_text("new")
+            output_files.move_into_place(staging, *outputs)
+    except KeyboardInterrupt:
+        stopped = True
+    assert stopped == (stopped_at < len(there) + 2)
+    assert found() == (old if stopped else {"back.pth": "new", "back.yaml": "new"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(found())
+
+
+def test_settings_that_are_a_link_are_not_replaced(converted, tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "back.yaml").symlink_to(tmp_path / "mine.yaml")
+    with pytest.raises(ConversionError, match=r"back\.yaml is a link"):
+        convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.pth"), "--overwrite"])
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
 
 
 def stop_when(arguments: list[str], parent: Path, seen: str, number: int) -> int:
@@ -892,39 +981,50 @@ def stop_when(arguments: list[str], parent: Path, seen: str, number: int) -> int
 
 
 @pytest.mark.parametrize(
-    ("number", "seen", "code"),
+    ("seen", "numbers"),
     [
-        (signal.SIGKILL, ".", -signal.SIGKILL),
-        (signal.SIGKILL, "built/model.safetensors", -signal.SIGKILL),
-        (signal.SIGKILL, "built/README.md", -signal.SIGKILL),
-        (signal.SIGTERM, "built/config.json", 143),
-        (signal.SIGINT, "built/model.safetensors", 130),
+        (".", (signal.SIGKILL, signal.SIGKILL)),
+        ("new/out/model.safetensors", (signal.SIGKILL, signal.SIGKILL)),
+        ("new/out/README.md", (signal.SIGKILL, signal.SIGKILL)),
+        ("new/out/config.json", (signal.SIGTERM, signal.SIGHUP)),
+        ("new/out/model.safetensors", (signal.SIGINT, signal.SIGQUIT)),
     ],
 )
-def test_a_kill_leaves_nothing_that_looks_complete(config, tmp_path, number, seen, code):
+def test_a_kill_leaves_nothing_that_looks_complete(config, tmp_path, seen, numbers):
     """In two folders at once: a new one, and one to overwrite."""
     codes = {}
 
-    def stop(name: str) -> None:
+    def stop(name: str, number: int) -> None:
         output = tmp_path / name / "out"
-        output.parent.mkdir()
-        if name == "old":
-            output.mkdir()
-            (output / "config.json").write_text("old")
+        old_model(output) if name == "old" else output.parent.mkdir()
         arguments = ["--checkpoint", str(RELEASED_SAMPLE), "--config", config, "--output", str(output), "--overwrite"]
-        codes[name] = stop_when(arguments, output.parent, seen, number)
+        codes[number] = stop_when(arguments, output.parent, seen, number)
 
-    threads = [threading.Thread(target=stop, args=(name,)) for name in ("new", "old")]
+    threads = [threading.Thread(target=stop, args=named) for named in zip(("new", "old"), numbers, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert codes == {"new": code, "old": code}
+    killed = signal.SIGKILL in numbers
+    assert codes == {number: -number if killed else 128 + number for number in numbers}
     assert not (tmp_path / "new" / "out").exists()
-    assert [(file.name, file.read_text()) for file in (tmp_path / "old" / "out").iterdir()] == [("config.json", "old")]
-    if number != signal.SIGKILL:
+    assert sorted(file.name for file in (tmp_path / "old" / "out").iterdir()) == ["config.json", "modeling_focal.py"]
+    if not killed:
         assert list(tmp_path.glob("*/.*")) == []
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """SIGHUP, as nohup sets it."""
+    before = {number: signal.getsignal(number) for number in output_files._STOPPING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        output_files.run(lambda: None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == output_files._stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
@@ -1001,6 +1101,8 @@ def test_a_push_that_fails_leaves_the_folder(hub, config, tmp_path):
 def test_push_is_checked_before_any_work(convert, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="not a repository's name such as me/focal-tiny"):
         convert(RELEASED_SAMPLE, "--push-to-hub", "a/b/c")
+    with pytest.raises(ConversionError, match="--push-to-hub '' is not a repository's name"):
+        convert(RELEASED_SAMPLE, "--push-to-hub", "")
     monkeypatch.setattr(convert_focal_to_hf, "get_token", lambda: None)
     with pytest.raises(ConversionError, match="hf auth login"):
         convert(RELEASED_SAMPLE, "--push-to-hub", "me/focal")

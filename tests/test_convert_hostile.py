@@ -31,10 +31,12 @@ def assert_one_short_line(error: ConversionError) -> None:
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_printed_is_short_and_printable():
+def test_what_is_printed_is_short_and_printable(capsys):
     assert printable("plain  text,\nin café") == "plain text, in café"
     assert printable("\x1b]0;title\x07 \x9b2J \u202e \udcff") == r"\x1b]0;title\x07 \x9b2J \u202e \udcff"
     assert len(printable("x" * 10**7)) < messages.LONGEST_MESSAGE + 10
+    messages.say("Left aside: \x1b[2J")
+    assert capsys.readouterr().out == "Left aside: \\x1b[2J\n"
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
