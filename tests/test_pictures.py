@@ -18,13 +18,13 @@ from PIL import Image
 from transformers import BitImageProcessorPil
 
 from common.batches import Batches, load_batches, load_split
-from common.coco import picture_size
+from common.coco import picture_size, read_objects
 from common.data import check_columns, read_data, report_unreadable, unreadable_pictures
 from common.detection_views import picture
 from common.loading import IGNORED, Images, Item, listed
 from common.options import Problem
 from common.pictures import UnreadablePicture, load_picture
-from common.segmentation_data import load_map
+from common.segmentation_data import check_scenes, load_map
 from common.streams import read_streams
 from finetune import streamed
 
@@ -342,3 +342,37 @@ def test_what_a_worker_finds_damaged_is_one_clear_line(tmp_path, workers):
     assert str(error.value).endswith(
         "validation-0.tar is damaged (ReadError: unexpected end of data). Replace or remove it."
     )
+
+
+def test_scenes_without_an_image_are_skipped_and_without_a_map_refused():
+    picture, classes = cell_of(Image.new("RGB", (8, 9)), "PNG"), cell_of(Image.new("L", (8, 9)), "PNG")
+    features = datasets.Features(dict.fromkeys(("image", "map"), datasets.Image(decode=False)))
+    args = Namespace(image_column="image", map_column="map", reduce_labels=False, strict=False)
+    rows = datasets.Dataset.from_dict({"image": [picture, None], "map": [classes, classes]}, features)
+    said = []
+    check_scenes(args, rows, ["a", "b"], said.append, show=False)
+    assert said == ["Skipping what is no readable image (1): row 1 (ValueError: there is no picture)"]
+    rows = datasets.Dataset.from_dict({"image": [picture, picture], "map": [classes, None]}, features)
+    with pytest.raises(Problem, match=r"The map of row 1 is not a readable map: ValueError: there is no picture\."):
+        check_scenes(args, rows, ["a", "b"], said.append, show=False)
+
+
+LACKING = {
+    "objects": (None, r"Row 1 of --data .* has nothing in column objects: expected a list"),
+    "box": ({"bbox": [None], "category": [0]}, r"Row 1 of --data .* has the box None: expected four numbers"),
+    "category": ({"bbox": [[1, 1, 2, 2]], "category": [None]}, r"Row 1 of --data .* has an object without a category"),
+    "class": ({"bbox": [[1, 1, 2, 2]], "category": [-1]}, r"Row 1 of --data .* has an object without a category"),
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_objects_that_are_missing_are_one_clear_line(tmp_path, lacking):
+    objects, message = LACKING[lacking]
+    boxes, category = datasets.List(datasets.List(datasets.Value("float32"))), datasets.ClassLabel(names=["a", "b"])
+    features = {"image": datasets.Image(), "objects": {"bbox": boxes, "category": datasets.List(category)}}
+    whole = {"bbox": [[1, 1, 2, 2]], "category": [0]}
+    rows = {"image": 3 * [{"path": None, "bytes": png(0)}], "objects": [whole, objects, whole]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(tmp_path / "data" / "train-0.parquet")
+    with pytest.raises(Problem, match=message):
+        read_objects(arguments(tmp_path / "data", train_split="train", objects_column="objects"), print)

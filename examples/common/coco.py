@@ -55,7 +55,11 @@ def unique(values: list, what: str, file: Path) -> None:
 def check_objects(objects: dict, where: str) -> None:
     """Refuse boxes that are none. `objects` has the lists `bbox` and `name`, and may have others."""
     for box in objects["bbox"]:
-        if len(box) != 4 or not all(isinstance(value, int | float) and math.isfinite(value) for value in box):
+        if (
+            box is None
+            or len(box) != 4
+            or not all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        ):
             raise Problem(f"{where} has the box {box}: expected four numbers, [left, top, width, height].")
 
 
@@ -153,8 +157,13 @@ def read_rows(
         if isinstance(objects, list):
             objects = {name: [one[name] for one in objects] for name in fields}
         where = f"Row {row} of --data {args.data}"
+        if not objects or None in (objects["bbox"], objects["category"]):
+            raise Problem(f"{where} has nothing in column {args.objects_column}: expected a list, empty or of objects.")
         check_objects(objects, where)
         category = fields["category"]
+        # Of classes, `datasets` has -1 where there is none.
+        if None in objects["category"] or (isinstance(category, datasets.ClassLabel) and -1 in objects["category"]):
+            raise Problem(f"{where} has an object without a category: add it, or remove the object.")
         image = {
             "id": row,
             "size": picture_size(cell),

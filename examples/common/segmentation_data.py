@@ -112,7 +112,7 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
     unreadable = []
 
     def wrong(row: int) -> str | None:
-        name = rows[row][args.map_column]["path"] or f"The map of row {row}"
+        name = named(rows[row][args.map_column], f"The map of row {row}")["path"]
         try:
             scene = scenes[Item(row)]
         except Exception as error:  # whatever a decoder says to damaged bytes
