@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
     AutoModelForObjectDetection,
+    BertConfig,
     DeformableDetrImageProcessorPil,
     RTDetrForObjectDetection,
     RTDetrImageProcessorPil,
@@ -24,7 +25,7 @@ from transformers import (
 
 from common.dense_evaluation import average_precision, ground_truth
 from common.dense_losses import detection_loss
-from common.dense_models import backbone_of, build_detector
+from common.dense_models import backbone_of, build_detector, build_segmenter
 from common.detection_views import ObjectImages, View, training_sizes
 from common.loading import Item
 from common.options import Problem
@@ -234,7 +235,10 @@ def test_classifier_becomes_the_backbone(place, tmp_path, kind):
     args = Namespace(model=str(tmp_path / "classifier"), config=None, head=str(place / "rt_detr"), image_size=96)
     said = []
     model, processor = build_detector(args, NAMES, said.append)
-    assert said == [f"{args.model} is the backbone; the head (rt_detr) starts anew, with the data's classes."]
+    assert said[0].startswith(
+        f"{args.model} has weights that the model does not use: classifier.bias, classifier.weight"
+    )
+    assert said[1:] == [f"{args.model} is the backbone; the head (rt_detr) starts anew, with the data's classes."]
     assert (model.config.id2label, dict(processor.size)["height"]) == (dict(enumerate(NAMES)), 96)
     weights, backbone = classifier.base_model.state_dict(), backbone_of(model).state_dict()
     same = [name for name in backbone if any(name.endswith(other) for other in weights)]
@@ -253,6 +257,14 @@ def test_classifier_becomes_the_backbone(place, tmp_path, kind):
 def test_coco_images_are_in_the_column_that_the_user_names(place):
     train, held, _, _ = read(place / "scenes", image_column="picture")
     assert train["rows"].column_names == held["rows"].column_names == ["picture"]
+
+
+@pytest.mark.parametrize("build", [build_detector, build_segmenter])
+def test_network_without_stages_is_refused(tmp_path, build):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    args = Namespace(model=str(tmp_path / "bert"), config=None, head="rt_detr", drop_path=None)
+    with pytest.raises(Problem, match=r"/bert \(bert\) is no backbone with stages, as Focal and Swin are\.$"):
+        build(args, NAMES, print)
 
 
 def test_data_set_with_a_column_of_objects_is_read_as_coco_is(place, tmp_path):

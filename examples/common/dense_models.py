@@ -24,14 +24,12 @@ from transformers import (
     PreTrainedModel,
     RTDetrImageProcessorPil,
     UperNetConfig,
-    UperNetForSemanticSegmentation,
 )
 from transformers.backbone_utils import BackboneMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.utils import logging
 
-from .models import check_config, decay_groups, load_model, resize_views, stored_processor
+from .models import check_config, decay_groups, errors_only, load_model, resize_views, stored_processor
 from .options import Problem, first_line
 from .recipe import drop_path_by_size
 from .segmentation_data import LONGEST, NO_CLASS
@@ -44,11 +42,63 @@ def backbone_of(model: torch.nn.Module) -> torch.nn.Module | None:
     return next((module for module in model.modules() if isinstance(module, BackboneMixin)), None)
 
 
+def patch_of(config: PreTrainedConfig) -> int:
+    """The stride of a backbone's finest map. Convolutional networks, which have no patches, have 4."""
+    patch = getattr(config, "patch_size", 4)
+    return patch if isinstance(patch, int) else max(patch)
+
+
 def stride_of(model: torch.nn.Module) -> int:
     """What the sides of a batch must be multiples of, for maps that each have half the sides of the one before."""
     config = getattr(backbone_of(model), "config", model.config)
-    patch, stages = getattr(config, "patch_size", 4), len(getattr(config, "depths", range(4)))
-    return (patch if isinstance(patch, int) else max(patch)) * 2 ** (stages - 1)
+    return patch_of(config) * 2 ** (len(getattr(config, "depths", range(4))) - 1)
+
+
+def stages_of_backbone(source: str, config: PreTrainedConfig) -> list[str]:
+    """The names of a backbone's stages, which give maps from the finest to the coarsest."""
+    if not hasattr(config, "stage_names"):
+        raise Problem(f"{source} ({config.model_type}) is no backbone with stages, as Focal and Swin are.")
+    return config.stage_names[1:]  # the first is the stem
+
+
+def read_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """The config of --config or --model."""
+    check_config(args)
+    option, source = ("--config", args.config) if args.config else ("--model", args.model)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise Problem(f"Cannot read {option} {source}: {first_line(error)}") from error
+
+
+@errors_only()
+def build_on_backbone(
+    args: argparse.Namespace, kind: type, config: PreTrainedConfig, say: Callable[[str], None]
+) -> PreTrainedModel:
+    """A model with a new head, whose backbone has the weights of the checkpoint --model, if there is one.
+
+    Args:
+        kind: an Auto class.
+        config: the config of the model, with that of the backbone.
+    """
+    source = args.model or args.config
+    try:
+        model = kind.from_config(config)
+    except Exception as error:
+        raise Problem(f"Cannot put {source} into a new {config.model_type}: {first_line(error)}") from error
+    begin_anew(model)
+    if not args.model:
+        return model
+    inside = backbone_of(model)
+
+    def set_maps(config: PreTrainedConfig) -> None:
+        config.out_features = inside.config.out_features
+
+    # Each map has a norm of its own in a backbone, which checkpoints of other models lack.
+    backbone, _ = load_model(args, type(inside), "a backbone", ("hidden_states_norms.",), say, set_maps)
+    inside.load_state_dict(backbone.state_dict())
+    say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
+    return model
 
 
 def kind_of(config: PreTrainedConfig) -> type | None:
@@ -60,12 +110,7 @@ def kind_of(config: PreTrainedConfig) -> type | None:
 
 def detector_config(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
     """The config of --config or --model; or, where --model is no detector, those of --head and of --model."""
-    check_config(args)
-    option, source = ("--config", args.config) if args.config else ("--model", args.model)
-    try:
-        given = AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise Problem(f"Cannot read {option} {source}: {first_line(error)}") from error
+    given = read_config(args)
     if args.config or kind_of(given):
         return given, None
     described = Path(args.head).exists()
@@ -88,18 +133,19 @@ def finds_masks(args: argparse.Namespace) -> bool:
 
 def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
     """Put the config of --model into that of --head."""
-    stages = len(backbone.depths)
-    levels = len(getattr(config, "encoder_in_channels", ())) or min(3, stages)
+    stages = stages_of_backbone(args.model, backbone)
+    levels = len(getattr(config, "encoder_in_channels", ())) or min(3, len(stages))
     if type(config) in MASK_MODELS:  # all, for masks as fine as the first
-        levels = max(3, stages)
+        levels = max(3, len(stages))
     if config.model_type in ("detr", "conditional_detr", "dab-detr"):  # they use the last map only
         levels = 1
-    if levels > stages:
-        raise Problem(f"--head {args.head} takes {levels} maps, and {args.model} has {stages} stages: choose another.")
-    backbone = AutoConfig.for_model(**(backbone.to_dict() | {"out_features": None, "out_indices": None}))
-    backbone.out_indices = [*range(stages - levels + 1, stages + 1)]
+    if levels > len(stages):
+        raise Problem(
+            f"--head {args.head} takes {levels} maps, and {args.model} has {len(stages)} stages: choose another."
+        )
+    backbone.out_features = stages[-levels:]
     config.backbone_config = backbone
-    strides = [backbone.patch_size * 2 ** (index - 1) for index in backbone.out_indices]
+    strides = [patch_of(backbone) * 2 ** (index - 1) for index in backbone.out_indices]
     for name in ("use_timm_backbone", "use_pretrained_backbone"):
         if hasattr(config, name):
             setattr(config, name, False)
@@ -109,33 +155,6 @@ def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: P
         config.feat_strides = strides
     if hasattr(config, "feature_strides"):
         config.feature_strides, config.common_stride = strides, strides[0]
-
-
-def new_head(
-    args: argparse.Namespace, config: PreTrainedConfig, labels: dict[int, str], say: Callable[[str], None]
-) -> PreTrainedModel:
-    """A detector whose backbone has the weights of the checkpoint --model, and whose head is new."""
-    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model = kind_of(config).from_config(config)
-        backbone, loading = type(backbone_of(model)).from_pretrained(
-            args.model, config=config.backbone_config, output_loading_info=True, dtype=torch.float32
-        )
-        begin_anew(model)
-        backbone_of(model).load_state_dict(backbone.state_dict())
-    except Exception as error:
-        raise Problem(
-            f"Cannot put --model {args.model} into the detector --head {args.head}: {first_line(error)}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    lacking = [name for name in loading["missing_keys"] if not name.startswith("hidden_states_norms.")]
-    if lacking:
-        say(f"{args.model} lacks weights of the backbone; these start anew: {', '.join(sorted(lacking)[:5])}.")
-    say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
-    return model
 
 
 def begin_anew(model: PreTrainedModel) -> None:
@@ -166,7 +185,9 @@ def build_detector(
             begin_anew(model)
     else:
         add_backbone(args, config, backbone)
-        model = new_head(args, config, dict(enumerate(names)), say)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in config.id2label.items()}
+        model = build_on_backbone(args, kind_of(config), config, say)
 
     processor = None
     if args.model and backbone is None:
@@ -221,12 +242,7 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
         config.loss_ignore_index = NO_CLASS
         set_drop_path(config.backbone_config)
 
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise Problem(
-            f"Cannot read {'--config' if args.config else '--model'} {source}: {first_line(error)}"
-        ) from error
+    config = read_config(args)
     heads = ("decode_head.classifier", "auxiliary_head.classifier")
     if isinstance(config, UperNetConfig):
         what = "a segmentation model"
@@ -240,32 +256,14 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
                         torch.nn.init.zeros_(module.bias)
         return model
 
-    if not hasattr(config, "stage_names"):
-        raise Problem(f"{source} ({config.model_type}) is no backbone with stages, as Focal and Swin are.")
-    weights = {}
-
-    def set_stages(config: PreTrainedConfig) -> None:
-        config.out_features = config.stage_names[1:]
-        set_drop_path(config)
-
-    set_stages(config)
-    try:
-        if args.model:
-            kind = type(AutoBackbone.from_config(config))
-            # Each map gets a norm of its own, which other checkpoints have not.
-            backbone, _ = load_model(args, kind, "a backbone", ("hidden_states_norms.",), say, set_stages)
-            weights = backbone.state_dict()
-        settings = {"hidden_size": args.head_channels, "auxiliary_channels": args.head_channels // 2}
-        # Small networks start from larger weights, and so should their heads.
-        settings["initializer_range"] = config.initializer_range
-        config = UperNetConfig(backbone_config=config, **settings)
-        set_labels(config)
-        model = UperNetForSemanticSegmentation(config)
-    except (ValueError, IndexError, TypeError) as error:
-        raise Problem(f"Cannot build a segmentation model on {source}: {first_line(error)}") from error
-    if weights:
-        model.backbone.load_state_dict(weights)
-    return model
+    config.out_features = stages_of_backbone(source, config)
+    set_drop_path(config)
+    # Small networks start from larger weights, and so should their heads.
+    settings = {"initializer_range": config.initializer_range}
+    settings |= {"hidden_size": args.head_channels, "auxiliary_channels": args.head_channels // 2}
+    config = UperNetConfig(backbone_config=config, **settings)
+    set_labels(config)
+    return build_on_backbone(args, AutoModelForSemanticSegmentation, config, say)
 
 
 def fix_unused(model: PreTrainedModel, side: int) -> None:

@@ -1,8 +1,9 @@
 """Image classifiers and image processors for a data set's classes, and the optimizer's groups of parameters."""
 
 import argparse
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,18 @@ def check_config(args: argparse.Namespace) -> None:
         raise Problem(f"No such file or folder: --config {args.config}. Give a config.json, or a folder with one.")
 
 
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Of what transformers logs, show errors alone: no table of the weights that differ, and no advice."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@errors_only()
 def load_model(
     args: argparse.Namespace,
     kind: type,
@@ -50,8 +63,6 @@ def load_model(
     """
     source = args.config or args.model
     check_config(args)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the weights that differ: what matters of it is said below
     try:
         config = AutoConfig.from_pretrained(source)
         adjust(config)
@@ -66,8 +77,6 @@ def load_model(
     except Exception as error:
         option = "--config" if args.config else "--model"
         raise Problem(f"Cannot build {what} from {option} {source}: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     if getattr(config, "num_channels", 3) != 3:
         raise Problem(f"{source} takes {config.num_channels} channels; this script feeds colour images (3 channels).")
 
