@@ -117,8 +117,8 @@ def test_settings_beyond_bounds(settings):
 
 
 def test_a_model_within_bounds_is_compared_without_its_memory():
-    """A model of 10**12 parameters."""
-    focal = {"EMBED_DIM": 10_000, "DEPTHS": [50] * 4, "NUM_HEADS": [1] * 4, "MLP_RATIO": 10_000}
+    """A model of 10**14 parameters."""
+    focal = {"EMBED_DIM": 8000, "DEPTHS": [50] * 4, "NUM_HEADS": [1] * 4, "MLP_RATIO": 1000}
     config = config_from_settings({"MODEL": {"FOCAL": focal, "NUM_CLASSES": 100_000}})
     with pytest.raises(ConversionError, match=r"lacks head\.bias"):
         from_original({"patch_embed.proj.weight": torch.zeros(1)}, config)
