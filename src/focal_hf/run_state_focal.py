@@ -75,6 +75,13 @@ def can_cache() -> bool:
     return detect_fake_mode() is None and not is_transforming()
 
 
+def allows_tf32() -> bool:
+    """Whether torch's settings allow TF32 in matrix products of float32."""
+    settings = torch.backends.cuda.matmul
+    # Since torch 2.9, reading the older setting raises an error once the newer one was used.
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
 class _TableCache:
     """Least recently used cache of tables, bounded in bytes."""
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .geometry_focal import Square
 from .layout_focal import at_least_float32
 from .neighborhood_focal import Neighborhood
-from .run_state_focal import OPERATOR_NAMESPACE, is_transforming
+from .run_state_focal import OPERATOR_NAMESPACE, allows_tf32, is_transforming
 
 try:  # transformers requires every package that a checkpoint's code imports, unless the import is in a `try`.
     import triton
@@ -462,13 +462,6 @@ def power_of_two(number: int) -> int:
     return max(16, triton.next_power_of_2(number))
 
 
-def tf32_is_allowed() -> bool:
-    """Whether torch's settings allow TF32 in matrix products of float32."""
-    settings = torch.backends.cuda.matmul
-    # Since torch 2.9, reading the older setting raises an error once the newer one was used.
-    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-
-
 class LaunchPlan:
     """Sizes that the launches of a pass share, and settings that are compiled into the kernels."""
 
@@ -488,7 +481,7 @@ class LaunchPlan:
             else 0,  # not the radius of topk, for each of which it would compile
             "SHIFT": shift_size,
             "HEAD_DIM": head_dim,
-            "PRECISION": "tf32" if tf32_is_allowed() else "ieee",  # of float32
+            "PRECISION": "tf32" if allows_tf32() else "ieee",  # of float32
             "BLOCK_Q": min(self.launch.queries, power_of_two(self.queries)),
             "BLOCK_D": power_of_two(head_dim),
             "num_warps": self.launch.warps,
