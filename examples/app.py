@@ -24,10 +24,8 @@ from transformers.utils import logging
 from common.models import load_focal, prepare
 from common.options import Problem
 from common.pictures import UnreadablePicture, load_picture
+from focal_hf.attention_figures import LEVEL_COLOURS, QUERY_COLOUR, WINDOW_COLOUR
 from focal_hf.visualization import (
-    LEVEL_COLOURS,
-    QUERY_COLOUR,
-    WINDOW_COLOUR,
     AttentionRecord,
     QueryAttention,
     attention_rollout,

@@ -20,10 +20,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from common.models import default_processor
 from example_runs import run_example, run_examples_in_turn, tiny_config
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
+from focal_hf.attention_figures import LEVEL_COLOURS, PADDING_COLOUR
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.visualization import (
-    LEVEL_COLOURS,
-    PADDING_COLOUR,
     attention_rollout,
     plot_query,
     query_attention,
@@ -316,6 +315,7 @@ def test_recording_leaves_the_model_as_it_was():
     with torch.no_grad():
         assert torch.equal(model(pixel_values).logits, before)
     np.testing.assert_allclose(record.logits, before[0].numpy(), atol=1e-6)
+    assert not any(block.neighborhood.forms for stage in record.stages for block in stage)  # such as the dense bias
     sums = torch.cat([block.weights.sum(-1).flatten() for stage in record.stages for block in stage])
     torch.testing.assert_close(sums, torch.ones_like(sums))
 

@@ -33,6 +33,29 @@ class Square(NamedTuple):
     first: int
 
 
+class LevelGrid(NamedTuple):
+    """The tokens of a level: `rows` by `cols` cells of side `cell`, from row `top` and column `left` on."""
+
+    rows: int
+    cols: int
+    cell: int
+    top: int
+    left: int
+
+
+def level_grid(height: int, width: int, window_size: int, level: int) -> LevelGrid:
+    """The cells of map tokens that the tokens of a level stand for.
+
+    Level 0 is the map itself. Pooled level k has 2ᵏ⁻¹ cells per window and axis. Where these do not fill the map, they
+    are centred in it.
+    """
+    if level == 0:
+        return LevelGrid(height, width, 1, 0, 0)
+    cell = window_size // 2 ** (level - 1)
+    rows, cols = (length // window_size * 2 ** (level - 1) for length in (height, width))
+    return LevelGrid(rows, cols, cell, (height - rows * cell) // 2, (width - cols * cell) // 2)
+
+
 @cached_table
 def relative_position_index(query_side: int, key_side: int, device: torch.device) -> torch.Tensor:
     """Relative position of every query and key of two squares, shape (query_side², key_side²).

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_focal import choose_attention
 from .configuration_focal import BlockGeometry, FocalConfig
 from .cpu_attention_focal import mlp_in_chunks
+from .geometry_focal import level_grid
 from .layout_focal import cat_unless_single, split_windows
 from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
 from .run_state_focal import is_compiling, is_transforming
@@ -318,10 +319,8 @@ class FocalPooling(nn.Module):
         """(batch, rows, cols, side, side, channels) windows to the cells of a level, in the same layout."""
         if level == 0:
             return windows
-        cell = self.cells[level]
         maps = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        rows, cols = (side // self.window_size * 2**level for side in maps.shape[1:3])
-        top, left = (maps.shape[1] - rows * cell) // 2, (maps.shape[2] - cols * cell) // 2
+        rows, cols, cell, top, left = level_grid(*maps.shape[1:3], self.window_size, level + 1)
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
         return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
