@@ -71,21 +71,21 @@ def test_registered_attention_gives_the_answers_of_eager_attention(attention_typ
 
 
 class DilatedNeighborhood(nn.Module):
-    """Every second token in and around a window, no further than `REACH` from the query, and all pooled tokens.
+    """Every second token in and around a window, no further than `REACH` from the query, and maybe all pooled tokens.
 
     The bias is learnt: of each query and fine token, and by the distance between the query's window and a pooled token.
     """
 
     DILATION, REACH = 2, 4
 
-    def __init__(self, heads: int, window_size: int):
+    def __init__(self, heads: int, window_size: int, pooled: bool):
         super().__init__()
         self.window_size = window_size
         offsets = range(-self.DILATION, window_size + self.DILATION, self.DILATION)
         self.fine = list(itertools.product(offsets, offsets))
         self.queries = list(itertools.product(range(window_size), range(window_size)))
         self.fine_bias = nn.Parameter(torch.randn(heads, window_size**2, len(self.fine)))
-        self.pooled_bias = nn.Parameter(torch.randn(20, heads, window_size**2))
+        self.pooled_bias = nn.Parameter(torch.randn(20, heads, window_size**2)) if pooled else None
 
     def forward(self, maps: torch.Tensor) -> Neighborhood:
         height, width = maps.shape[1:3]
@@ -107,6 +107,8 @@ class DilatedNeighborhood(nn.Module):
         index, hidden, distances = (
             torch.tensor(table).unflatten(0, (rows, cols)) for table in (index, hidden, distances)
         )
+        if self.pooled_bias is None:
+            return Neighborhood(index[..., : len(self.fine)].int(), [BiasPart(self.fine_bias, hidden)])
         return Neighborhood(index.int(), [BiasPart(self.fine_bias, hidden), BiasPart(self.pooled_bias, distances)])
 
 
@@ -116,7 +118,7 @@ def slow_attention(attention: FocalAttention, maps: torch.Tensor) -> torch.Tenso
     height, width, channels = maps.shape[1:]
     padded = maps.new_zeros(-(-height // side) * side, -(-width // side) * side, channels)
     padded[:height, :width] = maps[0]
-    pooled = pooled_map(attention, padded, 0)
+    pooled = maps.new_zeros(0, 0, channels) if attention.pooling is None else pooled_map(attention, padded, 0)
 
     def of_heads(projection: nn.Linear, token: torch.Tensor) -> torch.Tensor:
         return projection(token).unflatten(0, (heads, -1))
@@ -139,13 +141,14 @@ def slow_attention(attention: FocalAttention, maps: torch.Tensor) -> torch.Tenso
     return torch.stack(output).view(maps.shape)
 
 
-def test_another_neighborhood_agrees_with_a_loop_over_tokens():
+@pytest.mark.parametrize("pooled", [False, True])
+def test_another_neighborhood_agrees_with_a_loop_over_tokens(pooled):
     """In every implementation that needs no more than its index and bias."""
     torch.manual_seed(0)
-    one_stage = {"depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (1,), "expand_sizes": (0,)}
-    config = FocalConfig(**settings(**one_stage))
+    one_stage = {"depths": (1,), "num_heads": (2,), "focal_levels": (1 + pooled,), "focal_windows": (1,)}
+    config = FocalConfig(**settings(**one_stage, expand_sizes=(0,)))
     attention = FocalAttention(config, 0, config.block_geometry(0, 0))
-    attention.neighborhood = DilatedNeighborhood(2, 3)
+    attention.neighborhood = DilatedNeighborhood(2, 3, pooled)
     attention = attention.double().eval()
     maps = torch.randn(2, 7, 9, 8, dtype=torch.float64, requires_grad=True)  # padded to 9 by 9
     inputs = [maps, *attention.parameters()]
@@ -175,12 +178,12 @@ def test_another_neighborhood_in_a_model_can_be_visualized():
     model = FocalModel(FocalConfig(**settings())).eval()
     for module in model.modules():
         if isinstance(module, FocalAttention):
-            module.neighborhood = DilatedNeighborhood(module.num_heads, module.window_size)
+            module.neighborhood = DilatedNeighborhood(module.num_heads, module.window_size, pooled=True)
     record = record_attention(model, torch.randn(1, 3, 24, 24))  # 12 by 12 tokens
     seen = query_attention(record, at=(0, 0.3))
     assert seen.query == (3, 0)
-    # The window is in rows 3 to 5 and columns 0 to 2. Two rows above it and every second one; no column left of it.
-    expected = {(row, col) for row in (1, 3, 5) for col in (0, 2) if abs(row - 3) + col <= 4}
+    # The window is in rows 3 to 5 and columns 0 to 2, at the map's edge.
+    expected = {(row, col) for row in (1, 3, 5, 7) for col in (0, 2, 4) if abs(row - 3) + col <= 4}
     assert {tuple(box[:2]) for box in seen.levels[0].boxes.tolist()} == expected
     assert len(seen.levels[1].boxes) == 16
     assert seen.plane().sum() == pytest.approx(1)
