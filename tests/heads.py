@@ -13,12 +13,21 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import BertConfig, CLIPTextConfig, DetrConfig, PreTrainedConfig, PreTrainedModel, SwinConfig
+from transformers import (
+    BertConfig,
+    CLIPTextConfig,
+    DetrConfig,
+    DetrForObjectDetection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SwinConfig,
+)
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig
+from small_models import randomized
 
 PAGE = ROOT / "docs" / "heads.md"
 IMAGE = 64
@@ -303,6 +312,15 @@ def build(name: str, backbone_class: type[PreTrainedConfig]) -> PreTrainedModel:
     model = model_class(config)
     head.prepare(model)
     return model
+
+
+def small_config(attention_type: str = "focal", **changes) -> FocalConfig:
+    options = {"attention_type": attention_type, "out_features": STAGES, "use_absolute_embeddings": True}
+    return FocalConfig(**SMALL | options | changes)
+
+
+def small_detr(*arguments, **changes) -> DetrForObjectDetection:
+    return randomized(DetrForObjectDetection(DetrConfig(backbone_config=small_config(*arguments, **changes), **DETR)))
 
 
 def tensors(value: object) -> list[torch.Tensor]:

@@ -4,51 +4,14 @@ from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focal_hf import FocalConfig, cpu_attention_focal
 from focal_hf.attention_focal import attend_densely, attend_in_chunks, choose_attention
-from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
 from reference import reference_attention
-
-
-@st.composite
-def one_stage_configs(draw, embed_dims=(4,), largest_window=5):
-    window = draw(st.integers(1, largest_window))
-    options = {
-        "image_size": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
-        "patch_size": 1,
-        "embed_dim": draw(st.sampled_from(embed_dims)),
-        "depths": (2,),
-        "num_heads": (draw(st.sampled_from([1, 2])),),
-        "window_size": window,
-        "attention_type": draw(st.sampled_from(["focal", "topk"])),
-        "focal_levels": (draw(st.integers(0, 4)),),
-        "focal_windows": (draw(st.sampled_from([1, 3, 5])),),
-        "focal_pool": draw(st.sampled_from(POOLS)),
-        "expand_sizes": (draw(st.integers(0, window)),),
-        "topk": draw(st.integers(1, 40)),
-        "use_shift": draw(st.booleans()),
-        "qkv_bias": draw(st.booleans()),
-        "qk_scale": draw(st.sampled_from([None, 0.5])),
-        "out_features": None,
-    }
-    try:
-        return FocalConfig(**options)
-    except StrictDataclassClassValidationError:
-        assume(False)
-
-
-def build(config, block):
-    attention = FocalAttention(config, 0, config.block_geometry(0, block)).double().eval()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            # So that scores are within what the -100 of the original hides.
-            parameter.normal_(std=0.5)
-    return attention
+from small_models import build, one_stage_configs
 
 
 @settings(max_examples=60, deadline=None)

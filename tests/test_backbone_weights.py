@@ -21,20 +21,24 @@ from focal_hf import (
     FocalModel,
     load_backbone_weights,
 )
-from heads import DETR, HEADS, PAGE, SMALL, STAGES, backbone_of, build, committed_table, installed_heads, train_step
+from heads import (
+    DETR,
+    HEADS,
+    PAGE,
+    SMALL,
+    STAGES,
+    backbone_of,
+    build,
+    committed_table,
+    installed_heads,
+    small_config,
+    small_detr,
+    train_step,
+)
 from hub_server import REVISION, serve
-from test_model import BOTH, randomized
+from small_models import BOTH, randomized
 
 IN_DETR = "model.backbone.model."
-
-
-def config(attention_type="focal", **changes):
-    options = {"attention_type": attention_type, "out_features": STAGES, "use_absolute_embeddings": True}
-    return FocalConfig(**SMALL | options | changes)
-
-
-def detr(*arguments, **changes):
-    return randomized(DetrForObjectDetection(DetrConfig(backbone_config=config(*arguments, **changes), **DETR)))
 
 
 def saved(model, folder):
@@ -55,9 +59,9 @@ def state(model):
     "model_class", [FocalForImageClassification, FocalForMaskedImageModeling, FocalModel, FocalBackbone]
 )
 def test_the_backbone_of_any_model_is_loaded_and_the_rest_stays(model_class, attention_type, tmp_path):
-    checkpoint = saved(model_class(config(attention_type)), tmp_path)
+    checkpoint = saved(model_class(small_config(attention_type)), tmp_path)
     stages = {"out_features": ["stage2", "stage4"]}
-    model = detr(attention_type, **stages).to(torch.bfloat16).train()
+    model = small_detr(attention_type, **stages).to(torch.bfloat16).train()
     before, modules, parameters = state(model), list(model.modules()), list(model.parameters())
     assert load_backbone_weights(model, checkpoint) is model
 
@@ -85,8 +89,8 @@ def test_the_backbone_of_any_model_is_loaded_and_the_rest_stays(model_class, att
     ],
 )
 def test_other_sizes_are_fitted_as_by_from_pretrained(attention_type, sizes, tmp_path):
-    checkpoint = saved(FocalForImageClassification(config(attention_type)), tmp_path)
-    backbone = backbone_of(load_backbone_weights(detr(attention_type, **sizes), checkpoint))
+    checkpoint = saved(FocalForImageClassification(small_config(attention_type)), tmp_path)
+    backbone = backbone_of(load_backbone_weights(small_detr(attention_type, **sizes), checkpoint))
     expected = FocalBackbone.from_pretrained(checkpoint, **sizes)
     for name, tensor in expected.focal.state_dict().items():
         assert torch.equal(backbone.focal.state_dict()[name], tensor), name
@@ -107,11 +111,12 @@ def test_heads_are_trained_from_a_classifier(name, tmp_path):
 
 def test_by_name_from_the_hub(tmp_path):
     """In a process of its own, from a server in the Hub's place."""
-    saved(FocalForImageClassification(config()), tmp_path / "repository")
+    saved(FocalForImageClassification(small_config()), tmp_path / "repository")
     script = f"""
-from test_backbone_weights import detr, load_backbone_weights
+from focal_hf import load_backbone_weights
+from heads import small_detr
 for options in ({{}}, {{"revision": "{REVISION}", "cache_dir": {str(tmp_path / "other")!r}}}):
-    model = load_backbone_weights(detr(), "org/focal", **options)
+    model = load_backbone_weights(small_detr(), "org/focal", **options)
     print(model.model.backbone.model.focal.embeddings.patch_embeddings.projection.weight.double().sum().item())
 """
     expected = FocalModel.from_pretrained(tmp_path / "repository").embeddings.patch_embeddings.projection.weight
@@ -132,7 +137,7 @@ def without(folder, *names, **more):
 
 
 def two(folder):
-    return torch.nn.ModuleList([detr(), detr()])
+    return torch.nn.ModuleList([small_detr(), small_detr()])
 
 
 def with_swin(folder):
@@ -141,13 +146,13 @@ def with_swin(folder):
 
 
 def partly_elsewhere(folder):
-    model = detr()
+    model = small_detr()
     backbone_of(model).focal.encoder.layers[1].to("meta")
     return model
 
 
 def adapted(folder):
-    model = detr()
+    model = small_detr()
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), backbone_of(model))
     return model
 
@@ -162,27 +167,27 @@ TABLE = "focal.encoder.layers.0.blocks.0.attention.neighborhood.relative_positio
         (with_swin, saved, "needs a model with one FocalBackbone in it; DetrForObjectDetection has 0. Build it with"),
         (two, saved, "ModuleList has 2: 0.model.backbone.model, 1.model.backbone.model."),
         (
-            lambda folder: detr(depths=(1, 1, 2, 1), use_shift=True),
+            lambda folder: small_detr(depths=(1, 1, 2, 1), use_shift=True),
             saved,
             "depths is (1, 1, 1, 1) there and (1, 1, 2, 1) here; use_shift is False there and True here. Build",
         ),
         (
-            lambda folder: detr(),
+            lambda folder: small_detr(),
             lambda model, folder: saved(SwinForImageClassification(SwinConfig(**SMALL)), folder),
             "is a model of type swin, not focal. Give a checkpoint of a Focal model.",
         ),
         (
-            lambda folder: detr(),
+            lambda folder: small_detr(),
             lambda model, folder: without(saved(model, folder), PATCHES, TABLE),
             f"it lacks 2 weights: {PATCHES}, {TABLE}, and 0 have no place.",
         ),
         (
-            lambda folder: detr(),
+            lambda folder: small_detr(),
             lambda model, folder: without(saved(model, folder), extra=torch.zeros(1)),
             "it lacks 0 weights, and 1 have no place: extra. Convert or save it again.",
         ),
         (
-            lambda folder: DetrForObjectDetection(DetrConfig(backbone_config=config(), **DETR)).to("meta"),
+            lambda folder: DetrForObjectDetection(DetrConfig(backbone_config=small_config(), **DETR)).to("meta"),
             saved,
             "is on the meta device and cannot hold weights",
         ),
@@ -191,7 +196,7 @@ TABLE = "focal.encoder.layers.0.blocks.0.attention.neighborhood.relative_positio
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(model, checkpoint, message, tmp_path):
-    checkpoint = checkpoint(FocalForImageClassification(config()), tmp_path)
+    checkpoint = checkpoint(FocalForImageClassification(small_config()), tmp_path)
     model = model(tmp_path)
     before = state(model)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -201,8 +206,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes(model, checkpoint,
 
 
 def test_tensors_of_another_shape_are_refused_before_anything_changes(tmp_path):
-    folder = without(saved(FocalForImageClassification(config()), tmp_path), **{PATCHES: torch.zeros(17)})
-    model = detr()
+    folder = without(saved(FocalForImageClassification(small_config()), tmp_path), **{PATCHES: torch.zeros(17)})
+    model = small_detr()
     before = state(model)
     with pytest.raises(RuntimeError, match="mismatch"):
         load_backbone_weights(model, folder)

@@ -8,10 +8,9 @@ import torch
 import golden_cases
 import original
 from focal_hf import FocalBackbone, FocalForImageClassification
+from golden_cases import RELEASED, SMALL, load
 
 TOLERANCE = 1e-5
-RELEASED = [name for name in golden_cases.NAMES if name in original.RELEASED]
-SMALL = [name for name in golden_cases.NAMES if name not in RELEASED]
 
 # Published in millions, by name in the original's repository.
 PUBLISHED_PARAMETERS = {
@@ -27,17 +26,6 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-def load(case):
-    """The case's config and its weights under focal_hf's names."""
-    config = original.config_from_settings(case.config)
-    state = case.state_dict
-    if not any(key.startswith("buffer/") for key in case.answers):
-        # Cases whose input is not of the config's size come without indices.
-        fresh = original.to_original(FocalForImageClassification(config).state_dict(), config)
-        state = {key: fresh[key] for key in case.buffers} | state
-    return config, original.from_original(state, config)
-
-
 def assert_close(answer, expected, scale=None):
     scale = expected.abs().max() if scale is None else scale
     error = ((answer - expected).abs().max() / scale).item()
@@ -51,25 +39,40 @@ def loaded(request):
     return case, *load(case)
 
 
+@pytest.fixture(scope="module")
+def models(loaded):
+    """A case's classifier and backbone, which take long to build."""
+    _, config, state = loaded
+    model = FocalForImageClassification(copy.deepcopy(config)).eval()
+    model.load_state_dict(state, assign=True)
+    backbone_config = copy.deepcopy(config)
+    backbone_config.out_features = config.stage_names
+    backbone = FocalBackbone(backbone_config).eval()
+    backbone.load_state_dict(state, strict=False, assign=True)
+    return model, backbone
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_answers_of_the_original(loaded, attention):
+def test_answers_of_the_original(loaded, models, attention):
     case, config, state = loaded
-    config = copy.deepcopy(config)
-    config._attn_implementation = attention
-    model = FocalForImageClassification(config).eval()
-    model.load_state_dict(state)
-    stem = {}
+    model, backbone = models
+    for one in models:
+        one.set_attn_implementation(attention)
+    seen = {}
     # Before absolute positions are added.
-    model.focal.embeddings.norm.register_forward_hook(lambda module, args, output: stem.update(value=output))
-
-    differentiate = any(key.startswith("grad/") for key in case.answers)
-    with torch.set_grad_enabled(differentiate):
-        logits = model(case.pixel_values).logits
-    assert_close(logits.detach(), case.answers["logits"])
+    stem = model.focal.embeddings.norm.register_forward_hook(lambda module, args, output: seen.update(stem=output))
+    pooled = model.focal.register_forward_hook(lambda module, args, output: seen.update(pooled=output.pooler_output))
     with torch.no_grad():
-        assert_close(model.focal(case.pixel_values).pooler_output, case.answers["pooled"])
+        logits = model(case.pixel_values).logits
+    assert_close(logits, case.answers["logits"])
+    assert_close(seen["pooled"], case.answers["pooled"])
+    stem.remove()
+    pooled.remove()
 
-    if differentiate:
+    if any(key.startswith("grad/") for key in case.answers):
+        model.zero_grad()
+        logits = model(case.pixel_values).logits
+        assert_close(logits.detach(), case.answers["logits"])
         (logits * golden_cases.probe(logits.shape)).sum().backward()
         gradients = {key: value.grad for key, value in model.named_parameters()}
         gradients |= {key: value for key, value in state.items() if "nearest_index" in key}
@@ -80,13 +83,10 @@ def test_answers_of_the_original(loaded, attention):
         for key, value in expected.items():
             assert_close(gradients[key], value, scale)
 
-    config.out_features = config.stage_names
-    backbone = FocalBackbone(config).eval()
-    backbone.load_state_dict(state, strict=False)
     with torch.no_grad():
         maps = list(backbone(case.pixel_values, output_hidden_states=True).hidden_states)
     height, width = maps[0].shape[2:]
-    maps[0] = stem["value"].detach().transpose(1, 2).unflatten(2, (height, width))
+    maps[0] = seen["stem"].transpose(1, 2).unflatten(2, (height, width))
     assert len(maps) == 1 + sum(key.startswith("stage") for key in case.answers)
     for stage, answer in enumerate(maps):
         answer = answer.permute(0, 2, 3, 1)

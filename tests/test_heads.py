@@ -12,7 +12,7 @@ from transformers import DetrImageProcessorPil, SwinBackbone, SwinConfig
 
 from focal_hf import FocalBackbone, FocalConfig
 from heads import BACKBONES, HEADS, STAGES, build, committed_table, failure, installed_heads, objects, table, train_step
-from test_model import BOTH, pixels
+from small_models import BOTH, pixels
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -11,7 +11,7 @@ from transformers.testing_utils import CaptureLogger, LoggingLevel
 from transformers.utils import logging
 
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
-from test_model import BOTH, randomized
+from small_models import BOTH, randomized
 
 FIRST = "encoder.layers.0.blocks.0.attention.neighborhood"
 

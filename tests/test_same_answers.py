@@ -27,8 +27,7 @@ from focal_hf import FocalForImageClassification, cpu_attention_focal
 from focal_hf.layout_focal import head_index
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.neighborhood_focal import FocalNeighborhood
-from test_attention import build, one_stage_configs
-from test_model import BOTH, NO_COMPILER, pixels, randomized, tiny
+from small_models import BOTH, NO_COMPILER, build, one_stage_configs, pixels, randomized, tiny
 
 IMAGES = pixels(2, 3, 40, 52)  # maps of 10 by 13 tokens: no multiples of the window, and not the size in the config
 LABELS = torch.tensor([1, 4])

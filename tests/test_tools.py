@@ -16,7 +16,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForImageClassification,
-    BitImageProcessorPil,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -24,7 +23,7 @@ from transformers import (
 
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, FocalModel
-from test_model import BOTH, pixels, randomized, tiny
+from small_models import BOTH, pixels, prepare, randomized, tiny
 
 ALL_CLASSES = [FocalModel, FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone]
 SHARDS = {"max_shard_size": "20KB"}
@@ -244,19 +243,6 @@ def test_other_channels_and_other_classes(attention_type, channels, tmp_path):
             assert torch.equal(value, model.state_dict()[name]), name
     assert changed.get_parameter(projection).abs().max() > 0
     assert logits(changed, pixels(2, 3, 40, 52)).shape == (2, 2)
-
-
-def prepare(folder, attention_type):
-    """A model, its image processor and a picture, by the names that the documentation uses."""
-    # Small, but of as many stages as the documentation's.
-    stages = {"depths": (1,) * 4, "num_heads": (2,) * 4, "focal_levels": (2,) * 4, "focal_windows": (3,) * 4}
-    stages |= {"embed_dim": 4, "expand_sizes": (2,) * 4}
-    model = randomized(FocalForImageClassification(tiny(attention_type, **stages)))
-    model.save_pretrained(folder / "focal-tiny")
-    BitImageProcessorPil(
-        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder / "focal-tiny")
-    Image.effect_mandelbrot((60, 50), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(folder / "cat.jpg")
 
 
 @BOTH

@@ -13,8 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from conftest import ROOT
 from focal_hf import FocalBackbone
-from test_model import BOTH, SWIN, pixels, tiny
-from test_tools import prepare
+from small_models import BOTH, SWIN, pixels, prepare, tiny
 
 if is_torchvision_available():
     from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet

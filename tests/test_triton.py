@@ -22,10 +22,9 @@ from focal_hf import FocalConfig, FocalForImageClassification, FocalModel
 from focal_hf.attention_focal import choose_attention
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.neighborhood_focal import BiasPart, Neighborhood
+from golden_cases import SMALL, load
 from reference import reference_attention
-from test_attention import build, one_stage_configs
-from test_golden import SMALL, load
-from test_model import BOTH, pixels, randomized, tiny
+from small_models import BOTH, build, one_stage_configs, pixels, randomized, tiny
 
 pytest.importorskip("triton", reason="triton is not installed; there are builds of it for Linux")
 
@@ -312,7 +311,7 @@ def test_a_neighbourhood_without_squares_is_refused():
 
 
 COMPILE = """
-import collections, json, sys
+import collections, json
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -321,7 +320,7 @@ from focal_hf.modeling_focal import FocalAttention
 
 assert not kernels.INTERPRETED
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-found = collections.defaultdict(int)
+found = {capability: collections.defaultdict(int) for capability in (80, 90)}
 
 
 class Compiling:
@@ -349,10 +348,11 @@ class Compiling:
             attrs=aligned,
         )
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
-        name = self.kernel.__name__
-        assert "cubin" in compiled.asm and "mma" in compiled.asm["ptx"], name
-        found[name] = max(found[name], compiled.metadata.shared)
+        for capability, shared in found.items():
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            name = self.kernel.__name__
+            assert "cubin" in compiled.asm and "mma" in compiled.asm["ptx"], name
+            shared[name] = max(shared[name], compiled.metadata.shared)
 
 
 for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
@@ -371,26 +371,32 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA, reason="the other tests compile them")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_gpus(capability, tmp_path):
+def test_compiles_for_gpus(tmp_path):
     """Which the interpreter, which takes more, does not tell: with tensor cores, in every GPU's shared memory."""
-    script = COMPILE.replace("sys.argv[1]", str(capability))
-    shared = json.loads(run(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
-    assert len(shared) == 4
-    assert max(shared.values()) <= 99 * 2**10
+    found = json.loads(run(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    assert found.keys() == {"80", "90"}
+    for shared in found.values():
+        assert len(shared) == 4
+        assert max(shared.values()) <= 99 * 2**10
 
 
-@pytest.mark.slow
-def test_benchmark():
+def test_benchmark(monkeypatch, capsys):
+    """On one window of one small head a stage."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import throughput
+    import triton_attention
+
+    monkeypatch.setitem(throughput.MODEL_SIZES, "tiny", {"embed_dim": 8, "num_heads": (1, 1, 1, 1)})
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for what the benchmark sets to be undone
     small = ["--sizes", "7", "--batch-size", "1", "--dtype", "float32", "--device", DEVICE, "--first-call"]
-    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "triton_attention.py", *small]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| tiny")]
+    monkeypatch.setattr(sys, "argv", ["triton_attention.py", *small])
+    triton_attention.main()
+    output = capsys.readouterr().out
+    rows = [line.split(" | ") for line in output.splitlines() if line.startswith("| tiny")]
     assert len(rows) == 10  # two passes of four stages, and of all blocks
     for _, _, _, _, _, triton, sdpa, _, ratio, _ in rows:
         triton, sdpa = (float(number.replace(",", "")) for number in (triton, sdpa))
         # Times are printed to 0.001 ms, which is much of a GPU's; their ratio is of what they were before.
         rounding = sdpa / triton * 5e-4 * (1 / sdpa + 1 / triton)
         assert float(ratio) == pytest.approx(sdpa / triton, abs=1e-3 + 1.1 * rounding)
-    assert result.stdout.count("first call") == 4
+    assert output.count("first call") == 4

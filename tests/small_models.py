@@ -1,0 +1,88 @@
+"""Models and attentions of a few kilobytes, images for them, and what tests of both attention types share."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from hypothesis import assume
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import BitImageProcessorPil
+
+from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf.configuration_focal import POOLS
+from focal_hf.modeling_focal import FocalAttention
+
+BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
+NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
+SWIN = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
+SWIN |= {"encoder_stride": 16, "num_labels": 5}
+
+
+def tiny(attention_type="focal", **changes):
+    options = {"focal_levels": (2, 2, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 2, 2), "topk": 11}
+    return FocalConfig(attention_type=attention_type, **SWIN | options | changes)
+
+
+def randomized(model):
+    """With weights under which every part matters."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+def pixels(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def prepare(folder, attention_type):
+    """A model, its image processor and a picture, by the names that the documentation uses."""
+    # Small, but of as many stages as the documentation's.
+    stages = {"depths": (1,) * 4, "num_heads": (2,) * 4, "focal_levels": (2,) * 4, "focal_windows": (3,) * 4}
+    stages |= {"embed_dim": 4, "expand_sizes": (2,) * 4}
+    model = randomized(FocalForImageClassification(tiny(attention_type, **stages)))
+    model.save_pretrained(folder / "focal-tiny")
+    BitImageProcessorPil(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder / "focal-tiny")
+    Image.effect_mandelbrot((60, 50), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(folder / "cat.jpg")
+
+
+@st.composite
+def one_stage_configs(draw, embed_dims=(4,), largest_window=5):
+    window = draw(st.integers(1, largest_window))
+    options = {
+        "image_size": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
+        "patch_size": 1,
+        "embed_dim": draw(st.sampled_from(embed_dims)),
+        "depths": (2,),
+        "num_heads": (draw(st.sampled_from([1, 2])),),
+        "window_size": window,
+        "attention_type": draw(st.sampled_from(["focal", "topk"])),
+        "focal_levels": (draw(st.integers(0, 4)),),
+        "focal_windows": (draw(st.sampled_from([1, 3, 5])),),
+        "focal_pool": draw(st.sampled_from(POOLS)),
+        "expand_sizes": (draw(st.integers(0, window)),),
+        "topk": draw(st.integers(1, 40)),
+        "use_shift": draw(st.booleans()),
+        "qkv_bias": draw(st.booleans()),
+        "qk_scale": draw(st.sampled_from([None, 0.5])),
+        "out_features": None,
+    }
+    try:
+        return FocalConfig(**options)
+    except StrictDataclassClassValidationError:
+        assume(False)
+
+
+def build(config, block):
+    attention = FocalAttention(config, 0, config.block_geometry(0, block)).double().eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            # So that scores are within what the -100 of the original hides.
+            parameter.normal_(std=0.5)
+    return attention
