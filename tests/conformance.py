@@ -1,10 +1,9 @@
-"""One model under transformers' own common tests of models, backbones and configurations: Focal, or Swin as yardstick.
+"""transformers' own common tests of models, backbones and configurations, on Focal and, as the yardstick, on Swin.
 
-test_conformance.py gets those tests and runs this file once for each of `SUBJECTS`, which the environment names.
+test_conformance.py gets those tests and runs this file in a process of its own.
 """
 
 import copy
-import os
 import unittest
 
 from torch import nn
@@ -22,12 +21,12 @@ class Subject:
 
     is_training = True
     batch_size = 3
-    image_size = 64
+    image_size = 32
     patch_size = 4
     map_size = image_size // patch_size
     seq_length = map_size**2
     num_masks = seq_length // 2
-    depths = (1, 1, 2, 1)
+    depths = (1, 2)
     num_attention_heads = 2
     embed_dim = hidden_size = 8
 
@@ -43,7 +42,8 @@ class Subject:
             patch_size=self.patch_size,
             embed_dim=self.embed_dim,
             depths=self.depths,
-            num_heads=[self.num_attention_heads, 2, 4, 4],
+            num_heads=[self.num_attention_heads, 4],
+            encoder_stride=self.patch_size * 2,
             window_size=self.window_size,
             mlp_ratio=2.0,
             use_absolute_embeddings=True,
@@ -57,38 +57,41 @@ class Subject:
         }
 
 
-FOCAL = {"window_size": 4, "focal_windows": [3, 3, 1, 1], "expand_sizes": [1, 1, 1, 1], "keys": (4 + 2 * 1) ** 2 + 3**2}
-TOPK = {"window_size": 4, "attention_type": "topk", "topk": 8, "keys": 8 + 8}
+GEOMETRY = {"window_size": 4, "focal_levels": [2, 2], "focal_windows": [3, 1], "expand_sizes": [1, 1]}
+FOCAL = GEOMETRY | {"keys": (4 + 2 * 1) ** 2 + 3**2}
+TOPK = GEOMETRY | {"attention_type": "topk", "topk": 4, "keys": 4 + 4}
 SUBJECTS = {
     "swin": Subject(SwinConfig, window_size=2, keys=2**2),
     "focal": Subject(FocalConfig, **FOCAL),
     "topk_conv": Subject(FocalConfig, **TOPK, use_conv_embed=True),
 }
-SUBJECT = SUBJECTS[os.environ["SUBJECT"]]
-
-CLASSES = {}
-for purpose in ("", "FOR_BACKBONE_", "FOR_IMAGE_CLASSIFICATION_", "FOR_MASKED_IMAGE_MODELING_"):
-    classes = getattr(modeling_auto, f"MODEL_{purpose}MAPPING")
-    CLASSES[purpose] = classes[SUBJECT.config_class]
-    # Here the common tests look up what a class is for: whether it takes labels, say.
-    getattr(modeling_auto, f"MODEL_{purpose}MAPPING_NAMES")[FocalConfig.model_type] = classes[FocalConfig].__name__
-BACKBONE = CLASSES["FOR_BACKBONE_"]
 
 
-class ModelTest(ModelTesterMixin, unittest.TestCase):
+def classes_of(subject: Subject) -> dict[str, type]:
+    """The subject's model classes, by what they are for. The common tests then find that out by a class's name."""
+    found = {}
+    for purpose in ("", "FOR_BACKBONE_", "FOR_IMAGE_CLASSIFICATION_", "FOR_MASKED_IMAGE_MODELING_"):
+        found[purpose] = getattr(modeling_auto, f"MODEL_{purpose}MAPPING")[subject.config_class]
+        names = getattr(modeling_auto, f"MODEL_{purpose}MAPPING_NAMES")
+        names[subject.config_class.model_type] = found[purpose].__name__
+    return found
+
+
+class ModelTests(ModelTesterMixin):
     """What is overridden assumes words, or maps that are of one size and leave the model as tokens."""
 
-    all_model_classes = tuple(CLASSES.values())
+    subject: Subject
     test_resize_embeddings = False
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
-        self.model_tester = copy.copy(SUBJECT)
+        self.model_tester = copy.copy(self.subject)
+        self.backbone = classes_of(self.subject)["FOR_BACKBONE_"]
 
     def test_config(self):
         ConfigTester(
             self,
-            config_class=SUBJECT.config_class,
+            config_class=self.subject.config_class,
             has_text_modality=False,
             common_properties=["image_size", "patch_size", "num_channels", "hidden_size", "num_attention_heads"],
             embed_dim=48,
@@ -96,7 +99,7 @@ class ModelTest(ModelTesterMixin, unittest.TestCase):
 
     def test_model_get_set_embeddings(self):
         for model_class in self.all_model_classes:
-            model = model_class(SUBJECT.get_config())
+            model = model_class(self.subject.get_config())
             assert isinstance(model.get_input_embeddings(), nn.Module)
             other = nn.Identity()
             model.set_input_embeddings(other)
@@ -104,31 +107,42 @@ class ModelTest(ModelTesterMixin, unittest.TestCase):
             assert model.get_output_embeddings() is None
 
     def test_attention_outputs(self):
-        self.model_tester.num_hidden_layers = len(SUBJECT.depths)  # that return theirs: the last of each stage
-        self.model_tester.encoder_seq_length = SUBJECT.window_size**2
-        self.model_tester.key_length = SUBJECT.keys
-        for model_class in CLASSES.values():
+        self.model_tester.num_hidden_layers = len(self.subject.depths)  # that return theirs: the last of each stage
+        self.model_tester.encoder_seq_length = self.subject.window_size**2
+        self.model_tester.key_length = self.subject.keys
+        for model_class in type(self).all_model_classes:
             self.all_model_classes = (model_class,)
-            self.model_tester.num_hidden_states_types = 1 if model_class is BACKBONE else 2  # tokens, and maps
+            # Tokens, and maps; the backbone has maps alone.
+            self.model_tester.num_hidden_states_types = 1 if model_class is self.backbone else 2
             super().test_attention_outputs()
 
     def test_hidden_states_output(self):
-        self.model_tester.num_hidden_layers = len(SUBJECT.depths)
-        self.all_model_classes = tuple(set(CLASSES.values()) - {BACKBONE})
+        self.model_tester.num_hidden_layers = len(self.subject.depths)
+        self.all_model_classes = tuple(set(type(self).all_model_classes) - {self.backbone})
         super().test_hidden_states_output()
-        self.all_model_classes = (BACKBONE,)
+        self.all_model_classes = (self.backbone,)
         # Maps, of which the common test sees the last two dimensions.
-        self.model_tester.seq_length = self.model_tester.hidden_size = SUBJECT.map_size
+        self.model_tester.seq_length = self.model_tester.hidden_size = self.subject.map_size
         super().test_hidden_states_output()
 
     def test_reverse_loading_mapping(self):
         # Focal's conversions change weights, not names.
-        super().test_reverse_loading_mapping(check_keys_were_modified=SUBJECT.config_class is SwinConfig)
+        super().test_reverse_loading_mapping(check_keys_were_modified=self.subject.config_class is SwinConfig)
 
 
-class BackboneTest(BackboneTesterMixin, unittest.TestCase):
-    all_model_classes = (BACKBONE,)
-    config_class = SUBJECT.config_class
+class BackboneTests(BackboneTesterMixin):
+    subject: Subject
 
     def setUp(self):
-        self.model_tester = SUBJECT
+        self.model_tester = self.subject
+
+
+# pytest collects the classes `ModelTests_swin`, `BackboneTests_swin` and so on.
+for subject_name, subject in SUBJECTS.items():
+    classes = classes_of(subject)
+    options = {"subject": subject, "all_model_classes": tuple(classes.values())}
+    name = f"ModelTests_{subject_name}"
+    globals()[name] = type(name, (ModelTests, unittest.TestCase), options)
+    options |= {"all_model_classes": (classes["FOR_BACKBONE_"],), "config_class": subject.config_class}
+    name = f"BackboneTests_{subject_name}"
+    globals()[name] = type(name, (BackboneTests, unittest.TestCase), options)

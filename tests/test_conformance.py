@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -65,11 +64,13 @@ def common_tests():
     return package.parent
 
 
-def run_suite(subject: str, common_tests: Path, report: Path) -> dict[str, tuple[str, str]]:
-    """What became of each test: "passed", "skipped" or "failed", and why."""
+@pytest.fixture(scope="module")
+def outcomes(common_tests, tmp_path_factory) -> dict[str, dict[str, tuple[str, str]]]:
+    """For each subject, what became of each test: "passed", "skipped" or "failed", and why."""
+    report = tmp_path_factory.mktemp("reports") / "report.xml"
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", f"--junitxml={report}"]
     path = os.pathsep.join(filter(None, [str(common_tests), os.environ.get("PYTHONPATH")]))
-    environment = {"SUBJECT": subject, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "conformance.py")],
         capture_output=True,
@@ -77,23 +78,16 @@ def run_suite(subject: str, common_tests: Path, report: Path) -> dict[str, tuple
         env=os.environ | environment,
     )
     assert run.returncode in (0, 1), run.stdout + run.stderr  # all passed, or some failed
-    outcomes = {}
+    outcomes = defaultdict(dict)
     for case in ElementTree.parse(report).iter("testcase"):
         # One for each part of a test that did not pass.
         reasons = {tag: [node.text for node in case.iter(tag)] for tag in ("failure", "error", "skipped")}
         failures = reasons["failure"] + reasons["error"]
         outcome = "failed" if failures else "skipped" if reasons["skipped"] else "passed"
-        test = case.get("classname").rpartition(".")[2] + "." + case.get("name")
-        outcomes[test] = outcome, "\n".join(failures or reasons["skipped"])
+        # Such as "tests.conformance.ModelTests_swin".
+        kind, subject = case.get("classname").rpartition(".")[2].split("_", 1)
+        outcomes[subject][f"{kind}.{case.get('name')}"] = outcome, "\n".join(failures or reasons["skipped"])
     return outcomes
-
-
-@pytest.fixture(scope="module")
-def outcomes(common_tests, tmp_path_factory):
-    reports = tmp_path_factory.mktemp("reports")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {name: pool.submit(run_suite, name, common_tests, reports / f"{name}.xml") for name in SUBJECTS}
-        return {name: run.result() for name, run in runs.items()}
 
 
 @pytest.mark.slow
