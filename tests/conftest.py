@@ -1,6 +1,10 @@
 import os
 import sys
+from collections import Counter
 from pathlib import Path
+
+# Before anything imports PyTorch: the C++ that torch.compile writes has no vectors, whose headers take long to compile.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 import torch
 
@@ -11,3 +15,13 @@ sys.path[:0] = [str(ROOT / "convert"), str(ROOT / "examples")]
 # Before anything imports Triton: where there is no GPU, its kernels are interpreted. Nothing else here asks for Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests were skipped for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped tests")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:4} x {reason}")
