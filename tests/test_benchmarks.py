@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
+from forked_scripts import ForkedScript
 
 SCRIPT = ROOT / "benchmarks" / "throughput.py"
 spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
@@ -46,7 +47,7 @@ class FocalTransformer(torch.nn.Module):
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    return ForkedScript(str(SCRIPT), *arguments, folder=ROOT).wait()
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:

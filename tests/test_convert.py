@@ -33,6 +33,7 @@ import original
 import output_files
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
+from forked_scripts import ForkedScript
 from messages import ConversionError
 from original import RELEASED
 from settings_files import read_settings
@@ -92,22 +93,12 @@ def config(case, tmp_path_factory) -> str:
 def conversions(config, tmp_path_factory) -> dict[str, tuple[Path, int, str, str]]:
     """Every sample file converted by the command line: its folder, exit code, stdout and stderr."""
     folder = tmp_path_factory.mktemp("converted")
-    # Neither a network nor yacs nor Paddle: none of the three is there to be used.
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
-    running = {
-        name: subprocess.Popen(
-            [*TO_HF, "--checkpoint", file, "--config", config, "--output", folder / name],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, file in SAMPLES.items()
-    }
+    # Without a network, yacs and Paddle.
     results = {}
-    for name, process in running.items():
-        stdout, stderr = process.communicate(timeout=300)
-        results[name] = (folder / name, process.returncode, stdout, stderr)
+    for name, file in SAMPLES.items():
+        options = ("--checkpoint", file, "--config", config, "--output", folder / name)
+        ended = ForkedScript(TO_HF[1], *options, folder=folder).wait()
+        results[name] = (folder / name, ended.returncode, ended.stdout, ended.stderr)
     return results
 
 

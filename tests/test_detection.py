@@ -30,10 +30,8 @@ from common.detection_views import ObjectImages, View, training_sizes
 from common.loading import Item
 from common.options import Problem
 from detection_scenes import CLASSIFIER, NAMES, STAGES, detector_config, draw_scenes, official, read, write_scenes
-from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
+from example_runs import Run, assert_same, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
-from test_finetune import results
-from test_training import Run, assert_same
 
 SCRIPT = "finetune_detection.py"
 # Half of the pictures cropped, half mirrored, in several sizes.
@@ -104,7 +102,7 @@ def test_processes_divide_the_same_work(place):
     options = ("--config", "deformable_detr", "--data", "scenes", "--image-size", 64, "--smallest-size", 64)
     options += ("--epochs", 1, "--learning-rate", 1e-7, "--crop-scale", 1)
     Run(place, *options, "--output", "one", "--batch-size", 8, script=SCRIPT).end()
-    Run(place, *options, "--output", "two", "--batch-size", 4, launcher=TWO_PROCESSES, script=SCRIPT).end()
+    Run(place, *options, "--output", "two", "--batch-size", 4, processes=2, script=SCRIPT).end()
     assert results(place / "two")["processes"] == 2
     (one,), (two,) = (results(place / name)["history"] for name in ("one", "two"))
     assert two["images"] == one["images"] == 13

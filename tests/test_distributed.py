@@ -1,7 +1,6 @@
 """Training in several real processes, without a GPU, through PyTorch's own engines."""
 
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,37 +13,16 @@ from accelerate.utils import DistributedType
 
 from example_runs import EXAMPLES, example_command, tiny_config
 from focal_hf import FocalForImageClassification
-from test_model import BOTH, tiny
-
-STEPS = 4
-
-
-def batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(4, 3, 36, 40, generator=generator), torch.arange(4)
-
-
-def build(attention_type):
-    torch.manual_seed(0)
-    config = tiny(attention_type, drop_path_rate=0.0, use_absolute_embeddings=True, use_shift=True)
-    return FocalForImageClassification(config).train()
-
-
-def optimizer_of(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+from forked_scripts import ForkedScript
+from fsdp_training import STEPS, batch, build, optimizer_of
+from small_models import BOTH
 
 
 @BOTH
 def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
     """Two processes, stopped and resumed in the middle, train what one process trains, and save it for everyone."""
     script = Path(__file__).with_name("fsdp_training.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*command, str(script), str(tmp_path), attention_type],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = ForkedScript(str(script), tmp_path, attention_type, folder=tmp_path, processes=2).wait()
     assert run.returncode == 0, run.stderr[-3000:]
 
     model = build(attention_type)
@@ -67,7 +45,7 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU, Accelerate takes DDP in place of FSDP2")
 def test_fsdp2_through_accelerate(tmp_path):
     """On all GPUs there are. The script says which engine really runs."""
-    from test_training import draw_noise  # not above: fsdp_training.py does without the examples' modules
+    from example_runs import draw_noise
 
     for split in ("train", "validation"):
         draw_noise(tmp_path / "data" / split, 8)

@@ -20,20 +20,8 @@ from transformers import (
 )
 
 from common.models import default_processor
-from example_runs import TWO_PROCESSES, run_example, run_examples_in_turn, tiny_config
+from example_runs import TWO_PROCESSES, draw_two_colours, run_example, run_examples_in_turn, tiny_config
 from hub_server import serve
-
-
-def draw_noise(folder: Path, counts: dict[str, int]) -> Path:
-    """Pictures that differ, FOLDER/CLASS/NUMBER.png, of one colour with a stripe of another."""
-    draw = random.Random(0).randrange
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            picture = Image.new("RGB", (20, 26), (draw(256), draw(256), draw(256)))
-            picture.paste((draw(256), draw(256), draw(256)), (draw(10), 0, 10 + draw(10), 26))
-            picture.save(folder / name / f"{number}.png")
-    return folder
 
 
 def save_classifier(folder: Path, config: PreTrainedConfig) -> Path:
@@ -64,7 +52,7 @@ def read_report(folder: Path) -> tuple[dict, list[dict]]:
 
 def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes(tmp_path):
     """The data has some of the model's classes, in another order; a picture is broken; batches are uneven."""
-    pictures = draw_noise(tmp_path / "data [1]*" / "val", {"cat": 9, "dog": 5, "train": 7})
+    pictures = draw_two_colours(tmp_path / "data [1]*" / "val", {"cat": 9, "dog": 5, "train": 7})
     (pictures / "dog" / "broken.png").write_text("no picture")
     names = ["train", "cat", "a", "dog", "b", "c", "d", "e"]
     model = save_classifier(tmp_path / "model", tiny_config(id2label=dict(enumerate(names))))
@@ -97,7 +85,7 @@ def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes
         frequent = {names[answer] for answer, count in wrong.items() if count == max(wrong.values())}
         assert row["most frequent wrong answer"] in (frequent or {""})
 
-    run = run_example("evaluate.py", *options, "--report", "two", folder=tmp_path, launcher=TWO_PROCESSES)
+    run = run_example("evaluate.py", *options, "--report", "two", folder=tmp_path, processes=2)
     assert run.returncode == 0, run.stderr
     together, same_table = read_report(tmp_path / "two")
     assert together.pop("processes") == 2
@@ -111,7 +99,7 @@ def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes
 def test_wordnet_ids_are_imagenets_classes_in_order(tmp_path):
     identifiers = [f"n{number:08}" for number in random.Random(0).sample(range(10**8), 1000)]
     counts = dict.fromkeys(identifiers, 1) | {identifiers[3]: 2, identifiers[70]: 3, identifiers[800]: 4}
-    pictures = draw_noise(tmp_path / "data", counts)
+    pictures = draw_two_colours(tmp_path / "data", counts)
     model = save_classifier(tmp_path / "model", tiny_config(num_labels=1000))
     run = run_example("evaluate.py", "--model", model, "--data", pictures, "--report", "report", folder=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -122,7 +110,7 @@ def test_wordnet_ids_are_imagenets_classes_in_order(tmp_path):
 
 def test_measures_swin_on_a_streamed_hub_data_set_at_another_size(tmp_path):
     """Columns, split and class names of its own; two files, one process for each."""
-    pictures = draw_noise(tmp_path / "drawn", {"x": 5, "y": 4, "z": 2})
+    pictures = draw_two_colours(tmp_path / "drawn", {"x": 5, "y": 4, "z": 2})
     folder = datasets.load_dataset("imagefolder", data_dir=str(pictures), cache_dir=str(tmp_path / "arrow"))["train"]
     renamed = folder.rename_columns({"image": "img", "label": "kind"}).cast_column("kind", folder.features["label"])
     (tmp_path / "repository" / "data").mkdir(parents=True)
@@ -159,11 +147,11 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(tmp_path):
     headless = tmp_path / "headless"
     AutoModelForImageClassification.from_pretrained(model).focal.save_pretrained(headless)
     AutoImageProcessor.from_pretrained(model).save_pretrained(headless)
-    good = draw_noise(tmp_path / "good", {"cat": 1, "dog": 1})
-    broken = draw_noise(tmp_path / "broken", {"cat": 1, "dog": 1})
+    good = draw_two_colours(tmp_path / "good", {"cat": 1, "dog": 1})
+    broken = draw_two_colours(tmp_path / "broken", {"cat": 1, "dog": 1})
     (broken / "dog" / "1.png").write_text("no picture")
-    cows = draw_noise(tmp_path / "cows", {"cat": 1, "cow": 1})
-    identifiers = draw_noise(tmp_path / "ids", {"n00000001": 1, "n00000002": 1})
+    cows = draw_two_colours(tmp_path / "cows", {"cat": 1, "cow": 1})
+    identifiers = draw_two_colours(tmp_path / "ids", {"n00000001": 1, "n00000002": 1})
     expected = {
         ("--data", "./nowhere"): "No such folder: --data ./nowhere.",
         ("--data", good, "--split", "val"): "has no folder called val: see --split.",

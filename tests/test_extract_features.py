@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import tarfile
 import time
 from pathlib import Path
@@ -15,9 +14,9 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from common.models import default_processor
-from example_runs import TWO_PROCESSES, example_command, run_example, run_examples_in_turn, tiny_config
+from example_runs import draw_two_colours, run_example, run_examples_in_turn, tiny_config
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalModel
-from test_evaluate import draw_noise
+from forked_scripts import ForkedScript
 
 
 @pytest.fixture
@@ -44,22 +43,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_and_run_again_on_any_number_of_processes_writes_the_same_files(model, tmp_path):
-    pictures = draw_noise(tmp_path / "data", {"cat": 150, "dog": 101})
+    pictures = draw_two_colours(tmp_path / "data", {"cat": 150, "dog": 101})
     (pictures / "dog" / "broken.png").write_text("no picture")
     options = ("--model", model, "--data", pictures, "--batch-size", 2, "--shards", 84)  # of 3 pictures
     whole, broken_off = tmp_path / "whole", tmp_path / "broken_off"
-    run = run_example("extract_features.py", *options, "--output", whole, folder=tmp_path, launcher=TWO_PROCESSES)
+    run = run_example("extract_features.py", *options, "--output", whole, folder=tmp_path, processes=2)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Not a readable image, left out: dog/broken.png") == 1
     assert f"Features of 251 images are in {whole}; 1 left out." in run.stdout
 
-    command = example_command("extract_features.py", *options, "--output", broken_off, folder=tmp_path)
-    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = ForkedScript(*("extract_features.py", "--workers", 0, *options, "--output", broken_off), folder=tmp_path)
     deadline = time.monotonic() + 120
     while len(list(broken_off.glob("features-*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    run.kill()
+    assert run.poll() == -signal.SIGKILL
     finished = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in broken_off.glob("features-*")}
     assert 3 <= len(finished) < 84
     (broken_off / ".features-00083-of-00084.parquet.part").write_text("half a fi")  # as if killed while it wrote
@@ -86,7 +84,7 @@ def test_killed_and_run_again_on_any_number_of_processes_writes_the_same_files(m
 
 def test_stages_of_streamed_tar_files(model, tmp_path):
     """WebDataset: a number for the class, a file of features for each tar file, on two processes."""
-    pictures = draw_noise(tmp_path / "drawn", {"all": 7})
+    pictures = draw_two_colours(tmp_path / "drawn", {"all": 7})
     files = sorted(pictures.glob("*/*.png"))
     (tmp_path / "tars").mkdir()
     for tar, members in (("a", files[:2]), ("b", files[2:5]), ("c", files[5:])):
@@ -101,7 +99,7 @@ def test_stages_of_streamed_tar_files(model, tmp_path):
         *("extract_features.py", "--model", model, "--data", "tars", "--output", "out", *options),
         *("--image-size", 24, "--batch-size", 2),
         folder=tmp_path,
-        launcher=TWO_PROCESSES,
+        processes=2,
     )
     assert run.returncode == 0, run.stderr
     assert [pq.read_metadata(tmp_path / "out" / name).num_rows for name in sorted(os.listdir(tmp_path / "out"))] == [
@@ -122,7 +120,7 @@ def test_stages_of_streamed_tar_files(model, tmp_path):
 
 
 def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
-    pictures = draw_noise(tmp_path / "data", {"cat": 3})
+    pictures = draw_two_colours(tmp_path / "data", {"cat": 3})
     (pictures / "cat" / "9.png").write_text("no picture")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.png").write_text("no picture")

@@ -32,6 +32,7 @@ from example_runs import (
     LAUNCH,
     TWO_PROCESSES,
     draw_pictures,
+    results,
     run_example,
     run_examples_in_turn,
     tiny_config,
@@ -56,18 +57,12 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs examples/finetune.py in a process of its own, offline, with tmp_path as working folder."""
+    """Runs examples/finetune.py with tmp_path as working folder."""
 
-    def run(
-        *arguments: object, launcher: tuple | list = (sys.executable,), hub: str | None = None
-    ) -> subprocess.CompletedProcess:
-        return run_example("finetune.py", *arguments, folder=tmp_path, launcher=launcher, hub=hub)
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+        return run_example("finetune.py", *arguments, folder=tmp_path, **options)
 
     return run
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 def validation_loss(folder: Path, data: Path) -> float:
@@ -87,7 +82,6 @@ def test_trained_model_loads_and_predicts(finetune, data, config, tmp_path):
     run = finetune(
         *("--config", config, "--data", data, "--output", output, "--batch-size", 4),
         *("--epochs", 6, "--learning-rate", 5e-3, "--accumulate", 2),
-        launcher=LAUNCH,
     )
     assert run.returncode == 0, run.stderr
 
@@ -115,7 +109,7 @@ def test_trained_model_loads_and_predicts(finetune, data, config, tmp_path):
 def test_two_processes_count_every_image_once(finetune, data, config, tmp_path):
     run = finetune(
         *("--config", config, "--data", data, "--output", tmp_path / "two", "--batch-size", 2, "--epochs", 2),
-        launcher=TWO_PROCESSES,
+        processes=2,
     )
     assert run.returncode == 0, run.stderr
     written = results(tmp_path / "two")
@@ -287,8 +281,7 @@ def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monk
 def test_quickstart_leaves_folders_of_others_alone(tmp_path):
     for name in ("digits", "model", "thesis"):
         (tmp_path / name).mkdir()
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = run_example("quickstart.py", "--folder", tmp_path, folder=tmp_path)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(f"error: --folder {tmp_path} holds something else than")
     assert "(thesis)" in run.stderr

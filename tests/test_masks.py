@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -41,10 +39,9 @@ from detection_scenes import (
     rectangle,
     write_scenes,
 )
-from example_runs import EXAMPLES, TWO_PROCESSES, run_examples_in_turn, tiny_config
+from example_runs import Run, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
-from test_finetune import results
-from test_training import Run
+from forked_scripts import ForkedScript
 
 SCRIPT = "finetune_detection.py"
 OPTIONS = (
@@ -107,15 +104,12 @@ def test_learns_to_find_masks(place, trained):
     assert official(content, answers, "segm")[1] == pytest.approx(best["ap50"], abs=0.05)
 
 
-def test_two_processes_have_the_loss_of_one():
+def test_two_processes_have_the_loss_of_one(tmp_path):
     """DETR's loss, MaskFormer's and Mask2Former's, though transformers divides them by the number of processes.
 
     The second process has images without objects.
     """
-    script = Path(detection_losses.__file__)
-    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*TWO_PROCESSES, str(script)], capture_output=True, text=True, env=environment)
+    run = ForkedScript(detection_losses.__file__, folder=tmp_path, processes=2).wait()
     assert run.returncode == 0, run.stderr[-3000:]
     two = json.loads(run.stdout.splitlines()[-1])
     for head, expected in detection_losses.measure(Accelerator(cpu=True)).items():

@@ -8,7 +8,7 @@ import pytest
 
 from common.files import check_output, clear_output
 from common.options import Problem
-from test_training import contents
+from example_runs import contents
 
 
 def arguments(folder: Path, **given) -> Namespace:

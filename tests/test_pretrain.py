@@ -17,11 +17,18 @@ from transformers import (
 )
 
 from common.options import Problem
-from example_runs import TWO_PROCESSES, draw_pictures, tiny_config
+from example_runs import (
+    Run,
+    assert_same,
+    curve,
+    draw_noise,
+    draw_pictures,
+    results,
+    tiny_config,
+    write_tar,
+)
 from focal_hf import FocalForMaskedImageModeling
 from pretrain_mim import check_masks, with_mask
-from test_finetune import results
-from test_training import Run, assert_same, curve, draw_noise, write_tar
 
 SCRIPT = "pretrain_mim.py"
 MASKS = ("--mask-patch", 4, "--crop", 1.0)
@@ -103,7 +110,7 @@ def test_killed_goes_on_to_the_same_bytes(place, pretrained):
 
 def test_processes_divide_the_same_work(place, pretrained):
     """Each picture is cropped and hidden in the same way, whoever has it."""
-    Run(place, *OPTIONS, "--output", "two", "--batch-size", 2, launcher=TWO_PROCESSES, script=SCRIPT).end()
+    Run(place, *OPTIONS, "--output", "two", "--batch-size", 2, processes=2, script=SCRIPT).end()
     assert results(place / "two")["processes"] == 2
     assert curve(place / "two") == pytest.approx(curve(pretrained[0]), abs=2e-4)
 

@@ -19,9 +19,8 @@ from common.data import load_splits
 from common.files import states_in
 from common.fingerprint import fingerprint
 from common.streams import Stream
-from example_runs import tiny_config
+from example_runs import CLASSES, assert_same, contents, draw_noise, tiny_config, write_tar
 from forked_runs import ForkedRuns
-from test_training import CLASSES, assert_same, contents, draw_noise, write_tar
 
 OPTIONS = (
     *("--config", "config", "--data", "data", "--learning-rate", 5e-3, "--epochs", 2, "--batch-size", 4),

@@ -22,10 +22,8 @@ from transformers import (
 
 from common.dense_evaluation import probabilities
 from common.segmentation_data import NO_CLASS, training_view, whole_view
-from example_runs import TWO_PROCESSES, run_examples_in_turn, tiny_config
+from example_runs import Run, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
-from test_finetune import results
-from test_training import Run
 
 SCRIPT = "finetune_segmentation.py"
 NAMES = ["ground", "red", "blue"]
@@ -152,7 +150,7 @@ def test_two_processes_do_the_work_of_one(place):
         *("--drop-path", 0, "--epochs", 6),
     )
     curves, found = [], []
-    for name, size, launcher in (("one", 4, {}), ("two", 2, {"launcher": TWO_PROCESSES})):
+    for name, size, launcher in (("one", 4, {}), ("two", 2, {"processes": 2})):
         Run(place, *options, "--output", name, "--batch-size", size, script=SCRIPT, **launcher).end()
         history = results(place / name)["history"]
         assert [entry["images"] for entry in history] == [5] * 6
@@ -167,7 +165,7 @@ def test_two_processes_do_the_work_of_one(place):
 def test_finished_model_is_measured_anew(place, trained):
     """Two processes, an odd number of images. A window as large as the image is the image; smaller ones are not."""
     options = ("--evaluate-only", "--model", trained[0], "--data", "scenes", "--reduce-labels")
-    Run(place, *options, "--output", "report", "--window", 50, script=SCRIPT, launcher=TWO_PROCESSES).end()
+    Run(place, *options, "--output", "report", "--window", 50, script=SCRIPT, processes=2).end()
     best = results(trained[0])["best"]
     report = results(place / "report")
     assert report == {name: pytest.approx(best[name], abs=1e-6) for name in report}

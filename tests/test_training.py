@@ -1,14 +1,7 @@
 """examples/finetune.py: breaks, processes, batches and recipes. Real processes on small pictures."""
 
-import os
 import random
 import re
-import resource
-import signal
-import subprocess
-import sys
-import tarfile
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -28,38 +21,27 @@ from common.models import decay_groups, default_processor, freeze
 from common.options import Problem
 from common.recipe import Augmentation, balanced_weights
 from common.streams import Stream
-from example_runs import EXAMPLES, TWO_PROCESSES, run_examples_in_turn, tiny_config
+from example_runs import (
+    CLASSES,
+    LAUNCH,
+    Run,
+    assert_same,
+    contents,
+    curve,
+    draw_noise,
+    results,
+    run_example,
+    run_examples_in_turn,
+    tiny_config,
+    write_tar,
+)
 from focal_hf import FocalForImageClassification
-from test_finetune import results
 
-CLASSES = ("blue", "green", "red")
 # Whatever is random in training.
 RANDOM = (
     *("--mixup", 0.8, "--cutmix", 1, "--rand-augment", 9, "--erasing", 0.5, "--color-jitter", 0.4),
     *("--drop-path", 0.3, "--ema", 0.9, "--accumulate", 2, "--batch-size", 3, "--workers", 2, "--save-every", 2),
 )
-
-
-def draw_noise(folder: Path, count: int) -> None:
-    """FOLDER/CLASS/NUMBER.png, no two alike, with no symmetry, each class brighter in a colour of its own."""
-    generator = np.random.default_rng(count)
-    for channel, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = generator.integers(0, 160, (20, 24, 3), dtype=np.uint8)
-            pixels[..., 2 - channel] += 90
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-
-
-def write_tar(file: Path, pictures: Path) -> None:
-    """A WebDataset shard: NUMBER.png beside NUMBER.cls, the index of its class."""
-    with tarfile.open(file, "w") as tar:
-        for number, picture in enumerate(sorted(pictures.glob("*/*.png"), key=lambda picture: picture.name)):
-            label = file.with_suffix(".cls")
-            label.write_text(str(CLASSES.index(picture.parent.name)))
-            tar.add(picture, f"{number}.png")
-            tar.add(label, f"{number}.cls")
-            label.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -74,67 +56,6 @@ def place(tmp_path_factory) -> Path:
     tiny_config(drop_path_rate=0.0).save_pretrained(place / "config")
     tiny_config(hidden_dropout_prob=0.1).save_pretrained(place / "dropping")
     return place
-
-
-class Run:
-    """Training in processes of its own."""
-
-    def __init__(
-        self,
-        place: Path,
-        *arguments: object,
-        script: str = "finetune.py",
-        launcher: tuple | list = (sys.executable,),
-        largest_file: int | None = None,
-    ):
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_CACHE": str(place / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        }
-
-        def limit():
-            if largest_file:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-        self.process = subprocess.Popen(
-            [*launcher, str(EXAMPLES / script), "--workers", "0", "--learning-rate", "5e-3", *map(str, arguments)],
-            env=environment,
-            cwd=place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=limit,
-        )
-
-    def end(self, code: int = 0) -> tuple[str, str]:
-        """What it wrote."""
-        said, complained = self.process.communicate(timeout=300)
-        assert self.process.returncode == code, complained
-        return said, complained
-
-    def kill_after(self, checkpoints: Path, step: int) -> None:
-        """SIGKILL to all its processes, some time after it has saved that step."""
-        deadline = time.monotonic() + 200
-        while not any(int(folder.name[5:]) >= step for folder in checkpoints.glob("step_*")):
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.1))
-        os.killpg(self.process.pid, signal.SIGKILL)
-        assert self.process.wait() == -signal.SIGKILL
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def assert_same(first: Path, second: Path) -> None:
-    first, second = contents(first), contents(second)
-    assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == []
 
 
 @pytest.fixture(scope="module")
@@ -192,20 +113,15 @@ PLAIN = (
 
 @pytest.fixture(scope="module")
 def two_processes(place) -> Path:
-    Run(place, *PLAIN, "--output", "two/out", "--batch-size", 5, launcher=TWO_PROCESSES).end()
+    Run(place, *PLAIN, "--output", "two/out", "--batch-size", 5, processes=2).end()
     return place / "two" / "out"
-
-
-def curve(folder: Path) -> list[float]:
-    names = "train_loss", "loss", "gradient_norm"
-    return [entry[name] for entry in results(folder)["history"] for name in names]
 
 
 def test_two_processes_killed_go_on_to_the_same_bytes(place, two_processes):
     options = (*PLAIN, "--output", "two_killed/out", "--batch-size", 5)
     folder = place / "two_killed" / "out"
-    Run(place, *options, launcher=TWO_PROCESSES).kill_after(folder / "checkpoints", random.randrange(2, 14, 2))
-    Run(place, *options, "--resume", launcher=TWO_PROCESSES).end()
+    Run(place, *options, processes=2).kill_after(folder / "checkpoints", random.randrange(2, 14, 2))
+    Run(place, *options, "--resume", processes=2).end()
     assert_same(folder, two_processes)
 
 
@@ -357,13 +273,14 @@ def test_results_are_reported_to_people_and_trackers(paper_run):
 
 def test_adapters_are_merged_and_kept_in_mixed_precision_too(place, paper_run):
     base, _ = paper_run
-    launcher = Path(sys.executable).with_name("accelerate"), "launch", "--mixed_precision", "bf16"
-    said, _ = Run(
-        *(place, "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
-        *("--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
-        launcher=[*launcher, "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"],
-    ).end()
-    assert "precision bf16" in said
+    run = run_example(
+        *("finetune.py", "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
+        *("--learning-rate", 5e-3, "--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
+        folder=place,
+        launcher=[*LAUNCH, "--mixed_precision", "bf16"],
+    )
+    assert run.returncode == 0, run.stderr
+    assert "precision bf16" in run.stdout
     card = (place / "lora" / "README.md").read_text()
     assert "from paper with Focal's" in card
     assert str(place) not in card  # a path on this machine is no one else's concern

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -388,8 +387,6 @@ def test_shading_is_the_image_dimmed_with_finer_levels_over_coarser_ones():
 
 
 def test_only_figures_need_matplotlib(monkeypatch):
-    program = "import sys, focal_hf.visualization; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     seen = look(one_stage(), query=(0, 0))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'focal-hf\[visualization\]'"):
@@ -422,9 +419,9 @@ def test_the_script_writes_three_pictures(trained, tmp_path):
     files = sorted((tmp_path / "attention").iterdir())
     assert [file.name for file in files] == ["attention.png", "grid.png", "saliency.png"]
     for file in files:
-        picture = np.asarray(Image.open(file).convert("RGB"))
-        assert min(picture.shape[:2]) > 300
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 200
+        with Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(10**7)) > 200
 
 
 def test_the_scripts_errors_are_one_clear_line(trained, tmp_path):
@@ -448,6 +445,6 @@ def test_the_scripts_errors_are_one_clear_line(trained, tmp_path):
     }
     answers = run_examples_in_turn("visualize_attention.py", [list(line) for line in expected], tmp_path)
     for (status, _, errors), (line, message) in zip(answers, expected.items(), strict=True):
-        said = status if isinstance(status, str) else errors.splitlines()[-1]
+        said = errors.splitlines()[-1]
         assert re.search(message, said), (line, status, errors)
-        assert status == 2 or (said.startswith("error: ") and "\n" not in said), (line, status)
+        assert status == 2 or (status == 1 and errors == f"{said}\n" and said.startswith("error: ")), (line, errors)

@@ -1,0 +1,101 @@
+"""Scripts of examples/ in processes that are forked from one which has imported all that they need.
+
+So a run does not begin with ten seconds of imports.
+"""
+
+import atexit
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["evaluate", "extract_features", "finetune", "finetune_detection", "finetune_segmentation", "pretrain_mim"]
+)
+# For the process that imports the scripts, which reads some of it only then.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str], output: str, largest_file: int | None) -> None:
+    """In the new process: as `python COMMAND` does."""
+    import datasets
+
+    os.setsid()
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    os.chdir(folder)
+    os.environ.update(environment)
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+class ForkedScript:
+    """examples/SCRIPT in one process, or in several as torchrun starts them. Offline, on a CPU, in `folder`."""
+
+    def __init__(
+        self, script: str, *arguments: object, folder: Path, processes: int = 1, largest_file: int | None = None
+    ):
+        self.command = [str(EXAMPLES / script), *map(str, arguments)]
+        self.outputs = tempfile.TemporaryDirectory()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        own = os.environ.copy()
+        os.environ.update(ENVIRONMENT | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{own.get('PYTHONPATH', '')}"})
+        try:
+            self.processes = []
+            for rank in range(processes):
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                place = {name: str(number) for name, number in place.items()} | meeting if processes > 1 else {}
+                output = f"{self.outputs.name}/{rank}"
+                process = FORKS.Process(target=run, args=(self.command, folder, place, output, largest_file))
+                process.start()
+                self.processes.append(process)
+        finally:
+            os.environ.clear()
+            os.environ.update(own)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs. One that fails ends the others, as under torchrun."""
+        codes = [process.exitcode for process in self.processes]
+        failed = [code for code in codes if code]
+        if failed:
+            self.kill()
+            return failed[0]
+        return None if None in codes else 0
+
+    def kill(self) -> None:
+        """SIGKILL to the processes and to those that they started."""
+        for process in self.processes:
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(self.command)
+            time.sleep(0.01)
+        texts = (self.written("stdout"), self.written("stderr"))
+        return subprocess.CompletedProcess(self.command, code, *texts)
+
+    def written(self, stream: str) -> str:
+        return "".join(file.read_text() for file in sorted(Path(self.outputs.name).glob(f"*.{stream}")))
