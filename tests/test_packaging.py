@@ -25,12 +25,12 @@ def test_version():
 
 @pytest.mark.slow
 def test_wheel_and_sdist_install_and_work(tmp_path):
+    """`build` makes the wheel from the source distribution, as pip does to install one."""
     run = {"check": True, "cwd": tmp_path, "capture_output": True, "text": True}
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], **run)
-    built = [next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))]
-    for number, archive in enumerate(built):
-        target = tmp_path / f"installed{number}"
-        install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(archive)]
-        subprocess.run(install, **run)
-        use = subprocess.run([sys.executable, "-c", USE, str(target)], env={"PYTHONPATH": str(target)}, **run)
-        assert use.stdout.split("\n")[0] == f"[1, 192] {focal_hf.__version__}"
+    (wheel,), (_,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    target = tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, **run)
+    use = subprocess.run([sys.executable, "-c", USE, str(target)], env={"PYTHONPATH": str(target)}, **run)
+    assert use.stdout.split("\n")[0] == f"[1, 192] {focal_hf.__version__}"

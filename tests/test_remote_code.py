@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
 
+import convert_focal_to_hf
 import focal_hf
 import golden_cases
-from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 from hub_server import serve
 
@@ -221,12 +221,12 @@ def test_copies_of_the_code_keep_apart(tmp_path, registered):
     assert not torch.equal(second[0], installed[0])
 
 
-def test_the_converter_writes_code(tmp_path):
+def test_the_converter_writes_code(tmp_path, registered):
     """The use that the model card shows, where the package cannot be imported."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(golden_cases.case("base").config))
     arguments = ["--checkpoint", golden_cases.FOLDER / "base_released.pth", "--config", tmp_path / "config.yaml"]
-    command = [sys.executable, ROOT / "convert" / "convert_focal_to_hf.py", *arguments, "--output", tmp_path / "model"]
-    subprocess.run([*command, "--with-code"], check=True, capture_output=True)
+    arguments += ["--output", tmp_path / "model", "--with-code"]
+    convert_focal_to_hf.main(list(map(str, arguments)))
     assert carried_code(tmp_path / "model") == COMPLETE
 
     Image.new("RGB", (60, 40), "red").save(tmp_path / "picture.jpg")
