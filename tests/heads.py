@@ -143,32 +143,32 @@ TEXT_REGIONS = {"neck_out_channels": 32, "scale_factor_list": [1, 2, 4, 8], "ker
 TEXT_REGIONS["intraclass_block_config"] = {name: [1, 1, 0] for name in ("reduce_channel", "return_channel", *RATIOS)}
 
 NO_LOSS = "no loss"
-WARNS = "warns that it does not know Focal"
-ONE_MAP = 'reads the last map alone: `out_features=["stage4"]`, or the other maps\' norms get no gradient'
-THREE_MAPS = '`out_features=["stage2", "stage3", "stage4"]`, with their channels as `encoder_in_channels`'
-THIRD_MAP = 'one map of stride 16: `out_features=["stage3"]`, and stage 4 gets no gradient'
+WARNS = "logs a warning that Focal is unknown"
+ONE_MAP = 'reads only the last map: set `out_features=["stage4"]`, or the norms of the other maps get no gradient'
+THREE_MAPS = '`out_features=["stage2", "stage3", "stage4"]`; `encoder_in_channels` are the channels of these maps'
+THIRD_MAP = 'reads one map of stride 16: `out_features=["stage3"]`; stage 4 gets no gradient'
 REASSEMBLY = (
-    "set `model.neck.reassemble_stage = None` once it is built or loaded: it takes the maps for a ViT's tokens, but "
-    f"those of Swin v2, for which it tests by name; `neck_hidden_sizes` are the maps' channels; {NO_LOSS}"
+    "set `model.neck.reassemble_stage = None` after building or loading, or the maps are read as the tokens of a ViT "
+    f"(Swin v2 is exempt by name); `neck_hidden_sizes` are the channels of the maps; {NO_LOSS}"
 )
-READ = "must be given to the backbone's config, where it is read"
-STAGE_CHANNELS = f"`stage_out_channels`, the maps' channels, {READ}"
-LINE_OF_TEXT = f"images 48 pixels high; {THIRD_MAP}; {NO_LOSS}"
-BLOCKS = f"`block_configs=[[(0, 0, channels)]], scale=1, divisor=1` {READ}; {LINE_OF_TEXT}"
-TOKENS = "takes every map for the tokens of a ViT, all of one width and one stride"
-CLASS_TOKEN = "asks the backbone for the class token of a ViT, too"
-OWN = "builds a backbone of its own, whatever the type of `backbone_config`"
+READ = "in the backbone's config, where the head reads it"
+STAGE_CHANNELS = f"set `stage_out_channels`, the channels of the maps, {READ}"
+LINE_OF_TEXT = f"the images are 48 pixels high; {THIRD_MAP}; {NO_LOSS}"
+BLOCKS = f"set `block_configs=[[(0, 0, channels)]], scale=1, divisor=1` {READ}; {LINE_OF_TEXT}"
+TOKENS = "reads every map as the tokens of a ViT, with equal width and stride"
+CLASS_TOKEN = "also reads the class token of a ViT"
+OWN = "builds its own backbone and ignores the type of `backbone_config`"
 
 HEADS = {
     "UperNetForSemanticSegmentation": Head(
         {"hidden_size": 16, "auxiliary_channels": 16, "auxiliary_in_channels": CHANNELS[2]},
         classes_of_pixels,
-        remark="`auxiliary_in_channels` is the channels of the third map",
+        remark="`auxiliary_in_channels` is the number of channels of the third map",
     ),
     "MaskFormerForInstanceSegmentation": Head(
         {"fpn_feature_size": 32, "mask_feature_size": 32, "decoder_config": DetrConfig(**DETR)},
         segments,
-        remark=f"{WARNS}; tests for Swin by name, and then builds one of its own",
+        remark=f"{WARNS}; for Swin, which it detects by name, it builds its own backbone",
     ),
     "Mask2FormerForUniversalSegmentation": Head(
         MASKED | {"feature_size": 32, "mask_feature_size": 32}, segments, remark=WARNS
@@ -179,7 +179,8 @@ HEADS = {
         | {"text_encoder_num_layers": 1, "text_encoder_vocab_size": 50, "text_encoder_context_length": 8}
         | {"text_encoder_n_ctx": 4, "is_training": True},
         named_segments,
-        remark="`hidden_dim` must equal `conv_dim`: it neither trains nor saves the layers that it puts between them",
+        remark="`hidden_dim` must equal `conv_dim`, because the layers that project one to the other are neither "
+        "trained nor saved",
     ),
     "DetrForObjectDetection": Head(DETR, objects, LAST, remark=ONE_MAP),
     "DetrForSegmentation": Head(MASK_DETR, lambda: objects(masks=True)),
@@ -202,7 +203,8 @@ HEADS = {
     ),
     "PPDocLayoutV3ForObjectDetection": Head(
         DOCUMENT | {"x4_feat_dim": CHANNELS[0]},
-        remark=f"the last three maps' channels as `encoder_in_channels`, the first's as `x4_feat_dim`; {NO_LOSS}",
+        remark="`encoder_in_channels` are the channels of the last three maps, `x4_feat_dim` is that of the first; "
+        f"{NO_LOSS}",
     ),
     "PPDocLayoutV4ForObjectDetection": Head(DOCUMENT, images, LAST_THREE, remark=f"{THREE_MAPS}; {NO_LOSS}"),
     "GroundingDinoForObjectDetection": Head(GROUNDED, named_objects),
@@ -228,9 +230,9 @@ HEADS = {
         | FUSED,
         classes_of_pixels,
         FIRST_THREE,
-        remark="only as DPT-Hybrid, `is_hybrid=True`, with the maps of stages 1, 2 and 3, so stage 4 gets no gradient; "
-        "the first two maps' channels in `neck_hidden_sizes`, the third map's shape as `backbone_featmap_shape`, the "
-        "backbone's `hidden_size` as `hidden_size`",
+        remark="only as DPT-Hybrid (`is_hybrid=True`), with the maps of stages 1, 2 and 3; stage 4 gets no gradient; "
+        "`neck_hidden_sizes` begins with the channels of the first two maps, `backbone_featmap_shape` is the shape of "
+        "the third map, `hidden_size` is that of the backbone",
     ),
     "ZoeDepthForDepthEstimation": Head(
         FUSED
@@ -250,14 +252,16 @@ HEADS = {
         {"hidden_size": 64, "fusion_hidden_sizes": [16, 16, 16, 16], "convstream_hidden_sizes": [8, 8, 8]},
         lambda: {"pixel_values": pixels(4)},
         THIRD | {"num_channels": 4},
-        remark=f"`hidden_size` is the map's channels; the backbone has `num_channels=4`; {THIRD_MAP}; {NO_LOSS}",
+        remark="`hidden_size` is the number of channels of the map; the backbone has `num_channels=4`; "
+        f"{THIRD_MAP}; {NO_LOSS}",
     ),
     "VitPoseForPoseEstimation": Head(remark=TOKENS),
     "TvpForVideoGrounding": Head(
         ENCODER | {"num_frames": 2, "max_img_size": IMAGE, "visual_prompt_size": 8},
         frames,
         LAST | {"hidden_sizes": CHANNELS},
-        remark=f"`hidden_sizes`, with the map's channels as the last, {READ}; reads the first of the maps",
+        remark=f"set `hidden_sizes` {READ}, with the number of channels of the map as the last value; "
+        "reads only the first map",
     ),
     "UVDocModel": Head(remark=OWN),
     "SLANetForTableRecognition": Head(
@@ -270,7 +274,8 @@ HEADS = {
     "PPOCRV5ServerDetForObjectDetection": Head(TEXT_REGIONS, images, HGNET, remark=f"{STAGE_CHANNELS}; {NO_LOSS}"),
     "PPOCRV6MediumDetForObjectDetection": Head(TEXT_REGIONS, images, HGNET, remark=f"{STAGE_CHANNELS}; {NO_LOSS}"),
     "PPOCRV6SmallDetForObjectDetection": Head(
-        {"layer_list_out_channels": CHANNELS}, remark=f"`layer_list_out_channels` are the maps' channels; {NO_LOSS}"
+        {"layer_list_out_channels": CHANNELS},
+        remark=f"`layer_list_out_channels` are the channels of the maps; {NO_LOSS}",
     ),
     "PPOCRV5ServerRecForTextRecognition": Head(
         {}, line_of_text, THIRD | {"stage_out_channels": CHANNELS[:3]}, remark=f"{STAGE_CHANNELS}; {LINE_OF_TEXT}"
@@ -278,9 +283,9 @@ HEADS = {
     "PPOCRV5MobileRecForTextRecognition": Head({}, line_of_text, THIRD | PP_LCNET, remark=BLOCKS),
     "PPOCRV6SmallRecForTextRecognition": Head({}, line_of_text, THIRD | PP_LCNET, remark=BLOCKS),
     "PPOCRV6TinyRecForTextRecognition": Head({}, line_of_text, THIRD | PP_LCNET, remark=BLOCKS),
-    "Sam2VisionModel": Head(remark="asks a bare model, not a backbone, for the `intermediate_hidden_states` of Hiera"),
-    "Sam3VisionModel": Head(remark="takes the last tokens of a bare model for a ViT's, one for every patch"),
-    "EdgeTamVisionModel": Head(remark="asks a bare model, not a backbone, for a list of maps, as timm's give it"),
+    "Sam2VisionModel": Head(remark="reads the `intermediate_hidden_states` of Hiera from a bare model, not a backbone"),
+    "Sam3VisionModel": Head(remark="reads the last hidden state of a bare model as the tokens of a ViT, one per patch"),
+    "EdgeTamVisionModel": Head(remark="reads a list of maps from a bare timm model, not from a backbone"),
 }
 
 
