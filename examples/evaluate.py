@@ -28,7 +28,14 @@ from common.batches import Batches, load_batches, load_split, run_apart
 from common.data import check_columns
 from common.files import check_new, write_results
 from common.models import load_trained, resize_views, try_out
-from common.options import Problem, batch_size_option, image_size_option, no_readable_images, workers_option
+from common.options import (
+    Problem,
+    batch_size_option,
+    image_size_option,
+    no_readable_images,
+    script_parser,
+    workers_option,
+)
 
 EXAMPLES = """\
 examples:
@@ -53,9 +60,7 @@ BLUE = "#2456c8"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help="a folder or a name on the Hub")

@@ -31,6 +31,7 @@ from common.options import (
     image_size_option,
     no_readable_images,
     positive,
+    script_parser,
     workers_option,
 )
 
@@ -54,9 +55,7 @@ SETTINGS = b"extract_features"  # the key under which a shard carries the settin
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help="a folder or a name on the Hub")

@@ -18,7 +18,7 @@ from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 from common.data import central_view, random_view, read_data, read_names, report_unreadable
 from common.engine import refuse_sharding
 from common.loading import IGNORED, Loader, Order, listed, shuffled
-from common.models import add_adapters, build_model, freeze, input_size, stages_of
+from common.models import add_adapters, apply_speed_options, build_model, freeze, input_size, stages_of
 from common.options import (
     Problem,
     data_options,
@@ -27,6 +27,7 @@ from common.options import (
     positive,
     preparing_options,
     result_options,
+    script_parser,
     training_options,
     view_options,
 )
@@ -78,9 +79,7 @@ examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     not_negative = positive(float, or_zero=True)
 
     model_options(parser)
@@ -344,10 +343,7 @@ def prepare_model(args: argparse.Namespace, model: PreTrainedModel) -> torch.nn.
         stages_of(model, "--layer-decay")
     if args.lora:
         model = add_adapters(model, args.lora)
-    if args.gradient_checkpointing:  # after that: peft would ask patches, which are tuples, for gradients
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        model.compile()
+    apply_speed_options(args, model)  # after that: peft would ask patches, which are tuples, for gradients
     return model
 
 

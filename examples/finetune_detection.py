@@ -21,6 +21,7 @@ from common.dense_reports import detection_card, draw_detections
 from common.detection_views import ObjectImages, View, sides, training_sizes
 from common.engine import refuse_sharding
 from common.loading import listed, shuffled
+from common.models import apply_speed_options
 from common.options import (
     Problem,
     data_options,
@@ -29,11 +30,12 @@ from common.options import (
     model_options,
     positive,
     result_options,
+    script_parser,
     speed_options,
     training_options,
     view_options,
 )
-from common.recipe import complete
+from common.recipe import complete, told_defaults
 from common.runs import (
     begin,
     check_training,
@@ -83,13 +85,8 @@ DETECTION = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    def told(name: str) -> str:
-        value = DETECTION[name]
-        return "(default: a tenth of --epochs)" if value is None else f"(default: {value:g})"
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    told = told_defaults(DETECTION)
+    parser = script_parser(__doc__, EXAMPLES)
     model_options(parser)
     parser.add_argument(
         "--head",
@@ -148,10 +145,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     with accelerator.local_main_process_first():
         model, processor = build_detector(args, names, say)
     config, inputs = model.config, inputs_of(model)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        model.compile()
+    apply_speed_options(args, model)
 
     side = min(sides(processor).values())
     smallest = args.smallest_size or round(0.6 * side)

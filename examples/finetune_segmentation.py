@@ -23,7 +23,7 @@ from common.dense_reports import draw_scenes, segmentation_card
 from common.engine import refuse_sharding
 from common.files import check_new, write_results
 from common.loading import InTurn, Loader, Order, shuffled
-from common.models import load_trained
+from common.models import apply_speed_options, load_trained
 from common.options import (
     Problem,
     data_options,
@@ -31,10 +31,11 @@ from common.options import (
     model_options,
     positive,
     result_options,
+    script_parser,
     speed_options,
     training_options,
 )
-from common.recipe import complete, linear_schedule
+from common.recipe import complete, linear_schedule, told_defaults
 from common.runs import (
     begin,
     check_training,
@@ -90,15 +91,8 @@ SHOWN = 6  # validation images that are drawn
 
 
 def parse_arguments() -> argparse.Namespace:
-    def told(name: str) -> str:
-        if name == "warmup_epochs":
-            return "(default: 1500 of 160,000 parts of --epochs)"
-        value = SEGMENTATION[name]
-        return "(default: none)" if value == math.inf else f"(default: {value:g})"
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    told = told_defaults(SEGMENTATION, warmup="1500 of 160,000 parts of --epochs")
+    parser = script_parser(__doc__, EXAMPLES)
     not_negative, above_zero = positive(float, or_zero=True), positive(float)
 
     model_options(parser)
@@ -358,10 +352,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     fix_unused(model, args.crop_size)
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # for which PyTorch has none
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        model.compile()
+    apply_speed_options(args, model, model.backbone)
 
     order, train_loader = training_loader(args, accelerator, train_rows, processor)
     loader = validation_loader(args, accelerator, validation_rows, processor)

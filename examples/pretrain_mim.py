@@ -19,7 +19,7 @@ from transformers import AutoModelForMaskedImageModeling, BitImageProcessorPil, 
 
 from common.data import central_view, random_view, read_data, report_unreadable
 from common.loading import IGNORED, Loader, listed, shuffled
-from common.models import input_size, load_model, load_processor
+from common.models import apply_speed_options, input_size, load_model, load_processor
 from common.options import (
     Problem,
     data_options,
@@ -28,10 +28,11 @@ from common.options import (
     positive,
     preparing_options,
     result_options,
+    script_parser,
     training_options,
     view_options,
 )
-from common.recipe import complete
+from common.recipe import complete, told_defaults
 from common.reports import draw_reconstructions, pretraining_card, to_picture
 from common.runs import (
     begin,
@@ -78,13 +79,8 @@ SHOWN = 8  # validation images whose reconstructions are drawn
 
 
 def parse_arguments() -> argparse.Namespace:
-    def told(name: str) -> str:
-        value = PRE_TRAINING[name]
-        return "(default: a tenth of --epochs)" if value is None else f"(default: {value:g})"
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    told = told_defaults(PRE_TRAINING)
+    parser = script_parser(__doc__, EXAMPLES)
     parser.set_defaults(label_column=None)
     model_options(parser)
     data_options(parser, "FOLDER/**/*.png, or FOLDER/train/**/*.png with FOLDER/validation/**/*.png")
@@ -223,10 +219,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     ]
     for height, width in {size, tuple(central_view(processor, Image.new("RGB", size))["pixel_values"].shape[-2:])}:
         check_masks(args, config, height, width)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        model.compile()
+    apply_speed_options(args, model)
 
     with accelerator.local_main_process_first():
         if args.streaming:

@@ -268,6 +268,16 @@ def add_adapters(model: PreTrainedModel, rank: int) -> peft.PeftModel:
     return peft.get_peft_model(model, settings)
 
 
+def apply_speed_options(
+    args: argparse.Namespace, model: torch.nn.Module, checkpointed: PreTrainedModel | None = None
+) -> None:
+    """What --gradient-checkpointing and --compile say. `checkpointed` is the part that can be, if the model cannot."""
+    if args.gradient_checkpointing:
+        (checkpointed or model).gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        model.compile()
+
+
 def decay_groups(
     model: torch.nn.Module, weight_decay: float, rate: float = 0.0, layer_decay: float = 1.0
 ) -> list[dict]:

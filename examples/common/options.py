@@ -46,6 +46,15 @@ def not_empty(text: str) -> str:
     return text
 
 
+def script_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the first line of a script's docstring and ends with examples, as written."""
+    return argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (one of the two)").add_mutually_exclusive_group(required=True)
     group.add_argument("--model", metavar="NAME", help="checkpoint to start from: a folder or a name on the Hub")

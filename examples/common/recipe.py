@@ -71,6 +71,16 @@ def defaults_of(name: str) -> str:
     return f"(default: {values[0]:g}; paper: {values[1]:g})"
 
 
+def told_defaults(recipe: dict, warmup: str = "a tenth of --epochs") -> Callable[[str], str]:
+    """A function that gives the default of an option in a recipe, for its help. `warmup` is that of --warmup-epochs."""
+
+    def tell(name: str) -> str:
+        value = recipe[name]
+        return f"(default: {warmup if value is None else 'none' if value == math.inf else f'{value:g}'})"
+
+    return tell
+
+
 def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
     """Fill in what the command line leaves to the recipe, given the number of images in a step."""
     for name, value in recipe.items():
