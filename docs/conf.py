@@ -1,7 +1,7 @@
-"""Builds the documentation: `make docs`. The README is its front page.
+"""Sphinx configuration: `make docs` builds the documentation.
 
-The pages are the project's Markdown files where they lie, so that links between them, and from them to images, are the
-same here as in a browser of the repository. The source folder is therefore the project's.
+The source folder is the root of the repository, so that links between Markdown files and to images are the same on the
+site and in the repository. The README is the front page.
 """
 
 import re
@@ -15,7 +15,7 @@ import focal_hf
 try:
     import focal_hf.torchvision_focal
 except ImportError:
-    # Without torchvision that module is documented on stand-ins for what it imports.
+    # Without torchvision, stubs replace the classes that the module imports, so that it can be documented.
     pyramid = ModuleType("torchvision.ops.feature_pyramid_network")
     for name in ("ExtraFPNBlock", "FeaturePyramidNetwork", "LastLevelMaxPool"):
         setattr(pyramid, name, type(name, (), {}))
@@ -31,7 +31,7 @@ version = release = focal_hf.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "README"
 include_patterns = ["README.md", "docs/*.md", "examples/README.md", "benchmarks/README.md"]
-exclude_patterns = [".*", "build", "dist", "docs/_build", "quickstart", "src", "tests"]  # not looked through at all
+exclude_patterns = [".*", "build", "dist", "docs/_build", "quickstart", "src", "tests"]  # not searched for pages
 
 html_theme = "furo"
 html_title = f"focal_hf {release}"
@@ -39,17 +39,17 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
-highlight_language = "none"  # of blocks that name none
-myst_heading_anchors = 4  # as repositories' browsers have them
+highlight_language = "none"  # for code blocks without a language
+myst_heading_anchors = 4  # anchors for headings, as on GitHub
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings have them
+autodoc_typehints = "none"  # the docstrings contain the types
 autodoc_class_signature = "mixed"
 python_maximum_signature_line_length = 100
-# What docstrings refer to that is transformers' own.
+# References in docstrings to names that transformers documents.
 nitpick_ignore = [("py:obj", "PreTrainedModel"), ("py:obj", "FocalBackbone.from_pretrained")]
 
-# Which pages there are, in the order of the site's menu.
+# All pages, in the order of the site's menu.
 CONTENTS = """
 ```{toctree}
 :hidden:
@@ -85,27 +85,28 @@ docs/api
 
 
 def add_contents(app, docname, source):
-    """Not in the README itself, where a browser of the repository would show it as code."""
+    """Appends the contents to the README. In the README itself, GitHub would show them as code."""
     if docname == root_doc:
         source[0] += CONTENTS
 
 
 def to_restructured_text(app, what, name, obj, options, lines):
-    """Docstrings are written as in transformers: what is Markdown in them becomes what Sphinx understands.
+    """Converts the Markdown in docstrings, which follow transformers' style, to reStructuredText.
 
-    Sections ("Args:") and the arguments in them already are: definition lists, one in the other.
+    Sections ("Args:") and their arguments need no conversion: Sphinx reads them as nested definition lists.
     """
     text = "\n".join(lines)
-    # Code blocks: fenced, and indented behind a colon.
+    # Fenced code blocks.
     text = re.sub(
         r"^( *)```python\n(.*?)^ *```",
         lambda block: f"{block[1]}.. code-block:: python\n\n" + re.sub(r"^(?=.)", "    ", block[2], flags=re.M),
         text,
         flags=re.M | re.S,
     )
-    # The names of arguments, of one or several together, before their types or without any.
+    # Names of arguments, alone or several with one type, with or without the type.
     text = re.sub(r"(^ +|(?<=\), ))((?:\w+, )*\w+)(?=:$| \(\[?`)", r"\1**\2**", text, flags=re.M)
     text = re.sub(r"^( +)(\w+Error): (.*)$", r"\1**\2**:\n\1    \3", text, flags=re.M)
+    # Indented code blocks after a colon.
     text = re.sub(r"^( *)(\S.*[^:]):\n\n(?=\1 {4})", r"\1\2::\n\n", text, flags=re.M)
 
     def inline(match):

@@ -1,6 +1,6 @@
 """Draws the figures of docs/model.md: `python docs/draw_figures.py [FOLDER]`.
 
-They show which tokens a query sees. The weights, by which these are shaded, are random.
+They show the keys of a query, shaded by attention weight. The models have random weights.
 """
 
 import functools
@@ -15,21 +15,21 @@ from focal_hf import FocalConfig, FocalModel
 from focal_hf.visualization import AttentionRecord, draw_query, query_attention, record_attention
 
 SIDE = 224
-IN, CORNER = (0.55, 0.55), (0.03, 0.05)
+INSIDE, CORNER = (0.55, 0.55), (0.03, 0.05)
 FOCAL, TOPK = {}, {"attention_type": "topk"}
 
-# File: panels of (title, settings beside Focal-Tiny's, point, stage).
+# For each file its panels: (title, settings that differ from Focal-Tiny's, query point, stage).
 FIGURES = {
     "levels.png": [
-        ("0: the window, as in Swin", {"focal_levels": (0,) * 4}, IN, 0),
-        ("1: and the tokens around it", {"focal_levels": (1,) * 4}, IN, 0),
-        ("2: and pooled tokens", FOCAL, IN, 0),
+        ("0: window, as in Swin", {"focal_levels": (0,) * 4}, INSIDE, 0),
+        ("1: + tokens around it", {"focal_levels": (1,) * 4}, INSIDE, 0),
+        ("2: + pooled tokens", FOCAL, INSIDE, 0),
     ],
-    "stages.png": [(f"stage {stage + 1}", FOCAL, IN, stage) for stage in range(4)],
+    "stages.png": [(f"stage {stage + 1}", FOCAL, INSIDE, stage) for stage in range(4)],
     "types.png": [
-        ("focal", FOCAL, IN, 0),
+        ("focal", FOCAL, INSIDE, 0),
         ("focal, at a corner", FOCAL, CORNER, 0),
-        ("topk", TOPK, IN, 0),
+        ("topk", TOPK, INSIDE, 0),
         ("topk, at a corner", TOPK, CORNER, 0),
     ],
 }
