@@ -32,10 +32,12 @@ except ImportError:
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
-# Conventions of all kernels. Tokens of an image are rows of `channels` numbers, of which a head has HEAD_DIM, padded to
-# BLOCK_D. The queries of a window are numbered row by row and padded to blocks of BLOCK_Q. `source` is (heads, places,
-# FILLED queries), -inf for padding: its rows start at multiples of 16 bytes and are read four numbers at a time.
-# Log-sum-exps and deltas are (images · windows, heads, queries) in float32. Offsets within an image fit into int32.
+# Conventions of all kernels. Arguments are tensors, then numbers, then constants that are compiled in. `tokens` and
+# `place_of` are (windows, keys), `place_of` only with LOOK_UP; `token_at` is (windows, places). Tokens of an image are
+# rows of `channels` numbers, of which a head has HEAD_DIM, padded to BLOCK_D. The queries of a window are numbered row
+# by row and padded to blocks of BLOCK_Q. `source` is (heads, places, FILLED queries), -inf for padding: its rows start
+# at multiples of 16 bytes and are read four numbers at a time. Log-sum-exps and deltas are (images · windows, heads,
+# queries) in float32. Offsets within an image fit into int32.
 
 # Arguments that differ with the size of the images and must not trigger a compilation.
 SIZES = ["rows", "cols", "images", "all_tokens", "keys", "places"]
@@ -60,31 +62,11 @@ def _hidden(queries, places, window, rows, cols, SIDE: tl.constexpr, EXPAND: tl.
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    query,
-    key,
-    value,
-    tokens,  # (windows, keys)
-    place_of,  # (windows, keys); unused unless LOOK_UP
-    source,
-    output,
-    logsumexp,
-    channels,
-    rows,
-    cols,
-    all_tokens,
-    keys,
-    places,
-    scaling,
-    LOOK_UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    EXPAND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, value, tokens, place_of, source, output, logsumexp,
+    channels, rows, cols, all_tokens, keys, places, scaling,
+    LOOK_UP: tl.constexpr, SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Forward pass of a block of queries of one window and head."""
     window = tl.program_id(0) % (rows * cols)
     image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
@@ -134,34 +116,11 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradient_kernel(
-    query,
-    key,
-    value,
-    tokens,
-    place_of,
-    source,
-    output,
-    logsumexp,
-    grad_output,
-    grad_query,
-    delta,
-    channels,
-    rows,
-    cols,
-    all_tokens,
-    keys,
-    places,
-    scaling,
-    LOOK_UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    EXPAND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, value, tokens, place_of, source, output, logsumexp, grad_output, grad_query, delta,
+    channels, rows, cols, all_tokens, keys, places, scaling,
+    LOOK_UP: tl.constexpr, SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Gradient of a block of queries of one window and head. Writes delta, the sum of output · grad_output, as well."""
     window = tl.program_id(0) % (rows * cols)
     image = (tl.program_id(0) // (rows * cols)).to(tl.int64)
@@ -208,33 +167,11 @@ def _query_gradient_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "per_program"])
 def _bias_gradient_kernel(
-    query,
-    key,
-    value,
-    token_at,  # (windows, places)
-    source,
-    logsumexp,
-    delta,
-    grad_output,
-    grad_source,  # (parts, heads, places, queries)
-    channels,
-    rows,
-    cols,
-    all_tokens,
-    places,
-    images,
-    per_program,
-    scaling,
-    LOOK_UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    EXPAND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, value, token_at, source, logsumexp, delta, grad_output, grad_source,
+    channels, rows, cols, all_tokens, places, images, per_program, scaling,
+    LOOK_UP: tl.constexpr, SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Gradient of the bias of a block of places and of queries of one head, summed over some windows of all images."""
     head = tl.program_id(1)
     QUERIES: tl.constexpr = SIDE * SIDE
@@ -284,44 +221,14 @@ def _bias_gradient_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "height", "width", "first_token", "first_place", "block_rows", "block_cols"])
 def _key_gradient_kernel(
-    query,
-    key,
-    value,
-    token_at,
-    source,
-    logsumexp,
-    delta,
-    grad_output,
-    grad_key,
-    grad_value,
-    channels,
-    rows,
-    cols,
-    all_tokens,
-    places,
-    height,
-    width,
-    first_token,
-    first_place,
-    block_rows,
-    block_cols,
+    query, key, value, token_at, source, logsumexp, delta, grad_output, grad_key, grad_value,
+    channels, rows, cols, all_tokens, places, height, width, first_token, first_place, block_rows, block_cols,
     scaling,
-    SQUARE_SIDE: tl.constexpr,
-    STEP: tl.constexpr,
-    FIRST: tl.constexpr,
-    WRAPS: tl.constexpr,
-    LOOK_UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    EXPAND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ORIGIN: tl.constexpr,
-    BLOCK_SIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    SQUARE_SIDE: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, WRAPS: tl.constexpr, LOOK_UP: tl.constexpr,
+    SIDE: tl.constexpr, EXPAND: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    ORIGIN: tl.constexpr, BLOCK_SIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of a square block of a level's tokens of one head, summed over the windows that attend to them."""
     block = tl.program_id(0) % (block_rows * block_cols)
     image = (tl.program_id(0) // (block_rows * block_cols)).to(tl.int64)
