@@ -364,7 +364,7 @@ for options in ({"use_shift": True, "focal_levels": (2,)}, {"attention_type": "t
     neighborhood = attention.neighborhood(torch.empty(1, 14, 14, 32))
     query = torch.empty(1, 196, 32, dtype=torch.bfloat16, requires_grad=True)
     key = torch.empty(1, int(neighborhood.index.max()) + 1, 32, dtype=torch.bfloat16)
-    kernels.attend(query, key, key, neighborhood, 32, 0.5).sum().backward()
+    kernels.attend_by_triton(attention, query, key, key, neighborhood)[0].sum().backward()
 print(json.dumps(found))
 """
 

@@ -80,13 +80,6 @@ def attend_gathered(
     return unfold_windows(output.transpose(1, 2), query, index, window_size), weights
 
 
-def attend_by_triton(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
-    """`triton_attention_focal.triton_attention`."""
-    from .triton_attention_focal import attend
-
-    return attend(query, key, value, neighborhood, module.head_dim, module.scaling), None
-
-
 def reason_against_triton(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
     """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
     if not is_triton_available():
@@ -127,6 +120,8 @@ def choose_attention(module: nn.Module, query: torch.Tensor, neighborhood: Neigh
                 f"attn_implementation='triton' cannot be used here: {reason}. For another implementation, call "
                 "model.set_attn_implementation('sdpa')."
             )
+        from .triton_attention_focal import attend_by_triton
+
         return Attention(attend_by_triton)
     drops = module.training and module.attention_dropout > 0
     if implementation != "sdpa" or drops or reason_against_cpu_attention(query):

@@ -601,13 +601,7 @@ def kernel_layout(
     return neighborhood.index, places, torch.cat(sources, dim=1), squares, neighborhood.shift_size
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    neighborhood: Neighborhood,
-    head_dim: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Attention of queries (batch, height · width, channels) to the keys and values (batch, tokens, channels)."""
-    return triton_attention(query, key, value, *kernel_layout(neighborhood), head_dim, scaling)[0]
+def attend_by_triton(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention of every window's queries to the keys of its neighbourhood, by `triton_attention`."""
+    numbers = module.head_dim, module.scaling
+    return triton_attention(query, key, value, *kernel_layout(neighborhood), *numbers)[0], None
