@@ -1,12 +1,12 @@
-"""Does it learn to detect and to segment? Focal beside transformers' Swin of the same size, on scenes of digits.
+"""Trains Focal and transformers' Swin of the same size to detect and to segment, on scenes of digits.
 
-Scenes are those of examples/make_scenes.py: handwritten digits on photographs, 2000 to train on and 100 others to
-validate on. Both backbones are first trained to classify the digits alone (examples/finetune.py), then, with a head
-that starts anew, to find them in scenes, by the same recipe: RT-DETR their boxes (finetune_detection.py, strokes in any
-colour), UperNet their pixels (finetune_segmentation.py, whole scans).
+The scenes are those of examples/make_scenes.py: handwritten digits on photographs, 2000 for training and 100 for
+validation. Both backbones are first trained to classify the digits (examples/finetune.py). Then, with the same recipe
+and a new head, they are trained on the scenes: RT-DETR to detect boxes (finetune_detection.py, strokes in any colour)
+and UperNet to segment (finetune_segmentation.py, whole scans).
 
-Writes dense.md, and each network's detections.png or predictions.png in its folder, into --folder. Runs that are there
-are not repeated; one that was stopped goes on. Takes about 20 minutes a network and task on one idle core.
+Writes dense.md into --folder, and detections.png or predictions.png into the folder of each network. Finished runs in
+the folder are reused, and interrupted ones are resumed. Each network and task takes about 20 minutes on one idle core.
 """
 
 import argparse
@@ -26,8 +26,8 @@ sys.path.insert(0, str(EXAMPLES))
 from quickstart import write_pictures  # noqa: E402
 
 CLASSIFYING = ("--epochs", 20, "--batch-size", 32, "--learning-rate", 1.5e-3, "--no-flip", "--crop", 1.0)
-# Swin takes no map that is smaller than its window: at 96 pixels in patches of 8 the last one is 3 x 3, as at 48 in
-# patches of 4.
+# Swin needs maps that are at least as large as its window (3 x 3). The last map is 3 x 3 at 96 pixels with patches of 8
+# and at 48 pixels with patches of 4.
 TASKS = {
     "detection": {
         "network": {"image_size": 96, "patch_size": 8, "embed_dim": 48, "num_heads": (3, 6, 12), "encoder_stride": 32},
@@ -86,13 +86,13 @@ def run(script: str, folder: Path, output: str, *options: object) -> None:
     if (folder / output / "checkpoints").is_dir() or (folder / output / "last").is_dir():
         command.append("--resume")
     print(f"{folder}: {script} --output {output}", flush=True)
-    # In the folder: paths are among the settings that a run which goes on must share.
+    # The script runs in the folder, because a resumed run must have the same paths, which are relative to it.
     if subprocess.run([*map(str, command)], cwd=folder, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: {script} failed; its own message is above.")
+        sys.exit(f"error: {script} failed; see its message above.")
 
 
 def learn(task: dict, folder: Path) -> list[str]:
-    """The table of a task, of which all files are in the folder."""
+    """Trains both networks on a task, with all files in the folder. Returns the lines of its table."""
     if not (folder / "digits").is_dir():
         write_pictures(folder / "digits")
     if not (folder / "scenes").is_dir():
@@ -100,7 +100,7 @@ def learn(task: dict, folder: Path) -> list[str]:
         subprocess.run(command, check=True)
     write_configs(folder, task["network"])
     lines = [
-        f"{task['measure']} on unseen scenes in %, after so many epochs.",
+        f"{task['measure']} on unseen scenes in %, by number of epochs.",
         "",
         f"| backbone | parameters | {' | '.join(map(str, task['shown']))} |",
         f"|---|---:|{'---:|' * len(task['shown'])}",
@@ -128,11 +128,11 @@ def learn(task: dict, folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("dense"), help="where to work (default: dense)")
-    parser.add_argument("--task", choices=TASKS, nargs="+", default=[*TASKS], help="default: both")
+    parser.add_argument("--folder", type=Path, default=Path("dense"), help="working folder (default: dense)")
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=[*TASKS], help="tasks to run (default: both)")
     args = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # networks so small gain nothing from more
+    os.environ["OMP_NUM_THREADS"] = "1"  # small networks gain nothing from more threads
     tables = []
     for name in args.task:
         tables += [f"## {name.capitalize()}", "", *learn(TASKS[name], args.folder / name), ""]

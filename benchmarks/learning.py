@@ -1,11 +1,12 @@
-"""Does it learn? Focal beside transformers' Swin of the same size on handwritten digits, from scratch and pre-trained.
+"""Trains Focal and transformers' Swin of the same size on handwritten digits, from scratch and pre-trained.
 
-The digits are scikit-learn's, 1797 scans of 8 x 8 pixels. Both networks get the same recipe: examples/finetune.py on
-1144 training pictures, from scratch and from a checkpoint that examples/pretrain_mim.py makes of the same pictures
-without their labels. After each epoch the accuracy on 450 other pictures is measured; no epoch is chosen by it. What is
-random follows from a seed; given are the mean and the standard deviation over some.
+The data are scikit-learn's digits, 1797 scans of 8 x 8 pixels. Both networks use the same recipe: examples/finetune.py
+on 1144 training images, from scratch and from a checkpoint that examples/pretrain_mim.py trains on the same images
+without labels. The accuracy is measured on 450 other images after each epoch. No epoch is selected by it. All random
+numbers follow from a seed. The results are the mean and standard deviation over several seeds.
 
-Writes learning.md and learning.png into --folder. Runs that are there are not repeated; one that was stopped goes on.
+Writes learning.md and learning.png into --folder. Finished runs in the folder are reused, and interrupted ones are
+resumed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ STARTS = {"scratch": "from scratch", "mim": "pre-trained"}
 
 
 def configs() -> dict[str, PreTrainedConfig]:
-    """Focal of quickstart.py, but with patches as Swin has them, and a Swin of its width and depth, for 10 classes."""
+    """The Focal of quickstart.py with the patch embedding of Swin, and a Swin of its width and depth; 10 classes."""
     focal = small_config()
     focal.use_conv_embed = False
     names = "image_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "drop_path_rate"
@@ -44,7 +45,7 @@ def configs() -> dict[str, PreTrainedConfig]:
 
 
 def run(script: str, folder: Path, output: str, *options: object) -> list[dict]:
-    """What a script measured after each epoch."""
+    """Runs a script. Returns its measurements after each epoch."""
     command = [
         *(sys.executable, EXAMPLES / script, "--data", folder / "digits", "--output", folder / output, "--resume"),
         *("--batch-size", 32, "--learning-rate", 1.5e-3, "--crop-scale", 0.7, "--no-flip", "--crop", 1.0),
@@ -54,12 +55,12 @@ def run(script: str, folder: Path, output: str, *options: object) -> list[dict]:
         command.remove("--resume")
     print(f"{script} {output}", flush=True)
     if subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: {script} failed; its own message is above.")
+        sys.exit(f"error: {script} failed; see its message above.")
     return json.loads((folder / output / "results.json").read_text())["history"]
 
 
 def measure(folder: Path, seeds: list[int], epochs: int, pretraining_epochs: int) -> dict[tuple[str, str], list]:
-    """For each network and start, the accuracies after each epoch, a list for each seed."""
+    """The accuracies after each epoch: for each network and start, one list per seed."""
     accuracies = {(name, start): [] for name in COLOURS for start in STARTS}
     for seed in seeds:
         for name in COLOURS:
@@ -80,12 +81,12 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def write_table(file: Path, accuracies: dict, parameters: dict[str, int]) -> None:
-    """Accuracies after some of the epochs, the last one included."""
+    """Writes the accuracies after some epochs, including the last."""
     runs = next(iter(accuracies.values()))
     epochs = len(runs[0])
     shown = sorted({epoch for epoch in (1, 2, 3, 5, 10, 20, 40, 80) if epoch < epochs} | {epochs})
     lines = [
-        f"Accuracy on unseen digits in %, mean and standard deviation of {len(runs)} seed(s), after so many epochs.",
+        f"Accuracy on unseen digits in %, mean and standard deviation of {len(runs)} seed(s), by number of epochs.",
         "",
         f"| | parameters | {' | '.join(map(str, shown))} |",
         f"|---|---:|{'---:|' * len(shown)}",
@@ -113,7 +114,7 @@ def draw(file: Path, accuracies: dict) -> None:
             color=COLOURS[name],
             alpha=0.12,
         )
-    axes.set(xlabel="epoch", title="accuracy on unseen digits: mean, and from least to most")
+    axes.set(xlabel="epoch", title="accuracy on unseen digits: mean and range over seeds")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.3)
@@ -123,11 +124,17 @@ def draw(file: Path, accuracies: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("learning"), help="where to work (default: learning)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--epochs", type=int, default=16, metavar="N", help="of training (default: 16)")
+    parser.add_argument("--folder", type=Path, default=Path("learning"), help="working folder (default: learning)")
     parser.add_argument(
-        "--pretraining-epochs", type=int, default=50, metavar="N", help="before that, without labels (default: 50)"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="random seeds (default: 0 1 2)"
+    )
+    parser.add_argument("--epochs", type=int, default=16, metavar="N", help="epochs of training (default: 16)")
+    parser.add_argument(
+        "--pretraining-epochs",
+        type=int,
+        default=50,
+        metavar="N",
+        help="epochs of pre-training without labels (default: 50)",
     )
     args = parser.parse_args()
 

@@ -1,19 +1,22 @@
-"""Times Focal beside Swin, FocalNet and the authors' code on this machine: speed, peak memory, and what takes the time.
+"""Times Focal, Swin, FocalNet and the authors' code on this machine: speed, peak memory, and time per operation.
 
-The models of a row have random weights and share images, dtype and a process, which is the row's own. After a warm-up
-they take turns, one step each, until the row's time is spent (--seconds) and each had three; reported are the median
-and the quartiles. A step of inference is a forward pass; one of training a forward and a backward pass, without an
-optimiser. All are the models of 224 pixels, whatever the size of the images, as with published weights; only the
-authors' code is built for the size of its images, as it must be. A peer has the attention, sdpa or eager, with which it
-is faster here (tried uncompiled). Focal has its default and, on a GPU that can run them, kernels of its own
-(attn_implementation="triton"); the peer sdpa is Focal with PyTorch's attention.
+Models. All models of a row have random weights and share the images and the dtype. All are built for images of 224
+pixels, like the published models, whatever the size of the images in the row. Only the authors' code is built for the
+size in the row, because it runs at no other. Each peer uses sdpa or eager attention, whichever is faster here
+uncompiled. Focal uses its default attention or, on a GPU with Triton installed, attn_implementation="triton". The peer
+"sdpa" is Focal with PyTorch's attention.
 
-Peak memory is what a step takes at its peak, beyond the loaded model and the images; in training, gradients included.
-On a GPU it is torch.cuda.max_memory_allocated less what was allocated before. On a CPU it is measured in a process of
-its own for each model and row: the largest resident set up to the end of the first step, less that before it. First a
-copy of the model does a step at 224 pixels, so that what PyTorch sets up once (threads, buffers) is not counted; with
---compile, the model itself does a step. Without /proc, the largest resident set cannot be set back to the present one:
-the answer is then by how much the step raised it, which is too little if loading took more than the model.
+Time. Each row runs in its own process. After a warm-up the models take turns, one step each, until the time of the row
+(--seconds) is over and each model has made three steps. The output has the median and the quartiles. A step of
+inference is a forward pass. A step of training is a forward and a backward pass, without an optimizer.
+
+Peak memory is the maximum during one step, minus the memory of the loaded model and the images. Training includes the
+gradients. On a GPU it is torch.cuda.max_memory_allocated minus the memory that was allocated before. On a CPU each
+model and row is measured in its own process: the largest resident set until the end of the first step, minus the
+largest resident set before it. Before that, a copy of the model does a step at 224 pixels, so that threads and buffers
+that PyTorch creates once do not count; with --compile, the model itself does this step. On systems without /proc, the
+largest resident set cannot be reset. The result is then the increase during the step, which is too small if loading
+needed more memory than the model.
 """
 
 import argparse
@@ -59,22 +62,22 @@ from focal_hf.modeling_focal import FocalDropPath
 
 EXAMPLES = """\
 examples:
-  the table of benchmarks/README.md, for this machine:
+  the first table of benchmarks/README.md, for this machine:
     python benchmarks/throughput.py
 
-  one of its rows, and where the time goes:
+  one row of this table, with the time per operation:
     python benchmarks/throughput.py --sizes 224 --batch-size 8 --profile
 
-  how time and memory grow with the image, for both kinds of attention, beside Swin:
+  time and memory at several image sizes, for both attention types and Swin:
     python benchmarks/throughput.py --growth --peer swin
 
-  two rows with torch.compile, which first takes its time:
+  two rows with torch.compile, which first compiles for some minutes:
     python benchmarks/throughput.py --models tiny base --batch-size 8 --compile
 
-  backbones on images of detection, 800 x 1333 pixels:
+  backbones on detection images of 800 x 1333 pixels:
     python benchmarks/throughput.py --backbone --sizes 800 --task inference training --peer swin
 
-  the default table beside the authors' code alone:
+  the default table, compared with the authors' code only:
     git clone https://github.com/microsoft/Focal-Transformer
     python benchmarks/throughput.py --original Focal-Transformer --peer
 """
@@ -85,14 +88,14 @@ PEERS = {
     "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
 }
 LABELS = {OURS: "Focal", SDPA: "sdpa Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
-MODEL_SIZES = {  # of the published models, the same for all four
+MODEL_SIZES = {  # the published sizes, the same for all models compared here
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
 SOURCES = {"focal": "classification/focal_transformer.py", "topk": "classification/focal_transformer_v2.py"}
 
-# Model, attention, task, pixels a side, images on a CPU, images on a GPU.
+# Model, attention type, task, pixels per side, batch size on a CPU, batch size on a GPU.
 DEFAULT_TABLE = (
     ("tiny", "focal", "inference", 224, 8, 64),
     ("tiny", "focal", "inference", 224, 1, 1),
@@ -107,7 +110,7 @@ DEFAULT_TABLE = (
 GROWTH_SIZES = (224, 448, 896, 1792)
 MIN_ROUNDS = 3
 
-# What an operation of the profiler belongs to: the first whose pattern is in its name.
+# An operation of the profiler belongs to the first group whose pattern matches its name.
 GROUPS = {
     "attention": r"attention|softmax",
     "matrix products": r"mm\b|matmul|linear|conv",
@@ -117,11 +120,11 @@ GROUPS = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """A row of the table: what every model in it is asked to do. `attention` is that of the Focal models.
+class Workload:
+    """The configuration of a row, the same for all its models. `attention` is the attention type of Focal.
 
-    Classifiers see squares. Backbones see images of 3 by 5, the shape of the largest that detectors make, 800 by 1333,
-    and give the maps of all stages.
+    Classifiers get square images. Backbones get images with sides in the ratio 3 : 5, like the largest images of
+    detectors (800 by 1333), and return the maps of all stages.
     """
 
     size: str
@@ -138,13 +141,13 @@ class Work:
 
     @property
     def pixels(self) -> int:
-        """Of all images of a step."""
+        """Pixels of all images in a step."""
         return self.batch_size * self.sides[0] * self.sides[1]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows share."""
+    """The configuration that all rows share."""
 
     device: str
     dtype: str
@@ -153,11 +156,11 @@ class Setting:
     original: str | None
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def title(name: str, work: Work) -> str:
+def title(name: str, work: Workload) -> str:
     kind = " topk" if name in (OURS, SDPA, ORIGINAL) and work.attention == "topk" else ""
     return f"{LABELS[name]}-{work.size.capitalize()}{kind}{' backbone' * work.backbone}"
 
@@ -165,8 +168,8 @@ def title(name: str, work: Work) -> str:
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-class StandIn(types.ModuleType):
-    """Takes the place of a module of which the authors' code imports more than it uses."""
+class StubModule(types.ModuleType):
+    """A stub for a module from which the authors' code imports names that it does not use."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -174,36 +177,36 @@ class StandIn(types.ModuleType):
 
 
 def original_class(checkout: str, attention: str) -> type[torch.nn.Module]:
-    """The authors' FocalTransformer, executed from their checkout, in which nothing is changed.
+    """The authors' FocalTransformer, executed from their unchanged checkout.
 
-    It uses three things of timm and, of torchvision, without which timm does not import, none.
+    It uses three names of timm and none of torchvision, which timm requires. Both are replaced by stubs.
     """
-    layers = StandIn("timm.models.layers")
+    layers = StubModule("timm.models.layers")
     layers.DropPath, layers.trunc_normal_ = FocalDropPath, torch.nn.init.trunc_normal_
     layers.to_2tuple = lambda value: value if isinstance(value, tuple) else (value, value)
     others = ("timm", "timm.models", "timm.data", "timm.data.constants", "timm.data.transforms", "torchvision")
-    stand_ins = {name: StandIn(name) for name in others} | {layers.__name__: layers}
-    installed = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    stubs = {name: StubModule(name) for name in others} | {layers.__name__: layers}
+    installed = {name: sys.modules[name] for name in stubs if name in sys.modules}
 
     source = Path(checkout) / SOURCES[attention]
     module = sys.modules[source.stem] = types.ModuleType(source.stem)
-    sys.modules.update(stand_ins)
+    sys.modules.update(stubs)
     try:
         exec(compile(source.read_text(encoding="utf-8"), source, "exec"), vars(module))
     finally:
-        for name in stand_ins:
+        for name in stubs:
             del sys.modules[name]
         sys.modules.update(installed)
     return module.FocalTransformer
 
 
-def build(name: str, work: Work, checkout: str | None) -> torch.nn.Module:
+def build(name: str, work: Workload, checkout: str | None) -> torch.nn.Module:
     settings = MODEL_SIZES[work.size]
-    overlapping = work.attention == "topk"  # as the published models of this kind; the others of the table are not
+    overlapping = work.attention == "topk"  # the published topk models have overlapping patches
     if name == ORIGINAL:
         if work.backbone:
             raise ValueError("the authors' code has no backbone")
-        # It prints while it is built, and warns of how it calls torch.meshgrid.
+        # The constructor prints to stdout, and its call of torch.meshgrid raises a warning.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
             return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
@@ -221,9 +224,9 @@ def build(name: str, work: Work, checkout: str | None) -> torch.nn.Module:
 
 
 class Contender:
-    """A model and its work."""
+    """A model, and the images and labels on which it runs."""
 
-    def __init__(self, name: str, work: Work, setting: Setting, attn_implementation: str | None = None):
+    def __init__(self, name: str, work: Workload, setting: Setting, attn_implementation: str | None = None):
         self.name, self.work, self.setting = name, work, setting
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
@@ -237,7 +240,7 @@ class Contender:
         self.forward = torch.compile(self.module) if setting.compile else self.module
 
     def step(self, forward: Callable | None = None) -> float:
-        """Does the work once, to its end. Returns the seconds that it took."""
+        """Runs one step and waits until it is finished. Returns its time in seconds."""
         forward = forward or self.forward
         start = time.perf_counter()
         if self.work.task == "training":
@@ -261,7 +264,7 @@ class Contender:
         return None if self.name == ORIGINAL else self.module.config._attn_implementation
 
     def choose_attention(self) -> None:
-        """sdpa or eager, whichever takes less time for a second step."""
+        """Sets sdpa or eager attention, whichever has the faster second step."""
         seconds = {}
         for implementation in ("sdpa", "eager"):
             self.module.set_attn_implementation(implementation)
@@ -269,7 +272,7 @@ class Contender:
         self.module.set_attn_implementation(min(seconds, key=seconds.get))
 
 
-def ready_contender(name: str, work: Work, setting: Setting) -> Contender:
+def ready_contender(name: str, work: Workload, setting: Setting) -> Contender:
     contender = Contender(name, work, setting)
     if name in PEERS and contender.module._supports_sdpa:
         contender.choose_attention()
@@ -282,7 +285,7 @@ def ready_contender(name: str, work: Work, setting: Setting) -> Contender:
 
 
 def peak_memory(contender: Contender) -> float | None:
-    """Peak memory of a step in MiB; the top of this file says of what. None, and a line on stderr, if there is none."""
+    """Peak memory of a step in MiB, as defined at the top of this file; None, with a line on stderr, on failure."""
     device = contender.setting.device
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
@@ -291,18 +294,18 @@ def peak_memory(contender: Contender) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     question = [contender.name, asdict(contender.work), asdict(contender.setting), contender.attn_implementation]
     command = [sys.executable, __file__, "--peak-memory", json.dumps(question)]
-    # Else glibc keeps what is freed for later, the step uses some of it unseen, and answers differ by a fifth.
+    # By default glibc keeps freed memory. Steps would reuse it, and results would vary by a fifth.
     returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     answer = subprocess.run(command, env=returning, capture_output=True, text=True)
     if answer.returncode == 0:
         return float(answer.stdout)
     reason = answer.stderr.strip().splitlines()[-1:] or [f"its process ended with status {answer.returncode}"]
-    say(f"    the peak memory of {title(contender.name, contender.work)} is not known: {reason[0]}")
+    log(f"    the peak memory of {title(contender.name, contender.work)} could not be measured: {reason[0]}")
     return None
 
 
-def peak_memory_of_this_process(name: str, work: Work, setting: Setting, attn_implementation: str | None) -> float:
-    """What `peak_memory` asks a process of its own."""
+def peak_memory_of_this_process(name: str, work: Workload, setting: Setting, attn_implementation: str | None) -> float:
+    """Peak memory of a step in MiB. `peak_memory` runs this in a new process."""
     torch.set_num_threads(setting.threads)
     contender = Contender(name, work, setting, attn_implementation)
     if setting.compile:
@@ -318,11 +321,11 @@ def peak_memory_of_this_process(name: str, work: Work, setting: Setting, attn_im
 
 
 def largest_resident_set() -> float:
-    """Of this process so far, in MiB."""
+    """Largest resident set of this process so far, in MiB."""
     try:
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
     except OSError:
-        import resource  # which Windows lacks
+        import resource  # not available on Windows
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -331,10 +334,10 @@ def largest_resident_set() -> float:
 
 
 def time_in_turns(contenders: list[Contender], seconds: float) -> list[list[float]]:
-    """Seconds of every step of each contender. They take turns, so that the machine's moods meet all of them."""
+    """Seconds of every step of each contender. They take turns, so that changes in machine load affect all of them."""
     times = [[] for _ in contenders]
     for contender in contenders:
-        contender.step()  # once more: building one model of transformers makes torch.compile compile the others anew
+        contender.step()  # building a model of transformers makes torch.compile compile the earlier models again
     gc.collect()
     gc.disable()
     end = time.perf_counter() + seconds
@@ -346,13 +349,13 @@ def time_in_turns(contenders: list[Contender], seconds: float) -> list[list[floa
 
 
 def matmul_rate(setting: Setting) -> float:
-    """GFLOP/s of a large matrix product on this machine, the best of ten or, if they are slow, of some."""
+    """GFLOP/s of a large matrix product on this machine: the best of ten, or of fewer if they take too long."""
     side = 2048 if setting.device == "cpu" else 8192
     matrix = torch.randn(side, side).to(setting.device, getattr(torch, setting.dtype))
     output, best, began = torch.empty_like(matrix), math.inf, time.perf_counter()
     for _ in range(11):  # the first one warms up
         start = time.perf_counter()
-        # Some CPUs take half a minute for one in float16.
+        # On some CPUs, one product in float16 takes half a minute.
         if start - began > 5:
             break
         torch.mm(matrix, matrix, out=output)
@@ -364,18 +367,18 @@ def matmul_rate(setting: Setting) -> float:
 
 def count_gflop(contender: Contender) -> float:
     """10⁹ floating point operations of a step in matrix products, convolutions and attention."""
-    # PyTorch counts attention on a GPU only; it is the same on a CPU.
+    # PyTorch has no formula for attention on a CPU. The formula for a GPU is the same.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counts = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     with FlopCounterMode(display=False, custom_mapping=counts) as counter, torch.inference_mode():
         contender.module(contender.pixels)
-    # A backward pass has twice the products of the forward pass. PyTorch's own count of it is wrong for FocalNet's
-    # convolutions, of which it overlooks the groups.
+    # A backward pass has twice the products of the forward pass. PyTorch's count of backward passes is wrong for
+    # FocalNet, because it ignores the groups of convolutions.
     return counter.get_total_flops() / 1e9 * (3 if contender.work.task == "training" else 1)
 
 
-def shares_of_time(contender: Contender) -> dict[str, float]:
-    """Which part of the time goes to which of GROUPS; on a GPU, of the time in which it computes."""
+def time_shares(contender: Contender) -> dict[str, float]:
+    """The share of each of GROUPS in the time of a step; on a GPU, in the time that its kernels take."""
     cuda = contender.setting.device != "cpu"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=activities) as profile:
@@ -383,29 +386,29 @@ def shares_of_time(contender: Contender) -> dict[str, float]:
             contender.step()
     spent = dict.fromkeys(GROUPS, 0.0)
     for event in profile.key_averages():
-        # A GPU's kernels are events, too; their time is counted with the operation that started them.
+        # GPU kernels are separate events. Their time is part of the operation that launched them.
         if event.device_type == torch.autograd.DeviceType.CPU:
             group = next(group for group, pattern in GROUPS.items() if re.search(pattern, event.key))
             spent[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
     return {group: value / sum(spent.values()) for group, value in spent.items()}
 
 
-def share_of(group: str) -> str:
-    """Its column in results.csv."""
+def share_column(group: str) -> str:
+    """The name of the group's column in results.csv."""
     return f"share_{group.replace(' ', '_')}"
 
 
-def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate: float | None) -> list[dict]:
-    """A row of the table: a line of results.csv for each model, ours first. Given the machine's rate, it profiles."""
+def measure(names: list[str], work: Workload, setting: Setting, seconds: float, rate: float | None) -> list[dict]:
+    """Measures a row. Returns a line of results.csv for each model, Focal first. With `rate`, it also profiles."""
     if setting.device == "cpu":
         torch.set_num_threads(setting.threads)
     contenders = []
     for name in names:
         try:
             contenders.append(ready_contender(name, work, setting))
-        except Exception as error:  # no memory, or images that a model cannot take: the others go on
+        except Exception as error:  # such as too little memory or an unsupported image size: measure the other models
             reason = next(iter(str(error).splitlines()), "")
-            say(f"    {title(name, work)} did not run: {type(error).__name__}: {reason}")
+            log(f"    {title(name, work)} did not run: {type(error).__name__}: {reason}")
     lines = []
     for contender, times in zip(contenders, time_in_turns(contenders, seconds), strict=True):
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
@@ -427,17 +430,17 @@ def measure(names: list[str], work: Work, setting: Setting, seconds: float, rate
             "upper_quartile_ms": upper * 1e3,
             "images_per_s": work.batch_size / median,
             "peak_mib": peak_mib,
-            "ratio": ours and median * 1e3 / ours,  # this model's time over ours: above 1, ours is faster
+            "ratio": ours and median * 1e3 / ours,  # time of this model / time of Focal: above 1, Focal is faster
             "ns_per_pixel": median * 1e9 / work.pixels,
             "bytes_per_pixel": peak_mib and peak_mib * 2**20 / work.pixels,
         }
         if rate:
             gflop = count_gflop(contender)
             line |= {"gflop": gflop, "gflop_per_s": gflop / median, "matmul_gflop_per_s": rate}
-            line |= {share_of(group): share for group, share in shares_of_time(contender).items()}
+            line |= {share_column(group): share for group, share in time_shares(contender).items()}
         lines.append(line)
         found = f"{number(median * 1e3)} ms, {number(peak_mib)} MiB, {len(times)} rounds"
-        say(f"    {title(contender.name, work)}: {found}")
+        log(f"    {title(contender.name, work)}: {found}")
     return lines
 
 
@@ -453,22 +456,22 @@ def device_name(device: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """With three significant digits, or as a whole number where that has more."""
+    """The value with three significant digits, or as an integer if that has more digits."""
     if value is None:
         return "?"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}"
 
 
-def work_of(line: dict) -> Work:
-    return Work(**{field: line[field] for field in Work.__dataclass_fields__})
+def workload_of(line: dict) -> Workload:
+    return Workload(**{field: line[field] for field in Workload.__dataclass_fields__})
 
 
 def markdown(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
-    """A table of the given columns beside model and task, which lines up as plain text, too."""
+    """A Markdown table of the model, the task and the given columns, aligned for reading as plain text."""
     columns = {
-        "model": lambda line: title(line["model"], work_of(line)),
+        "model": lambda line: title(line["model"], workload_of(line)),
         "task": lambda line: line["task"],
-        "pixels": lambda line: "x".join(map(str, dict.fromkeys(work_of(line).sides))),
+        "pixels": lambda line: "x".join(map(str, dict.fromkeys(workload_of(line).sides))),
         "batch": lambda line: str(line["batch_size"]),
     } | columns
     rows = [list(columns), *([cell(line) for cell in columns.values()] for line in lines)]
@@ -489,7 +492,7 @@ def speed_table(lines: list[dict], per_pixel: bool) -> str:
         "ms (quartiles)": lambda line: f"{number(line['median_ms'])} ({quartiles(line)})",
         "images/s": lambda line: number(line["images_per_s"]),
         "peak MiB": lambda line: number(line["peak_mib"]),
-        "time / ours": lambda line: "" if line["model"] == OURS else number(line["ratio"]),
+        "time / Focal": lambda line: "" if line["model"] == OURS else number(line["ratio"]),
     }
     if per_pixel:
         columns["ns/pixel"] = lambda line: number(line["ns_per_pixel"])
@@ -501,15 +504,15 @@ def profile_table(lines: list[dict]) -> str:
     columns = {
         "GFLOP": lambda line: number(line["gflop"]),
         "GFLOP/s": lambda line: number(line["gflop_per_s"]),
-        "of matrix rate": lambda line: f"{line['gflop_per_s'] / line['matmul_gflop_per_s']:.0%}",
+        "share of matrix rate": lambda line: f"{line['gflop_per_s'] / line['matmul_gflop_per_s']:.0%}",
     }
-    columns |= {group: lambda line, group=group: f"{line[share_of(group)]:.0%}" for group in GROUPS}
+    columns |= {group: lambda line, group=group: f"{line[share_column(group)]:.0%}" for group in GROUPS}
     return markdown(lines, columns)
 
 
 @contextlib.contextmanager
 def replacing(file: Path):
-    """A path to write to, which takes the place of `file` once all is written."""
+    """A temporary path. It replaces `file` when the block ends without an error."""
     part = file.with_name(f".{file.name}.part")
     try:
         yield part
@@ -527,16 +530,16 @@ def write_csv(file: Path, lines: list[dict]) -> None:
 
 
 def draw(file: Path, lines: list[dict], machine: str) -> None:
-    """Images per second against the side of the image, a curve a model, the fastest batch of each size."""
+    """Draws images per second against the image side: one curve per model, at the fastest batch size of each side."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws into a file, on machines without a screen too
+    matplotlib.use("Agg")  # draws into a file, without a display
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 
     curves: dict[tuple[str, str, str, str], dict[int, float]] = {}
     for line in lines:
-        key = (title(line["model"], work_of(line)), line["model"], line["size"], line["task"])
+        key = (title(line["model"], workload_of(line)), line["model"], line["size"], line["task"])
         points = curves.setdefault(key, {})
         points[line["image_size"]] = max(points.get(line["image_size"], 0), line["images_per_s"])
 
@@ -575,7 +578,7 @@ def draw(file: Path, lines: list[dict], machine: str) -> None:
 
 
 def positive(kind: type) -> Callable[[str], int | float]:
-    """An argparse type: an int or a float above zero."""
+    """An argparse type for an int or a float above zero."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -583,7 +586,7 @@ def positive(kind: type) -> Callable[[str], int | float]:
             raise argparse.ArgumentTypeError(f"{text} is not above zero")
         return value
 
-    parse.__name__ = kind.__name__  # argparse puts it into "invalid int value"
+    parse.__name__ = kind.__name__  # for argparse's message "invalid int value"
     return parse
 
 
@@ -591,54 +594,56 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    group = parser.add_argument_group("rows", "All combinations. With none of these: nine rows, in some minutes.")
+    group = parser.add_argument_group("rows", "All combinations. Without these options: nine rows, a few minutes.")
     group.add_argument("--models", nargs="+", choices=list(MODEL_SIZES), help="default: tiny")
-    group.add_argument("--attention", nargs="+", choices=list(SOURCES), help="of Focal, default: focal")
+    group.add_argument("--attention", nargs="+", choices=list(SOURCES), help="attention type of Focal, default: focal")
     group.add_argument("--task", nargs="+", choices=["inference", "training"], help="default: inference")
-    group.add_argument("--sizes", nargs="+", type=positive(int), metavar="PIXELS", help="of a side, default: 224")
+    group.add_argument("--sizes", nargs="+", type=positive(int), metavar="PIXELS", help="shorter side, default: 224")
     group.add_argument(
         "--backbone",
         action="store_true",
-        help="no classifiers but the feature maps of all stages, of images 5/3 times as wide as high: 800 x 1333",
+        help="backbones with the feature maps of all stages, on images 5/3 times as wide as high, such as 800 x 1333",
     )
     group.add_argument(
         "--batch-size",
         type=positive(int),
         metavar="N",
-        help="images a step; default: 1 on a CPU; on a GPU 64 of 224 pixels, or as many as have that many pixels",
+        help="images per step; default: 1 on a CPU; on a GPU 64 of 224 pixels, or as many pixels of another size",
     )
     sides = ", ".join(map(str, GROWTH_SIZES))
-    group.add_argument("--growth", action="store_true", help=f"both attentions at {sides}; adds columns per pixel")
+    group.add_argument("--growth", action="store_true", help=f"both attention types at {sides}; adds columns per pixel")
 
-    group = parser.add_argument_group("beside Focal")
+    group = parser.add_argument_group("other models")
     peers = {"choices": [*PEERS, SDPA], "default": list(PEERS)}
-    group.add_argument("--peer", nargs="*", **peers, help="default: swin and focalnet; sdpa is Focal, see above")
-    group.add_argument("--original", metavar="PATH", help="a checkout of microsoft/Focal-Transformer; its code is run")
+    group.add_argument(
+        "--peer", nargs="*", **peers, help="default: swin focalnet; sdpa: Focal with PyTorch's attention"
+    )
+    group.add_argument("--original", metavar="PATH", help="checkout of microsoft/Focal-Transformer; its code is run")
 
-    group = parser.add_argument_group("how")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda if available")
     dtypes = ["float32", "bfloat16", "float16"]
     group.add_argument("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
-    group.add_argument("--compile", action="store_true", help="all models through torch.compile")
-    group.add_argument("--threads", type=positive(int), metavar="N", help="of the CPU, default: PyTorch's choice")
-    group.add_argument("--seconds", type=positive(float), default=10, metavar="S", help="of timing a row, default: 10")
+    group.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
+    group.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads, default: PyTorch's choice")
+    group.add_argument("--seconds", type=positive(float), default=10, metavar="S", help="time per row, default: 10")
 
     group = parser.add_argument_group("result")
     group.add_argument(
         "--profile",
         action="store_true",
-        help="also what takes the time: attention (sdpa and softmax; the products of eager attention are matrix "
-        "products), matrix products and convolutions, gathers and copies, the rest; and the rate of arithmetic, "
-        "beside that of one large matrix product",
+        help="also measure the time per operation: attention (sdpa and softmax; the products of eager attention are "
+        "matrix products), matrix products and convolutions, gathers and copies, the rest; and the FLOP/s, compared "
+        "with one large matrix product",
     )
     group.add_argument(
         "--output",
         type=Path,
         default=Path("benchmark-results"),
         metavar="FOLDER",
-        help="where results.csv and throughput.png go, in place of earlier ones; default: benchmark-results",
+        help="folder for results.csv and throughput.png, which are replaced; default: benchmark-results",
     )
-    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)  # this program to itself: see peak_memory
+    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)  # for `peak_memory`, which starts this script
 
     arguments = parser.parse_args()
     if not arguments.peak_memory:
@@ -647,40 +652,40 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Fills in what depends on the machine, and refuses what would fail later."""
+    """Sets defaults that depend on the machine, and rejects arguments that would fail later."""
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
-        parser.error(f"--device {arguments.device} is not one of those that this can time: cpu, cuda or cuda:N.")
+        parser.error(f"--device {arguments.device} is not supported; use cpu, cuda or cuda:N.")
     if arguments.device != "cpu" and int(arguments.device[5:] or 0) >= (count := torch.cuda.device_count()):
         parser.error(f"--device {arguments.device}: PyTorch sees {count} CUDA devices here; use --device cpu.")
     arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     if arguments.growth and (arguments.sizes or arguments.attention):
-        parser.error("--growth chooses sizes and attentions itself; leave out --sizes and --attention.")
+        parser.error("--growth sets the sizes and attention types; omit --sizes and --attention.")
     if arguments.original is not None:
         arguments.original = os.path.abspath(arguments.original)
         for source in SOURCES.values():
             if not Path(arguments.original, source).is_file():
                 parser.error(
                     f"--original {arguments.original} is not a checkout of microsoft/Focal-Transformer: it has no "
-                    f"{source}. Clone https://github.com/microsoft/Focal-Transformer and name that folder."
+                    f"{source}. Clone https://github.com/microsoft/Focal-Transformer and pass that folder."
                 )
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if arguments.compile and not shutil.which(compiler):
-        parser.error(f"--compile needs a C++ compiler, and there is no {compiler}; install it or name yours in CXX.")
+        parser.error(f"--compile needs a C++ compiler: {compiler} was not found; install it or set CXX to another.")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=arguments.output).close()
     except OSError as error:
-        parser.error(f"--output {arguments.output} must be a folder that can be written to: {error.strerror}.")
+        parser.error(f"--output {arguments.output} is not a writable folder: {error.strerror}.")
 
 
-def list_works(arguments: argparse.Namespace) -> list[Work]:
+def list_workloads(arguments: argparse.Namespace) -> list[Workload]:
     cpu, growth = arguments.device == "cpu", arguments.growth
     chosen = (arguments.models, arguments.attention, arguments.task, arguments.sizes, arguments.batch_size, growth)
     if not any(chosen) and not arguments.backbone:
-        return [Work(*row[:4], batch_size=row[4 if cpu else 5]) for row in DEFAULT_TABLE]
+        return [Workload(*row[:4], batch_size=row[4 if cpu else 5]) for row in DEFAULT_TABLE]
     return [
-        Work(
+        Workload(
             model,
             attention,
             task,
@@ -699,7 +704,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.peak_memory:
         name, work, setting, attn_implementation = json.loads(arguments.peak_memory)
-        print(peak_memory_of_this_process(name, Work(**work), Setting(**setting), attn_implementation))
+        print(peak_memory_of_this_process(name, Workload(**work), Setting(**setting), attn_implementation))
         return
 
     if arguments.threads:
@@ -707,35 +712,36 @@ def main() -> None:
     setting = Setting(arguments.device, arguments.dtype, arguments.compile, torch.get_num_threads(), arguments.original)
     can_draw = importlib.util.find_spec("matplotlib") is not None
     if not can_draw:
-        say("matplotlib is not installed: there will be no throughput.png. `pip install matplotlib` brings it.")
+        log("matplotlib is not installed: throughput.png will not be drawn. Run `pip install matplotlib`.")
     threads = f", {setting.threads} threads" if setting.device == "cpu" else ""
     machine = f"{device_name(setting.device)}{threads}; {setting.dtype}{', compiled' * setting.compile}; "
     machine += f"torch {torch.__version__}, transformers {transformers.__version__}"
-    say(machine)
+    log(machine)
 
     names = [OURS, *dict.fromkeys(arguments.peer), *([ORIGINAL] if setting.original else [])]
-    works = list_works(arguments)
+    workloads = list_workloads(arguments)
     rate = matmul_rate(setting) if arguments.profile else None
     lines = []
-    for count, work in enumerate(works, start=1):
-        say(f"[{count}/{len(works)}] {title(OURS, work)}, {work.task}, {work.image_size} px, batch {work.batch_size}")
-        # What other rows leave in the allocator's hands changes a model's time by up to a fifth.
+    for count, work in enumerate(workloads, start=1):
+        row = f"{title(OURS, work)}, {work.task}, {work.image_size} px, batch {work.batch_size}"
+        log(f"[{count}/{len(workloads)}] {row}")
+        # Memory that the allocator keeps from other rows changes a model's time by up to a fifth.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             try:
                 lines += process.submit(measure, names, work, setting, arguments.seconds, rate).result()
             except BrokenProcessPool:
-                say("    The row's process was killed, by the system if there was too little memory.")
+                log("    The process of this row was killed, perhaps by the system for lack of memory.")
         if lines:
-            write_csv(arguments.output / "results.csv", lines)  # after every row: what is measured is not lost
+            write_csv(arguments.output / "results.csv", lines)  # after every row, to lose nothing
     if lines:
         print(f"{machine}\n\n{speed_table(lines, per_pixel=arguments.growth)}")
         if rate:
-            print(f"\nOne large matrix product: {number(rate)} GFLOP/s.\n\n{profile_table(lines)}")
+            print(f"\nOne large matrix product runs at {number(rate)} GFLOP/s.\n\n{profile_table(lines)}")
         if can_draw:
             draw(arguments.output / "throughput.png", lines, machine)
-        say(f"Wrote results.csv{' and throughput.png' * can_draw} in {arguments.output}.")
-    if (missing := len(works) * len(names) - len(lines)) > 0:
-        sys.exit(f"error: {missing} of {len(works) * len(names)} measurements failed; the reasons are above.")
+        log(f"Wrote results.csv{' and throughput.png' * can_draw} in {arguments.output}.")
+    if (missing := len(workloads) * len(names) - len(lines)) > 0:
+        sys.exit(f"error: {missing} of {len(workloads) * len(names)} measurements failed; the reasons are above.")
 
 
 if __name__ == "__main__":

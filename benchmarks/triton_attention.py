@@ -1,18 +1,20 @@
-"""Times the attention call alone on a GPU: our kernels in Triton, PyTorch's attention on gathered tokens, the floor.
+"""Times attention on a GPU: the Triton kernels, PyTorch's attention on gathered keys, and a lower bound.
 
-A row is the attention of one stage's blocks: queries, keys, values and neighbourhood are given, projections and MLPs
-are not counted. Forward is without gradients; backward is a forward and a backward pass less that. The floor is the
-longer of two times: that in which the GPU, at the rate at which it copies a large tensor, reads and writes once what
-goes in and out (queries, keys, values, output; in the backward pass these and their gradients); and that in which it
-does the operations of the products, at the rate of one large matrix product. "All blocks" adds up a model's stages,
-each as often as it has blocks. Whole models are timed by throughput.py: with --peer sdpa swin, beside themselves with
-PyTorch's attention and beside Swin.
+A row is the attention of the blocks of one stage. Queries, keys, values and the neighbourhood are inputs; projections
+and MLPs are not part of the time. "forward" runs without gradients. "backward" is a forward and a backward pass minus
+"forward". "All blocks" is the sum over the stages, each multiplied by its number of blocks.
 
-Timed is the GPU alone, by replaying a CUDA graph of many calls, whose inputs may still be in its second-level cache;
-with --eager, calls as a program makes them, with a cold cache and, where the GPU waits for it, the time of Python.
+The lower bound ("floor") is the longer of two times:
+- reading the inputs and writing the outputs once (queries, keys, values, output; in the backward pass also their
+  gradients), at the rate at which the GPU copies a large tensor;
+- the operations of the matrix products, at the rate of one large matrix product.
 
-The first call of each row compiles; --first-call tells how long, from an empty cache. --tune times other ways to cut
-the work (LAUNCH_SIZES in triton_attention_focal.py) and names the fastest for each stage.
+The time is that of the GPU alone: a CUDA graph of many calls is replayed, so inputs may be in its second-level cache.
+With --eager, the calls are made from Python with a cold cache, and the time includes Python where the GPU waits for it.
+
+The first call of each row compiles. --first-call measures it with an empty cache. --tune measures other block sizes
+(LAUNCH_SIZES in triton_attention_focal.py) and prints the fastest for each stage. throughput.py times whole models;
+with --peer sdpa swin, it compares them with PyTorch's attention and with Swin.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from focal_hf.neighborhood_focal import BiasPart, Neighborhood
 
 EXAMPLES = """\
 examples:
-  the attention of the four models, at three sizes:
+  the attention of four models at three image sizes:
     python benchmarks/triton_attention.py --models tiny small base tiny-topk
 
   whole models, in inference and in training, then compiled:
@@ -43,21 +45,21 @@ examples:
     python benchmarks/throughput.py --models tiny small base $rows --compile
     python benchmarks/throughput.py --attention topk $rows --compile
 
-  other ways to cut the work of the first model:
+  other block sizes for the first model:
     python benchmarks/triton_attention.py --sizes 224 --tune
 """
 IMPLEMENTATIONS = ("triton", "sdpa")
-# Queries and keys in a block, side of a block of tokens, warps.
+# Queries per block, keys per block, side of a block of tokens, warps.
 LAUNCHES_TO_TRY = list(itertools.product((32, 64), (16, 32, 64), (4, 8), (4, 8)))
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, eager: bool = True) -> float:
-    """The median of many calls, after some that are not counted; the top of this file says of what."""
+    """Median seconds of a call, after a warm-up; the top of this file says what is measured."""
     if device.type == "cuda":
         from triton.testing import do_bench, do_bench_cudagraph
 
         return (do_bench if eager else do_bench_cudagraph)(function, return_mode="median") / 1e3
-    start = time.perf_counter()  # interpreted: to see that it runs
+    start = time.perf_counter()  # Triton's interpreter: one call, to test that it runs
     function()
     return time.perf_counter() - start
 
@@ -70,7 +72,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 class Call:
-    """The attention of a stage's blocks."""
+    """The attention of one block of a stage, with random inputs."""
 
     def __init__(
         self, size: str, attention_type: str, stage: int, pixels: int, batch: int, setting: Setting, eager: bool
@@ -100,7 +102,7 @@ class Call:
         return attention.attend(self.attention, *self.inputs, self.neighborhood)[0]
 
     def seconds(self, implementation: str) -> tuple[float, float]:
-        """Of the forward and of the backward pass."""
+        """Seconds of the forward and of the backward pass."""
         self.config._attn_implementation = implementation
         leaves = [*self.inputs, *(part.source for part in self.neighborhood.parts)]
         with torch.no_grad():
@@ -112,9 +114,9 @@ class Call:
         return forward, seconds_of(both, self.query.device, self.eager) - forward
 
     def floors(self, bytes_per_s: float, operations_per_s: float) -> tuple[float, float]:
-        """Of the forward and of the backward pass, in seconds."""
+        """Lower bounds in seconds for the forward and the backward pass."""
         queries, keys = (tensor.numel() * tensor.element_size() for tensor in (self.query, self.key))
-        products = 2 * self.query.numel() * self.neighborhood.index.shape[-1]  # operations of one
+        products = 2 * self.query.numel() * self.neighborhood.index.shape[-1]  # operations of one matrix product
         return (
             max((2 * queries + 2 * keys) / bytes_per_s, 2 * products / operations_per_s),
             max((4 * queries + 4 * keys) / bytes_per_s, 5 * products / operations_per_s),
@@ -122,7 +124,7 @@ class Call:
 
 
 def first_call(call: Call) -> float:
-    """Seconds until the first forward and backward pass are done."""
+    """Seconds of the first forward and backward pass, including compilation."""
     call.config._attn_implementation = "triton"
     start = time.perf_counter()
     torch.autograd.grad(call.forward(), call.inputs, call.grad_output)
@@ -132,7 +134,7 @@ def first_call(call: Call) -> float:
 
 
 def tune(call: Call) -> list[tuple[float, tuple[int, ...]]]:
-    """Seconds of a forward and backward pass by every way to cut the work that runs, the fastest first."""
+    """Seconds of a forward and backward pass, and block sizes, for all block sizes that run, the fastest first."""
     from focal_hf import triton_attention_focal as kernels
 
     size, found = call.query.element_size(), []
@@ -141,7 +143,7 @@ def tune(call: Call) -> list[tuple[float, tuple[int, ...]]]:
         kernels.LAUNCH_SIZES[size] = {kernels.LARGEST_HEAD: kernels.LaunchSizes(*numbers)}
         try:
             found.append((sum(call.seconds("triton")), numbers))
-        except Exception as error:  # more shared memory or registers than there are
+        except Exception as error:  # such as too little shared memory or too few registers
             print(f"    {numbers}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
     kernels.LAUNCH_SIZES[size] = kept
     return sorted(found)
@@ -157,21 +159,25 @@ def main() -> None:
     )
     models = ["tiny", "small", "base", "tiny-topk", "small-topk", "base-topk"]
     parser.add_argument("--models", nargs="+", choices=models, default=["tiny"], help="default: tiny")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896], metavar="PIXELS", help="of a side")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 64 of 224 pixels, or as many pixels")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[224, 448, 896], metavar="PIXELS", help="side of the images"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 64 for 224 pixels, or as many pixels")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, or cpu with TRITON_INTERPRET=1")
-    parser.add_argument("--eager", action="store_true", help="time calls with what Python takes to make them")
-    parser.add_argument("--first-call", action="store_true", help="how long the first call takes, from an empty cache")
-    parser.add_argument("--tune", action="store_true", help="also time other ways to cut the work: minutes a stage")
+    parser.add_argument("--eager", action="store_true", help="time calls from Python, with its overhead")
+    parser.add_argument("--first-call", action="store_true", help="also time the first call, with an empty cache")
+    parser.add_argument("--tune", action="store_true", help="also time other block sizes (minutes per stage)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here. To see that it runs: TRITON_INTERPRET=1 ... --device cpu --sizes 28.")
+        parser.error(
+            "PyTorch sees no GPU. To test the script on a CPU: TRITON_INTERPRET=1 ... --device cpu --sizes 28."
+        )
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose events are timed
+        torch.cuda.set_device(device)  # the timer records events on the current device
     if arguments.first_call:
-        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # read when a kernel is first launched
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # Triton reads it at the first launch
 
     setting = Setting(arguments.device, arguments.dtype, compile=False, threads=1, original=None)
     bandwidth, rate = copy_rate(device), matmul_rate(setting) * 1e9

@@ -55,9 +55,9 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def works(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list:
+def workloads(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list:
     monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
-    return throughput.list_works(throughput.parse_arguments())
+    return throughput.list_workloads(throughput.parse_arguments())
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_tables(profiled):
     peer = dict(zip(speed[0], speed[3], strict=True))
     written = read_csv(folder)[1]
     # Each is rounded from the whole number.
-    assert float(peer["time / ours"]) == pytest.approx(float(written["ratio"]), rel=0.01)
+    assert float(peer["time / Focal"]) == pytest.approx(float(written["ratio"]), rel=0.01)
     median = float(peer["ms (quartiles)"].split()[0].replace(",", ""))
     assert median == pytest.approx(float(written["median_ms"]), rel=0.01)
 
@@ -157,7 +157,7 @@ def test_backbones_see_the_images_of_detectors(tmp_path):
         assert float(line["peak_mib"]) > 100  # the gradients of 27.5 million parameters
 
 
-def test_stand_ins_are_gone_after_the_import(checkout):
+def test_stubs_are_removed_after_the_import(checkout):
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("timm", "torchvision")}
     model = throughput.original_class(str(checkout), "topk")(32, 96, (1,), (1,), (1,), "fc", True, 128)
     assert model.img_size == (32, 32)
@@ -169,7 +169,7 @@ def test_a_model_that_fails_does_not_stop_the_others(checkout, monkeypatch, caps
     source = checkout / throughput.SOURCES["focal"]
     source.write_text(source.read_text().replace("assert", "raise RuntimeError('too large')  #"))
     monkeypatch.setattr(throughput, "peak_memory", lambda contender: None)
-    work = throughput.Work("tiny", "focal", "inference", 32, 1)
+    work = throughput.Workload("tiny", "focal", "inference", 32, 1)
     setting = throughput.Setting("cpu", "float32", False, 1, str(checkout))
     lines = throughput.measure(["original", "focal_hf"], work, setting, 0.01, None)
     assert [line["model"] for line in lines] == ["focal_hf"]
@@ -198,13 +198,13 @@ def test_models_take_turns():
 # Published: 4.9, 4.5 and 4.5 billion multiplications with additions.
 @pytest.mark.parametrize(("name", "published"), [("focal_hf", 4.9), ("swin", 4.5), ("focalnet", 4.5)])
 def test_operations_are_those_published(name, published):
-    work = throughput.Work("tiny", "focal", "inference", 224, 1)
+    work = throughput.Workload("tiny", "focal", "inference", 224, 1)
     contender = throughput.Contender(name, work, throughput.Setting("cpu", "float32", False, 1, None))
     assert throughput.count_gflop(contender) == pytest.approx(2 * published, rel=0.03)
 
 
 def test_the_default_rows(monkeypatch, tmp_path):
-    rows = works(monkeypatch, "--device", "cpu", "--output", str(tmp_path))
+    rows = workloads(monkeypatch, "--device", "cpu", "--output", str(tmp_path))
     assert len(rows) == 9
     assert [(row.image_size, row.batch_size) for row in rows[:4]] == [(224, 8), (224, 1), (448, 1), (896, 1)]
     assert [row.size for row in rows[-2:]] == ["small", "base"]
@@ -212,10 +212,10 @@ def test_the_default_rows(monkeypatch, tmp_path):
 
 def test_chosen_rows_are_all_combinations(monkeypatch, tmp_path):
     output = ("--device", "cpu", "--output", str(tmp_path))
-    rows = works(monkeypatch, *output, "--models", "small", "base", "--sizes", "64", "96", "--batch-size", "3")
+    rows = workloads(monkeypatch, *output, "--models", "small", "base", "--sizes", "64", "96", "--batch-size", "3")
     assert {(row.size, row.image_size) for row in rows} == {(m, s) for m in ("small", "base") for s in (64, 96)}
     assert {(row.attention, row.task, row.batch_size) for row in rows} == {("focal", "inference", 3)}
-    rows = works(monkeypatch, *output, "--growth")
+    rows = workloads(monkeypatch, *output, "--growth")
     assert [row.image_size for row in rows] == 2 * [224, 448, 896, 1792]
     assert [row.attention for row in rows] == 4 * ["focal"] + 4 * ["topk"]
 
@@ -228,12 +228,12 @@ def test_chosen_rows_are_all_combinations(monkeypatch, tmp_path):
         (["--sizes", "0"], "argument --sizes: 0 is not above zero"),
         (["--sizes", "224.5"], "argument --sizes: invalid int value: '224.5'"),
         (["--seconds", "-1"], "argument --seconds: -1 is not above zero"),
-        (["--device", "tpu"], "--device tpu is not one of those that this can time: cpu, cuda or cuda:N"),
+        (["--device", "tpu"], "--device tpu is not supported; use cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--growth", "--sizes", "224"], "leave out --sizes"),
         (["--original", "{tmp}/empty"], "it has no classification/focal_transformer.py. Clone https://github.com/"),
-        (["--output", "{tmp}/file"], "/file must be a folder that can be written to: "),
-        (["--compile"], "--compile needs a C++ compiler, and there is no absent-compiler"),
+        (["--output", "{tmp}/file"], "/file is not a writable folder: "),
+        (["--compile"], "--compile needs a C++ compiler: absent-compiler was not found"),
     ],
 )
 def test_bad_input_is_one_line(arguments, expected, monkeypatch, tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_bad_input_is_one_line(arguments, expected, monkeypatch, tmp_path, capsy
     monkeypatch.setenv("CXX", "absent-compiler")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        works(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments))
+        workloads(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert stop.value.code == 2
     usage, line = capsys.readouterr().err.split("throughput.py: error: ")
     assert usage.startswith("usage: ")
