@@ -107,6 +107,13 @@ def test_names_that_are_no_settings_are_refused(name, tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+def test_number_of_labels_is_bounded(tmp_path):
+    """Of a file with a number in place of names: transformers makes a name for each."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "focal", "num_labels": 2**20 + 1}))
+    with pytest.raises(ValueError, match="num_labels must be at most 1048576; got 1048577"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
 def test_survives_a_file(tmp_path):
     config = FocalConfig(**TINY, out_features=["stem", "stage2"], id2label={0: "cat", 1: "dog", 2: "cow"})
     config.save_pretrained(tmp_path)

@@ -30,6 +30,7 @@ MOST_STAGES = 16
 MOST_CHANNELS = 2**16
 LONGEST_SIDE = 2**16  # in pixels, of `image_size`
 LARGEST_INDEX = 2**26  # elements, of one block with `attention_type="topk"`
+MOST_LABELS = 2**20  # transformers gives each a name
 
 
 class BlockGeometry(NamedTuple):
@@ -188,6 +189,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} follows from embed_dim and depths, and is {getattr(self, name)}; got {value}. Leave it "
                     "out."
                 )
+        if isinstance(labels := kwargs.get("num_labels"), int) and labels > MOST_LABELS:
+            raise ValueError(f"num_labels must be at most {MOST_LABELS}; got {labels}.")
         # PreTrainedConfig makes attributes of all other names.
         for name in kwargs:
             attribute = getattr(type(self), name, None)
