@@ -230,7 +230,7 @@ def test_chosen_rows_are_all_combinations(monkeypatch, tmp_path):
         (["--seconds", "-1"], "argument --seconds: -1 is not above zero"),
         (["--device", "tpu"], "--device tpu is not supported; use cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
-        (["--growth", "--sizes", "224"], "leave out --sizes"),
+        (["--growth", "--sizes", "224"], "omit --sizes"),
         (["--original", "{tmp}/empty"], "it has no classification/focal_transformer.py. Clone https://github.com/"),
         (["--output", "{tmp}/file"], "/file is not a writable folder: "),
         (["--compile"], "--compile needs a C++ compiler: absent-compiler was not found"),
