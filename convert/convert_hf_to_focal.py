@@ -1,6 +1,6 @@
-"""Convert a Focal image classifier of transformers to a checkpoint that the original Focal Transformer loads.
+"""Convert a Focal Transformer of transformers to a checkpoint that the original code loads.
 
-Or a FocalBackbone to one for a detector's or segmenter's backbone.
+The model may be an image classifier or a FocalBackbone.
 """
 
 import argparse
@@ -14,30 +14,30 @@ from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
-from messages import ConversionError, failing_as, say
+from messages import ConversionError, print_progress, wrap_errors
 from original import (
     config_from_settings,
     from_original,
-    leaves_remainder,
-    reason_against_original,
+    has_remainder,
     settings_from_config,
     to_original,
+    why_original_cannot_run,
 )
-from output_files import check_output_files, move_into_place, run, staging_folder
+from output_files import check_output_files, move_into_place, run_script, staging_folder
 from settings_files import read_settings
 
 EPILOG = """\
-FILE.pth holds {"model": state dict}, the original's fixed tensors included; FILE.yaml, beside it, the settings. Names
-of classes are left behind: the original's format has no place for them. Before the files appear, the converter reads
-them back and compares all weights bit for bit. A backbone has its output norms as norm0, norm1 and so on.
+FILE.pth holds {"model": state dict} with the weights and buffers of the original. FILE.yaml, in the same folder, holds
+the settings. The original's format has no place for the names of the classes. The output norms of a backbone are called
+norm0, norm1 and so on. Before the files appear, the converter reads them back and compares all weights bit for bit.
 
 examples:
-  a converted or fine-tuned folder:
+  a folder with a converted or fine-tuned model:
     python convert/convert_hf_to_focal.py --model focal-tiny --output focal-tiny.pth
 
-  a model on the Hub, and what was written converted again:
+  a model on the Hub, and the written checkpoint back to transformers:
     python convert/convert_hf_to_focal.py --model me/focal-tiny --output focal-tiny.pth
-    python convert/convert_focal_to_hf.py --checkpoint focal-tiny.pth --config focal-tiny.yaml --output again
+    python convert/convert_focal_to_hf.py --checkpoint focal-tiny.pth --config focal-tiny.yaml --output focal-tiny-again
 """
 
 
@@ -45,59 +45,64 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a folder, or a name on the Hub")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.pth", help="file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE.pth and FILE.yaml where they exist")
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="folder of a model, or its name on the Hub")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.pth", help="checkpoint to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE.pth and FILE.yaml if they exist")
     return parser.parse_args(arguments)
 
 
-def load(name: str) -> FocalPreTrainedModel:
-    """The classifier or backbone, every weight of it from its files."""
-    if strange := [entry for entry in Path(name).glob("*") if not entry.is_file() and not entry.is_dir()]:
-        raise ConversionError(f"--model {name} is not read: {strange[0].name} in it is neither a file nor a folder.")
+def load_model(name: str) -> FocalPreTrainedModel:
+    """Loads the classifier or backbone. Every weight must be in its files."""
+    if special := [entry for entry in Path(name).glob("*") if not entry.is_file() and not entry.is_dir()]:
+        raise ConversionError(
+            f"--model {name} holds {special[0].name}, which is neither a file nor a folder. Remove {special[0].name}."
+        )
     try:
         config = AutoConfig.from_pretrained(name)
-        kind = config.model_type
-        if kind == "focal":
+        model_type = config.model_type
+        if model_type == "focal":
             is_backbone = config.architectures == [FocalBackbone.__name__]
             model_class = FocalBackbone if is_backbone else FocalForImageClassification
             model, report = model_class.from_pretrained(name, output_loading_info=True)
-    except Exception as error:  # a folder that is no model, or a damaged one, makes transformers raise almost anything
+    except Exception as error:  # transformers raises exceptions of almost any type for a damaged or missing model
         raise ConversionError(
-            f"--model {name} is neither a folder with a model nor the name of one on the Hub, as far as can be read: "
+            f"--model {name} cannot be loaded. Give a folder that holds a model, or the name of a model on the Hub. "
             f"{error or type(error).__name__}"
         ) from None
-    if kind != "focal":
-        raise ConversionError(f"--model {name} is a {kind} model; the original knows only Focal Transformers.")
+    if model_type != "focal":
+        raise ConversionError(f"--model {name} is a {model_type} model. Give a Focal Transformer.")
     if problems := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]])):
         raise ConversionError(
-            f"--model {name} is not an image classifier or backbone with all its weights: {', '.join(problems[:4])} do "
-            "not fit."
+            f"--model {name} must be an image classifier or a backbone with all its weights. Weights that are missing, "
+            f"unexpected or of a wrong shape: {', '.join(problems[:4])}."
         )
-    if model_class is FocalBackbone and "stem" in model.out_features:
-        raise ConversionError(f"--model {name} returns the stem's map, for which the original has no norm.")
-    check_size(name, model.config, model_class is FocalBackbone)
+    if is_backbone and "stem" in model.out_features:
+        raise ConversionError(
+            f"--model {name} returns the map of the stem, for which the original has no norm. Load it with other "
+            "out_features, save it, and convert that."
+        )
+    check_original_computes_the_same(name, model.config, is_backbone)
     return model
 
 
-def check_size(name: str, config: FocalConfig, is_backbone: bool) -> None:
-    """Raises ConversionError where the original would not compute the same."""
+def check_original_computes_the_same(name: str, config: FocalConfig, is_backbone: bool) -> None:
+    """Raises ConversionError if the original cannot run the model at `image_size`, or would give other outputs."""
     if is_backbone and config.drop_remainder:
         raise ConversionError(
-            f"--model {name} has drop_remainder=True, but the backbones of detectors and segmenters pad odd maps. Load "
-            "it with drop_remainder=False, save that and convert it."
+            f"--model {name} has drop_remainder=True, but the original backbones of detectors and segmenters pad odd "
+            "maps. Load the model with drop_remainder=False, save it, and convert that."
         )
-    if not is_backbone and not config.drop_remainder and leaves_remainder(config):
+    if not is_backbone and not config.drop_remainder and has_remainder(config):
         raise ConversionError(
-            f"--model {name} pads at its image_size of {config.image_size} pixels, where the original drops the last "
-            "rows and columns and would give other logits. Load it with drop_remainder=True, to compute what the "
-            "original does, or with another image_size; save that and convert it."
+            f"--model {name} pads images of its image_size, {config.image_size} pixels, where the original drops the "
+            "last rows and columns and would give other logits. Load the model with drop_remainder=True, or with "
+            "another image_size, save it, and convert that."
         )
-    # The indices of focalv2 are for maps of one size, in a backbone, too.
-    if (not is_backbone or config.attention_type == "topk") and (reason := reason_against_original(config)):
+    # The topk indices are made for maps of one size, in a backbone too.
+    if (not is_backbone or config.attention_type == "topk") and (reason := why_original_cannot_run(config)):
         raise ConversionError(
-            f"The original cannot run --model {name}: {reason}. Load it with another image_size, save that and convert "
-            "it."
+            f"The original cannot run --model {name}: {reason}. Load the model with another image_size, save it, and "
+            "convert that."
         )
 
 
@@ -106,34 +111,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     checkpoint = options.output.resolve()
     if checkpoint.suffix != ".pth":
-        raise ConversionError(f"--output {options.output} must end in .pth: the settings go beside it, into a .yaml.")
+        raise ConversionError(
+            f"--output {options.output} must end in .pth. The settings are written to a .yaml file of the same name."
+        )
     settings = checkpoint.with_suffix(".yaml")
     check_output_files((checkpoint, settings), options.overwrite)
 
-    say(f"Reading {options.model}")
-    model = load(options.model)
+    print_progress(f"Reading {options.model}")
+    model = load_model(options.model)
     weights = model.state_dict()
 
     with staging_folder(checkpoint, settings) as staging:
-        say(f"Writing {options.output} and {settings.name}")
-        built, built_settings = staging / checkpoint.name, staging / settings.name
-        described = settings_from_config(model.config, checkpoint.stem)
-        with failing_as(f"Writing {options.output}"):
-            torch.save({"model": to_original(weights, model.config)}, built)
-            built_settings.write_text(yaml.safe_dump(described, sort_keys=False))
+        print_progress(f"Writing {options.output} and {settings.name}")
+        new_checkpoint, new_settings = staging / checkpoint.name, staging / settings.name
+        original_settings = settings_from_config(model.config, checkpoint.stem)
+        with wrap_errors(f"Writing {options.output}"):
+            torch.save({"model": to_original(weights, model.config)}, new_checkpoint)
+            new_settings.write_text(yaml.safe_dump(original_settings, sort_keys=False))
 
-        say("Checking what was written")
-        config = config_from_settings(read_settings(str(built_settings)))
+        print_progress("Checking the written files")
+        config = config_from_settings(read_settings(str(new_settings)))
         config.out_indices = model.config.out_indices
-        again = from_original(read_checkpoint(built), config, type(model))
+        converted_back = from_original(read_checkpoint(new_checkpoint), config, type(model))
         for name, tensor in weights.items():
-            if not torch.equal(again[name], tensor):
-                raise ConversionError(f"What was written does not convert back: {name} is not what it was.")
+            if not torch.equal(converted_back[name], tensor):
+                raise ConversionError(
+                    f"The written checkpoint differs from the model in {name}. Nothing was kept. Check the disk, and "
+                    "try again."
+                )
 
         check_output_files((checkpoint, settings), options.overwrite)
         move_into_place(staging, checkpoint, settings)
-    say(f"Done: {options.output}")
+    print_progress(f"Done: {options.output}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

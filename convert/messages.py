@@ -1,47 +1,50 @@
-"""Messages of the converters: short, on one line, and printable, whatever a file puts into them."""
+"""Messages of the converters. A message is one short, printable line, even if it quotes a hostile file."""
 
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LONGEST_MESSAGE = 2000  # characters
+MAX_MESSAGE_LENGTH = 2000  # characters
 
 
 class ConversionError(Exception):
-    """Says what was given, what was expected and what to do."""
+    """An error that the user can correct. The message says what was given, what was expected and what to do."""
 
 
-def printable(text: str) -> str:
-    """`text` on one line, without control characters, and without its middle where it is long."""
-    if len(text) > LONGEST_MESSAGE:
-        half = LONGEST_MESSAGE // 2
+def printable_line(text: str) -> str:
+    """Puts `text` on one line, escapes control characters, and cuts out the middle of a long text."""
+    if len(text) > MAX_MESSAGE_LENGTH:
+        half = MAX_MESSAGE_LENGTH // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(text.split())
     )
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 6, 60, 60
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 2, 6, 60, 60
 
 
-def shown(value) -> str:
-    """A value from a file as a message shows it: its repr, in about a line."""
+def short_repr(value) -> str:
+    """Returns the repr of a value from a file, shortened to about one line."""
     try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        return "a number of thousands of digits"
+        return _REPR.repr(value)
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return "an integer of thousands of digits"
 
 
-def say(text: str) -> None:
-    """Progress, on stdout, at once."""
-    print(printable(text), flush=True)
+def print_progress(text: str) -> None:
+    """Prints a progress message to stdout without buffering."""
+    print(printable_line(text), flush=True)
 
 
 @contextmanager
-def failing_as(what: str, advice: str = "") -> Iterator[None]:
-    """For work on which a disk, a network or the Hub can fail, each library in exceptions of its own."""
+def wrap_errors(action: str, advice: str = "") -> Iterator[None]:
+    """Turns every exception into a ConversionError that says that `action` failed.
+
+    Use it around work on a disk, a network or the Hub, for which each library raises exceptions of its own.
+    """
     try:
         yield
     except Exception as error:
-        raise ConversionError(f"{what} failed: {error} {advice}") from error
+        raise ConversionError(f"{action} failed: {error} {advice}") from error

@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: where it comes from, its licence, what it is known to achieve."""
+"""Writes the model card of a converted checkpoint: usage, published accuracies, licence and origin."""
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -7,8 +7,8 @@ from focal_hf import FocalConfig
 ORIGINAL = "https://github.com/microsoft/Focal-Transformer"
 PADDLEVIT = "https://github.com/BR-IDL/PaddleViT"
 
-# ImageNet-1K top-1 and top-5 accuracy in per cent, at 224 pixels.
-PUBLISHED = {
+# Top-1 and top-5 accuracy on ImageNet-1K in per cent, at 224 pixels.
+PUBLISHED_ACCURACIES = {
     "focal_tiny_patch4_window7_224": (82.2, 95.9),
     "focal_tiny_useconv_patch4_window7_224": (82.7, 96.1),
     "focal_small_patch4_window7_224": (83.6, 96.2),
@@ -19,7 +19,7 @@ PUBLISHED = {
     "focalv2_small_useconv_patch4_window7_224": (83.6, 96.4),
     "focalv2_base_useconv_patch4_window7_224": (84.0, 96.6),
 }
-PADDLEVIT_EVALUATION = {
+PADDLEVIT_ACCURACIES = {
     "focal_tiny_patch4_window7_224": (82.03, 95.86),
     "focal_tiny_useconv_patch4_window7_224": (82.70, 96.14),
     "focal_small_patch4_window7_224": (83.55, 96.29),
@@ -47,18 +47,24 @@ def model_card(
     from_paddle: bool,
     model_id: str,
     with_code: bool = False,
-    backbone: bool = False,
+    is_backbone: bool = False,
 ) -> ModelCard:
-    """The card of a model called `name`, to be loaded as `model_id`; `with_code` if its folder holds its code, too.
+    """Returns the model card of a converted model.
 
-    It is a classifier or, with `backbone`, the backbone of a detector or segmenter. Accuracies are given only where the
-    weights are `released` ones, under which `name` is one of theirs.
+    Args:
+        name: Title of the card. If `released`, the name of the released model.
+        config: The model's config.
+        released: Whether the weights are released ones. The card gives accuracies only for those.
+        from_paddle: Whether the checkpoint was a file in Paddle's format.
+        model_id: The folder or the repository from which the examples load the model.
+        with_code: Whether the model's folder holds its code.
+        is_backbone: Whether the model is the backbone of a detector or segmenter, and not a classifier.
     """
-    evaluations = []
+    accuracies = []
     if released:
-        evaluations.append(("published by the authors", PUBLISHED[name]))
-        if from_paddle and name in PADDLEVIT_EVALUATION:
-            evaluations.append(("PaddleViT's evaluation of its copy", PADDLEVIT_EVALUATION[name]))
+        accuracies.append(("published by the authors", PUBLISHED_ACCURACIES[name]))
+        if from_paddle and name in PADDLEVIT_ACCURACIES:
+            accuracies.append(("PaddleViT's evaluation of its copy", PADDLEVIT_ACCURACIES[name]))
     results = [
         EvalResult(
             task_type="image-classification",
@@ -66,66 +72,65 @@ def model_card(
             dataset_type="ILSVRC/imagenet-1k",
             dataset_name="ImageNet-1K",
             dataset_split="validation",
-            metric_type=kind,
-            metric_name=f"{label}, {whose}",
+            metric_type=metric,
+            metric_name=f"{label}, {source}",
             metric_value=value,
         )
-        for whose, values in evaluations
-        for kind, label, value in zip(("accuracy", "top_5_accuracy"), ("Top-1", "Top-5"), values, strict=True)
+        for source, values in accuracies
+        for metric, label, value in zip(("accuracy", "top_5_accuracy"), ("Top-1", "Top-5"), values, strict=True)
     ]
     data = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="image-feature-extraction" if backbone else "image-classification",
+        pipeline_tag="image-feature-extraction" if is_backbone else "image-classification",
         tags=["focal-transformer", "vision"],
         datasets=["ILSVRC/imagenet-1k"] if released else None,
-        model_name=name if results else None,  # needed with results, and empty without
+        model_name=name if results else None,  # huggingface_hub needs it for results, and writes it empty without them
         eval_results=results or None,
     )
     sections = [
-        f"# {name}{', a backbone for dense prediction' if backbone else ''}",
-        _summary(config, backbone),
-        "## Use\n\n" + _use(config, model_id, with_code, backbone),
-        "## Evaluation\n\n" + _evaluation(evaluations) if evaluations else "",
-        "## Licence and origin\n\n" + _origin(released, from_paddle, backbone),
+        f"# {name}{', a backbone for dense prediction' if is_backbone else ''}",
+        _summary(config, is_backbone),
+        "## Use\n\n" + _use(config, model_id, with_code, is_backbone),
+        "## Evaluation\n\n" + _evaluation(accuracies) if accuracies else "",
+        "## Licence and origin\n\n" + _origin(released, from_paddle, is_backbone),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _summary(config: FocalConfig, backbone: bool) -> str:
+def _summary(config: FocalConfig, is_backbone: bool) -> str:
     paper = "A [Focal Transformer](https://arxiv.org/abs/2107.00641) (Yang et al., NeurIPS 2021)"
-    if backbone:
+    if is_backbone:
         return (
-            f"{paper}, taken from a detector or segmenter: the maps of {', '.join(config.out_features)}, for images of "
-            "any size. Converted from the original's format with `focal_hf`, which checked that these files give the "
-            "feature maps of the weights that it read."
+            f"{paper}: the backbone of a detector or segmenter. It returns the feature maps of "
+            f"{', '.join(config.out_features)}, for images of any size. `focal_hf` converted it from the original's "
+            "format, and checked that the converted model gives the same feature maps."
         )
     size = config.image_size if isinstance(config.image_size, int) else " x ".join(map(str, config.image_size))
     return (
-        f"{paper} for image classification: {config.num_labels} classes, made for images of {size} pixels. Converted "
-        "from the original's format with `focal_hf`, which checked that these files give the logits of the weights "
-        "that it read."
+        f"{paper} for image classification, with {config.num_labels} classes, for images of {size} pixels. `focal_hf` "
+        "converted it from the original's format, and checked that the converted model gives the same logits."
     )
 
 
-def _use(config: FocalConfig, model_id: str, with_code: bool, backbone: bool) -> str:
+def _use(config: FocalConfig, model_id: str, with_code: bool, is_backbone: bool) -> str:
     mode = "L" if config.num_channels == 1 else "RGB"
     if with_code:
         code = (
-            "The model's code comes with it, and `trust_remote_code=True` runs it: read it first, and name the "
-            "`revision` that you have read. With the Python package `focal_hf` imported, that is used in its place, "
-            "and `trust_remote_code` is not needed."
+            "This repository holds the model's code, and `trust_remote_code=True` runs that code. Read the code first, "
+            "and pass the `revision` that you have read. If you import the Python package `focal_hf`, transformers "
+            "uses the package, and `trust_remote_code` is not needed."
         )
         package, trust = "", ", trust_remote_code=True"
-        inside = "`load_state_dict` then takes the weights into the backbone that it has."
+        load_weights = "then load the weights into its backbone with `load_state_dict`."
     else:
-        code = "The model's code is the Python package `focal_hf`; importing it makes transformers know the model."
+        code = "The model's code is in the Python package `focal_hf`. Importing it adds the model to transformers."
         package, trust = "\nimport focal_hf\n", ""
-        inside = f'`focal_hf.load_backbone_weights(model, "{model_id}")` then puts the weights into it.'
-    if backbone:
+        load_weights = f'then load the weights with `focal_hf.load_backbone_weights(model, "{model_id}")`.'
+    if is_backbone:
         source, load = ("transformers", "AutoBackbone") if with_code else ("focal_hf", "FocalBackbone")
-        hub = "  # by its name on the Hub: this class does not look into folders" if with_code else ""
+        hub = "  # a repository on the Hub: AutoBackbone does not load from folders" if with_code else ""
         return f"""\
 {code}
 
@@ -139,8 +144,8 @@ with torch.no_grad():
     feature_maps = backbone(pixel_values).feature_maps
 ```
 
-A detector or segmenter of transformers is built for it with `backbone_config=backbone.config`;
-{inside}"""
+To use it in a detector or segmenter of transformers, build that model with `backbone_config=backbone.config`,
+{load_weights}"""
     return f"""\
 {code}
 
@@ -160,34 +165,35 @@ print(model.config.id2label[logits.argmax(-1).item()])
 ```"""
 
 
-def _evaluation(evaluations: list[tuple[str, tuple[float, float]]]) -> str:
-    rows = "\n".join(f"| {whose} | {top_1} | {top_5} |" for whose, (top_1, top_5) in evaluations)
+def _evaluation(accuracies: list[tuple[str, tuple[float, float]]]) -> str:
+    rows = "\n".join(f"| {source} | {top_1} | {top_5} |" for source, (top_1, top_5) in accuracies)
     return (
-        "ImageNet-1K validation, accuracy in per cent. These figures are of the released weights, as their publishers "
-        "state them; they were not measured again on this conversion.\n\n"
+        "Accuracy on the validation split of ImageNet-1K, in per cent. The publishers of the released weights state "
+        "these figures. They were not measured again on the converted model.\n\n"
         f"| | top-1 | top-5 |\n|---|---|---|\n{rows}"
     )
 
 
-def _origin(released: bool, from_paddle: bool, backbone: bool) -> str:
+def _origin(released: bool, from_paddle: bool, is_backbone: bool) -> str:
     paragraphs = [
-        f"The original's code and released weights ([microsoft/Focal-Transformer]({ORIGINAL})) are under the MIT "
-        f"License, Copyright (c) Microsoft Corporation: [its text]({ORIGINAL}/blob/main/LICENSE)."
+        f"The original's code and released weights ([microsoft/Focal-Transformer]({ORIGINAL})) are under the "
+        f"[MIT License]({ORIGINAL}/blob/main/LICENSE), Copyright (c) Microsoft Corporation."
     ]
     if from_paddle:
         paragraphs.append(
             f"This model was converted from a file in Paddle's format. [PaddleViT]({PADDLEVIT}), a repository under "
-            "the Apache License 2.0, publishes such files; they are conversions of the original's MIT weights."
+            "the Apache License 2.0, publishes such files, which are conversions of the original's MIT weights."
         )
-    if backbone:
+    if is_backbone:
         paragraphs.append(
-            "These weights were trained in a detector or segmenter, and the authors released none: their licence is "
-            "for whoever trained them to say. Correct this section and `license` above where it is another."
+            "These weights were trained in a detector or segmenter. The authors did not release such weights, so "
+            "whoever trained them decides on the licence. If it is another one, correct this section and `license` "
+            "above."
         )
     elif not released:
         paragraphs.append(
-            "The settings were given by hand, so nothing here tells whether these are the released weights. If they "
-            "are not, nor derived from them, their licence is for whoever trained them to say: then correct this "
-            "section and `license` above."
+            "The settings came from a file, so the converter cannot know whether these are the released weights. If "
+            "they are neither the released weights nor derived from them, whoever trained them decides on the "
+            "licence: then correct this section and `license` above."
         )
     return "\n\n".join(paragraphs)

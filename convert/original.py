@@ -1,7 +1,7 @@
-"""What the original calls its settings, weights and buffers, and what focal_hf calls them; nothing else here knows.
+"""The names and shapes of the original's settings, weights and buffers. No other module knows them.
 
-The original is the repository microsoft/Focal-Transformer. Both state dicts hold the same numbers under other names;
-only `qkv`, one matrix there, is three here. One table of names serves both directions.
+The original is the repository microsoft/Focal-Transformer. Its state dicts hold the same values as those of focal_hf
+under other names, except that the query, key and value weights are one tensor, `qkv`.
 """
 
 import re
@@ -11,11 +11,11 @@ import torch
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from focal_hf.geometry_focal import focal_index, relative_position_index, slot_tokens
-from messages import ConversionError, shown
+from messages import ConversionError, short_repr
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
-# MODEL.FOCAL.*, what focal_hf calls it, and the original's default.
+# The key under MODEL.FOCAL, the field of FocalConfig, and the original's default.
 _FOCAL_SETTINGS = (
     ("PATCH_SIZE", "patch_size", 4),
     ("IN_CHANS", "num_channels", 3),
@@ -40,17 +40,17 @@ _FOCAL_SETTINGS = (
     ("USE_LAYERSCALE", "use_layerscale", False),
     ("USE_PRE_NORM", "use_pre_norm", False),
 )
-# EXPAND_STAGES is read and ignored by the original, too.
-_FOCAL_DEFAULTS = {theirs: default for theirs, _, default in _FOCAL_SETTINGS} | {"EXPAND_STAGES": [0, 1, 2, 3]}
-# Lists with a value per stage, which the original reads up to the last stage: they may be longer.
-_READ_BY_STAGE = ("NUM_HEADS", "FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")
+# The original reads EXPAND_STAGES and does not use it.
+_FOCAL_DEFAULTS = {key: default for key, _, default in _FOCAL_SETTINGS} | {"EXPAND_STAGES": [0, 1, 2, 3]}
+# Lists with one value per stage. The original ignores values beyond the last stage.
+_PER_STAGE_KEYS = ("NUM_HEADS", "FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")
 _ATTENTION_TYPES = {"focal": "focal", "focalv2": "topk"}
 
-# Upper bounds, well above all models that are known, so that no file of settings asks for any amount of memory or time.
-_MOST = 10_000  # of every whole number
-_MOST_CLASSES = 100_000
-_MOST_STAGES, _MOST_BLOCKS = 16, 200
-_LARGEST_TENSOR = 2**27  # elements
+# Bounds on memory and time that FocalConfig does not check. They are far above every known model.
+_MAX_FACTOR = 10_000
+_MAX_CLASSES = 100_000
+_MAX_BLOCKS = 200
+_MAX_TENSOR = 2**27  # elements
 
 
 def _released_settings() -> dict[str, dict]:
@@ -85,58 +85,61 @@ RELEASED = _released_settings()
 
 
 def config_from_settings(settings: Mapping, image_size: int | list[int] | None = None) -> FocalConfig:
-    """The FocalConfig of a model that the original builds from `settings`, for `DATA.IMG_SIZE` or `image_size`.
+    """Returns the FocalConfig of the model that the original builds from `settings`.
+
+    `image_size` replaces `DATA.IMG_SIZE`.
 
     Raises:
-        ConversionError: names the setting that is unknown, of another type, out of bounds or contradicts another one.
+        ConversionError: if a setting is unknown, has a wrong type, is out of bounds or contradicts another setting.
     """
     model, data = _section(settings, "MODEL"), _section(settings, "DATA")
     focal = _section(model, "FOCAL")
     if unknown := sorted(map(str, set(focal) - set(_FOCAL_DEFAULTS))):
-        raise ConversionError(f"MODEL.FOCAL has no {_listed(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
+        raise ConversionError(f"MODEL.FOCAL has no {_join_names(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
     focal = _FOCAL_DEFAULTS | focal
     for key, default in _FOCAL_DEFAULTS.items():
-        scale = key == "QK_SCALE" and focal[key] is not False
-        _check_setting(f"MODEL.FOCAL.{key}", focal[key], 0.125 if scale else default)
-    kind, labels = model.get("TYPE", "focal"), model.get("NUM_CLASSES", 1000)
-    if not isinstance(kind, str) or kind not in _ATTENTION_TYPES:
-        raise ConversionError(f"MODEL.TYPE must be focal or focalv2; it is {shown(kind)}.")
-    if type(labels) is not int or not 1 <= labels <= _MOST_CLASSES:
-        raise ConversionError(f"MODEL.NUM_CLASSES must be a number from 1 to {_MOST_CLASSES}; it is {shown(labels)}.")
-    dropout, drop_path = model.get("DROP_RATE", 0.0), model.get("DROP_PATH_RATE", 0.1)
-    _check_setting("MODEL.DROP_RATE", dropout, 0.0)
-    _check_setting("MODEL.DROP_PATH_RATE", drop_path, 0.1)
-    image_size = image_size or data.get("IMG_SIZE", 224)
-    _check_setting("DATA.IMG_SIZE", image_size, [224, 224] if isinstance(image_size, list | tuple) else 224)
-
-    depths = focal["DEPTHS"]
-    if not 1 <= len(depths) <= _MOST_STAGES or sum(depths) > _MOST_BLOCKS:
+        has_scale = key == "QK_SCALE" and focal[key] is not False
+        _check_type(f"MODEL.FOCAL.{key}", focal[key], 0.125 if has_scale else default)
+    model_type, num_classes = model.get("TYPE", "focal"), model.get("NUM_CLASSES", 1000)
+    if not isinstance(model_type, str) or model_type not in _ATTENTION_TYPES:
+        raise ConversionError(f"MODEL.TYPE must be focal or focalv2; got {short_repr(model_type)}.")
+    if type(num_classes) is not int or not 1 <= num_classes <= _MAX_CLASSES:
         raise ConversionError(
-            f"MODEL.FOCAL.DEPTHS must list from 1 to {_MOST_STAGES} stages, with {_MOST_BLOCKS} blocks in all at most; "
-            f"it is {shown(depths)}."
+            f"MODEL.NUM_CLASSES must be an integer from 1 to {_MAX_CLASSES}; got {short_repr(num_classes)}."
         )
-    for key in _READ_BY_STAGE:
-        focal[key] = focal[key][: len(depths)]
-    focal["FOCAL_STAGES"] = [stage for stage in range(len(depths)) if stage in focal["FOCAL_STAGES"]]
+    dropout, drop_path = model.get("DROP_RATE", 0.0), model.get("DROP_PATH_RATE", 0.1)
+    _check_type("MODEL.DROP_RATE", dropout, 0.0)
+    _check_type("MODEL.DROP_PATH_RATE", drop_path, 0.1)
+    image_size = image_size or data.get("IMG_SIZE", 224)
+    _check_type("DATA.IMG_SIZE", image_size, [224, 224] if isinstance(image_size, list | tuple) else 224)
+
+    num_stages = len(focal["DEPTHS"])
+    for key in _PER_STAGE_KEYS:
+        focal[key] = focal[key][:num_stages]
+    focal["FOCAL_STAGES"] = sorted(set(range(num_stages)) & set(focal["FOCAL_STAGES"]))
     focal["QK_SCALE"] = focal["QK_SCALE"] or None
     try:
         config = FocalConfig(
-            **{ours: focal[theirs] for theirs, ours, _ in _FOCAL_SETTINGS},
-            attention_type=_ATTENTION_TYPES[kind],
+            **{field: focal[key] for key, field, _ in _FOCAL_SETTINGS},
+            attention_type=_ATTENTION_TYPES[model_type],
             image_size=image_size,
             hidden_dropout_prob=dropout,
             drop_path_rate=drop_path,
-            encoder_stride=focal["PATCH_SIZE"] * 2 ** (len(depths) - 1),
-            num_labels=labels,
+            num_labels=num_classes,
             drop_remainder=True,
         )
-    except Exception as error:  # whatever a strict config raises, its message says which setting is wrong
-        raise ConversionError(f"The settings do not describe a model. {error}") from error
-    config.drop_remainder = leaves_remainder(config)
-    if (elements := _largest_tensor(config)) > _LARGEST_TENSOR:
+    except Exception as error:  # huggingface_hub wraps the ValueError of FocalConfig
+        raise ConversionError(f"The settings do not describe a model: {error.__cause__ or error}") from error
+    config.drop_remainder = has_remainder(config)
+    config.encoder_stride = _total_stride(config)
+    if sum(config.depths) > _MAX_BLOCKS:
         raise ConversionError(
-            f"A model of these settings makes tensors of {elements:,} elements from one image; at most "
-            f"{_LARGEST_TENSOR:,} are allowed. Give a smaller image size: a converted model takes images of any size."
+            f"MODEL.FOCAL.DEPTHS must have at most {_MAX_BLOCKS} blocks in total; got {short_repr(config.depths)}."
+        )
+    if (numel := _largest_tensor(config)) > _MAX_TENSOR:
+        raise ConversionError(
+            f"A model of these settings needs tensors of {numel:,} elements for one image; at most {_MAX_TENSOR:,} are "
+            "allowed. Give a smaller --image-size: the converted model takes images of any size."
         )
     return config
 
@@ -144,33 +147,32 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
 def _section(settings: Mapping, name: str) -> Mapping:
     section = settings.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ConversionError(f"{name} in the settings must hold further settings; it holds {shown(section)}.")
+        raise ConversionError(f"{name} in the settings must hold further settings; it holds {short_repr(section)}.")
     return section
 
 
-def _check_setting(name: str, value, example) -> None:
-    """Raises ConversionError unless `value` is of the type of `example`, its numbers within bounds."""
+def _check_type(name: str, value, example) -> None:
+    """Raises ConversionError unless `value` has the type of `example`. FocalConfig checks the values later.
 
-    def whole(number) -> bool:
-        return type(number) is int and 0 <= number <= _MOST
-
+    Floats are bounded here, since FocalConfig accepts any `qk_scale`.
+    """
     if isinstance(example, bool):
-        fits, kind = isinstance(value, bool), "True or False"
+        fits, expected = isinstance(value, bool), "True or False"
     elif isinstance(example, int):
-        fits, kind = whole(value), f"a whole number of at most {_MOST}"
+        fits, expected = type(value) is int, "an integer"
     elif isinstance(example, float):
-        fits, kind = type(value) in (int, float) and 0 <= value <= _MOST, f"a number of at most {_MOST}"
+        fits, expected = type(value) in (int, float) and 0 <= value <= _MAX_FACTOR, f"a number from 0 to {_MAX_FACTOR}"
     elif isinstance(example, str):
-        fits, kind = isinstance(value, str), "a word"
+        fits, expected = isinstance(value, str), "a string"
     else:
-        fits = isinstance(value, list | tuple) and all(map(whole, value))
-        kind = f"a list of whole numbers of at most {_MOST}"
+        fits = isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        expected = "a list of integers"
     if not fits:
-        raise ConversionError(f"{name} must be {kind}, such as {example}; it is {shown(value)}.")
+        raise ConversionError(f"{name} must be {expected}, such as {example}; got {short_repr(value)}.")
 
 
 def _largest_tensor(config: FocalConfig) -> int:
-    """Elements of the largest tensor that the model, or the original's fixed tensors, have for one image."""
+    """Returns the number of elements of the largest tensor: an activation for one image, or an original buffer."""
     height, width = config.image_sides
     sizes = [config.num_channels * height * width]
     for stage, (rows, cols) in enumerate(config.stage_grids):
@@ -182,21 +184,24 @@ def _largest_tensor(config: FocalConfig) -> int:
     return max(sizes)
 
 
-def leaves_remainder(config: FocalConfig) -> bool:
-    """Whether patches do not fill an image of `image_size`, or a map between stages is odd then."""
-    stride = config.patch_size * 2 ** (len(config.depths) - 1)
-    return any(side % stride for side in config.image_sides)
+def _total_stride(config: FocalConfig) -> int:
+    return config.patch_size * 2 ** (config.num_layers - 1)
 
 
-def reason_against_original(config: FocalConfig) -> str | None:
-    """Why the original cannot run a classifier of `config` at its `image_size`, or None if it can."""
+def has_remainder(config: FocalConfig) -> bool:
+    """Whether at `image_size` the patches do not fill the image, or downsampling meets an odd map."""
+    return any(side % _total_stride(config) for side in config.image_sides)
+
+
+def why_original_cannot_run(config: FocalConfig) -> str | None:
+    """Returns why the original cannot run a classifier of `config` at `image_size`, or None if it can."""
     if config.use_conv_embed and (
         any(side % 4 == 3 for side in config.image_sides)
         or any(side % 2 for grid in config.stage_grids[:-1] for side in grid)
     ):
         return (
-            f"with use_conv_embed, it halves only even maps, and takes no image with a side of 4n + 3 pixels; here, "
-            f"image_size is {config.image_size}, and the maps are "
+            "with use_conv_embed, all maps that are downsampled must have even sides, and no side of the image may be "
+            f"4n + 3 pixels; image_size is {config.image_size}, and the maps are "
             + ", ".join(f"{height} x {width}" for height, width in config.stage_grids)
         )
     for stage, grid in enumerate(config.stage_grids):
@@ -204,32 +209,36 @@ def reason_against_original(config: FocalConfig) -> str | None:
         window = config.block_geometry(stage, 0).window_size
         if (shifts or config.attention_type == "topk") and any(side % window for side in grid):
             return (
-                f"with {'use_shift' if shifts else 'focalv2'}, it does not pad maps, and at {config.image_size} pixels "
-                f"that of stage {stage + 1}, {grid[0]} by {grid[1]} tokens, does not divide into windows of {window}"
+                f"with {'use_shift' if shifts else 'focalv2'}, maps must divide into windows; "
+                f"image_size is {config.image_size}, and the map of stage {stage + 1} has {grid[0]} x {grid[1]} tokens "
+                f"for windows of {window} x {window}"
             )
     return None
 
 
 def settings_from_config(config: FocalConfig, name: str) -> dict:
-    """The settings from which the original builds the model of `config`.
+    """Returns the settings from which the original builds the model of `config`.
 
     Raises:
-        ConversionError: where the original has no such setting.
+        ConversionError: if the original has no setting for a value of `config`.
     """
-    for setting, fixed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("attention_probs_dropout_prob", 0)):
-        if (value := getattr(config, setting)) != fixed:
-            raise ConversionError(f"The original always has {setting} = {fixed}; this model has {value}.")
-    kinds = {ours: theirs for theirs, ours in _ATTENTION_TYPES.items()}
-    focal = {theirs: getattr(config, ours) for theirs, ours, _ in _FOCAL_SETTINGS}
+    for field, only_value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("attention_probs_dropout_prob", 0)):
+        if (value := getattr(config, field)) != only_value:
+            raise ConversionError(
+                f"The original supports only {field} = {only_value}; this model has {field} = {value}, and cannot be "
+                "converted."
+            )
+    model_types = {attention_type: model_type for model_type, attention_type in _ATTENTION_TYPES.items()}
+    focal = {key: getattr(config, field) for key, field, _ in _FOCAL_SETTINGS}
     focal["QK_SCALE"] = focal["QK_SCALE"] or False
     if focal["FOCAL_STAGES"] is None:
         focal["FOCAL_STAGES"] = range(config.num_layers)
     focal = {key: list(value) if isinstance(value, list | tuple | range) else value for key, value in focal.items()}
-    size = config.image_size
+    image_size = config.image_size
     return {
-        "DATA": {"IMG_SIZE": size if isinstance(size, int) else list(size)},
+        "DATA": {"IMG_SIZE": image_size if isinstance(image_size, int) else list(image_size)},
         "MODEL": {
-            "TYPE": kinds[config.attention_type],
+            "TYPE": model_types[config.attention_type],
             "NAME": name,
             "NUM_CLASSES": config.num_labels,
             "DROP_RATE": config.hidden_dropout_prob,
@@ -241,7 +250,7 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
-_NAMES = (  # focal_hf's, then the original's, applied in this order
+_NAME_SUBSTITUTIONS = (  # from focal_hf's names to the original's, applied in this order
     (r"^hidden_states_norms\.stage(\d+)\.", lambda match: f"norm{int(match[1]) - 1}."),
     (r"^classifier\.", "head."),
     (r"^focal\.", ""),
@@ -265,48 +274,50 @@ _NAMES = (  # focal_hf's, then the original's, applied in this order
 
 
 def original_name(name: str) -> str:
-    """The original's name for a tensor of a classifier or a backbone; `qkv` for each of its three parts."""
-    for pattern, replacement in _NAMES:
+    """Returns the original's name of a tensor. The query, key and value projections share one name, with `qkv`."""
+    for pattern, replacement in _NAME_SUBSTITUTIONS:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _qkv_part(name: str) -> int | None:
+    """Returns the position of a tensor in `qkv`, or None for other tensors."""
     match = re.search(r"\.([qkv])_proj\.", name)
     return "qkv".index(match[1]) if match else None
 
 
-def dense_backbone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """The backbone in the state dict of a detector or segmenter, or a backbone's own; `None` for a classifier's."""
+def backbone_state_dict(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Returns the backbone's state dict from that of a detector, segmenter or backbone; None for a classifier."""
     prefix = "backbone."
-    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return inside or (dict(state) if any(re.match(r"norm\d", name) for name in state) else None)
+    backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return backbone or (dict(state) if any(re.match(r"norm\d", name) for name in state) else None)
 
 
-def output_indices(state: Mapping[str, torch.Tensor], config: FocalConfig) -> list[int]:
-    """The `out_indices` of a backbone: the stages whose maps it normalises, `norm0` being that of the first."""
+def backbone_out_indices(state: Mapping[str, torch.Tensor], config: FocalConfig) -> list[int]:
+    """Returns the `out_indices` of a backbone: the stages with an output norm, which is `norm0` for the first stage."""
     stages = [stage for stage in range(config.num_layers) if any(name.startswith(f"norm{stage}.") for name in state)]
     if not stages:
         raise ConversionError(
-            f"The checkpoint's backbone has no output norms, such as norm{config.num_layers - 1}.weight, one for every "
-            f"stage whose map it returns; its names begin with {prefixes(state)}. Is it a Focal Transformer?"
+            "The backbone in the checkpoint must have an output norm for each map that it returns, such as "
+            f"norm{config.num_layers - 1}.weight; its tensor names begin with {list_prefixes(state)}. Check that it is "
+            "a Focal Transformer."
         )
     return [stage + 1 for stage in stages]
 
 
-def build_empty(
+def build_on_meta(
     config: FocalConfig, model_class: type[FocalPreTrainedModel] = FocalForImageClassification
 ) -> FocalPreTrainedModel:
-    """The model without memory for its weights, to read names and shapes from."""
+    """Builds the model on the meta device, where its tensors have shapes and no memory."""
     with torch.device("meta"):
         return model_class(config)
 
 
-def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The fixed tensors in the original's state dict that follow from the settings, and, for focalv2, from the indices.
+def original_buffers(config: FocalConfig, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the names and values of the buffers that the original's state dict holds beside the weights.
 
-    `nearest` holds the indices, by their names in the original. Yields names and tensors one by one: all together can
-    need more memory than the model.
+    The settings determine them, together with the indices of the nearest tokens for focalv2, which `state` holds under
+    their names in the original. They are yielded one by one, as they can need more memory than the model.
     """
     cpu = torch.device("cpu")
     for stage, depth in enumerate(config.depths):
@@ -323,7 +334,7 @@ def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -
                 coords = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)
                 yield f"{prefix}.attn.window_coords", coords
                 for level in range(config.focal_levels[stage]):
-                    index = nearest[f"{prefix}.attn.topk_cloest_indice_{level}"]
+                    index = state[f"{prefix}.attn.topk_cloest_indice_{level}"]
                     offsets = _nearest_offsets(index, height, width, window, level).unsqueeze(1)
                     yield f"{prefix}.attn.topk_cloest_coords_{level}", offsets + coords.view(-1, 2)[None, :, None, :]
                 continue
@@ -343,7 +354,7 @@ def original_buffers(config: FocalConfig, nearest: Mapping[str, torch.Tensor]) -
 
 
 def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, level: int) -> torch.Tensor:
-    """(window centre - key) in tokens of the map, (windows, keys, 2), as the original keeps it."""
+    """Returns the offsets from each key to the centre of its window, in tokens of the map: (windows, keys, 2)."""
     rows, cols = height // window, width // window
     center = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
     if level:
@@ -358,39 +369,48 @@ def from_original(
     config: FocalConfig,
     model_class: type[FocalPreTrainedModel] = FocalForImageClassification,
 ) -> dict[str, torch.Tensor]:
-    """The state dict of `model_class(config)` from one of the original's, every tensor accounted for.
+    """Converts the original's state dict to that of `model_class(config)`. Every tensor of `state` must be used.
 
     Raises:
-        ConversionError: names the tensors that are missing, left over, of another shape or not finite.
+        ConversionError: if a tensor is missing, is not part of the model, has a wrong shape or dtype, is not finite, or
+            is a buffer with other values than the settings determine.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in build_empty(config, model_class).state_dict().items()}
-    advice = " Is --config (and --image-size) what the checkpoint was trained with?"
+    expected = {name: tuple(tensor.shape) for name, tensor in build_on_meta(config, model_class).state_dict().items()}
+    advice = " Check that --config and --image-size are those that the checkpoint was trained with."
 
     if missing := sorted({original_name(name) for name in expected} - set(state)):
         if swin := [name for name in state if name.endswith(".downsample.reduction.weight")]:
-            raise ConversionError(f"The checkpoint holds a Swin Transformer: {swin[0]} is Swin's, not Focal's.")
+            raise ConversionError(
+                f"The checkpoint holds a Swin Transformer: only Swin has {swin[0]}. Give the checkpoint of a Focal "
+                "Transformer."
+            )
         if len(missing) == len({original_name(name) for name in expected}):
             raise ConversionError(
-                f"The checkpoint holds nothing of a Focal Transformer: its names begin with {prefixes(state)}. "
-                "Expected the original's, such as patch_embed.proj.weight, or those of a detector or segmenter, such "
-                "as backbone.patch_embed.proj.weight."
+                f"The checkpoint holds no tensor of a Focal Transformer: its tensor names begin with "
+                f"{list_prefixes(state)}. Expected names such as patch_embed.proj.weight or, for a detector or "
+                "segmenter, backbone.patch_embed.proj.weight."
             )
-        raise ConversionError(f"The checkpoint lacks {_listed(missing)} of a model of these settings.{advice}")
+        raise ConversionError(
+            f"The checkpoint lacks {_join_names(missing)}, which a model of these settings needs.{advice}"
+        )
 
     converted = {}
     for name, shape in expected.items():
         tensor, part = state[original_name(name)], _qkv_part(name)
-        given = tuple(tensor.shape)
-        wanted = shape if part is None else (3 * shape[0], *shape[1:])
-        if given != wanted:
+        original_shape = shape if part is None else (3 * shape[0], *shape[1:])
+        if tensor.shape != original_shape:
             raise ConversionError(
-                f"{original_name(name)} has shape {given} in the checkpoint and {wanted} in a model of these settings."
-                + advice
+                f"{original_name(name)} has shape {tuple(tensor.shape)} in the checkpoint and shape {original_shape} "
+                f"in a model of these settings.{advice}"
             )
-        if tensor.is_floating_point() != ("nearest_index" not in name):
-            raise ConversionError(f"{original_name(name)} is of type {tensor.dtype} in the checkpoint.")
+        is_index = "nearest_index" in name
+        if tensor.is_floating_point() == is_index:
+            raise ConversionError(
+                f"{original_name(name)} has dtype {tensor.dtype} in the checkpoint; expected "
+                f"{'integers' if is_index else 'floating-point numbers'}. The checkpoint is damaged."
+            )
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ConversionError(f"{original_name(name)} holds values that are not finite: the checkpoint is damaged.")
+            raise ConversionError(f"{original_name(name)} holds values that are not finite. The checkpoint is damaged.")
         converted[name] = (tensor if part is None else tensor.chunk(3)[part]).contiguous()
 
     for name, tensor in converted.items():
@@ -401,41 +421,43 @@ def from_original(
             tokens = height * width // (window**2 if name.endswith("_1") else 1)
             if tensor.min() < 0 or tensor.max() >= tokens:
                 raise ConversionError(
-                    f"{original_name(name)} points at tokens {tensor.min()} to {tensor.max()}; its level has {tokens}."
+                    f"{original_name(name)} holds indices from {tensor.min()} to {tensor.max()}; expected indices from "
+                    f"0 to {tokens - 1}.{advice}"
                 )
 
-    surplus = set(state) - {original_name(name) for name in expected}
-    for name, derived in original_buffers(config, state):
-        if name not in surplus:
+    unused = set(state) - {original_name(name) for name in expected}
+    for name, buffer in original_buffers(config, state):
+        if name not in unused:
             continue
-        surplus.remove(name)
-        if state[name].shape != derived.shape or not torch.equal(state[name].to(derived.dtype), derived):
-            raise ConversionError(f"{name} in the checkpoint is not what these settings give.{advice}")
-    if surplus:
+        unused.remove(name)
+        if state[name].shape != buffer.shape or not torch.equal(state[name].to(buffer.dtype), buffer):
+            raise ConversionError(f"The buffer {name} has other values than these settings determine.{advice}")
+    if unused:
         raise ConversionError(
-            f"The checkpoint holds {_listed(sorted(surplus))}, for which a model of these settings has no use.{advice}"
+            f"The checkpoint holds {_join_names(sorted(unused))}, which a model of these settings does not have."
+            + advice
         )
     return converted
 
 
 def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[str, torch.Tensor]:
-    """The original's state dict, its fixed tensors included, from that of a classifier or backbone of `config`."""
-    original, parts = {}, {}
+    """Converts the state dict of a classifier or backbone to the original's, with the original's buffers."""
+    original, qkv_parts = {}, {}
     for name, tensor in state.items():
         if (part := _qkv_part(name)) is None:
             original[original_name(name)] = tensor
         else:
-            parts.setdefault(original_name(name), {})[part] = tensor
-    for name, qkv in parts.items():
-        original[name] = torch.cat([qkv[part] for part in range(3)])
+            qkv_parts.setdefault(original_name(name), {})[part] = tensor
+    for name, parts in qkv_parts.items():
+        original[name] = torch.cat([parts[part] for part in range(3)])
     return original | dict(original_buffers(config, original))
 
 
-def prefixes(names: Iterable[str]) -> str:
-    """What the names begin with, to tell."""
-    return _listed(sorted({name.partition(".")[0] for name in names}))
+def list_prefixes(names: Iterable[str]) -> str:
+    """Returns the part before the first dot of all names, for a message."""
+    return _join_names(sorted({name.partition(".")[0] for name in names}))
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more

@@ -1,4 +1,4 @@
-"""Writes so that nothing half-written looks whole, and replaces only what the converters write."""
+"""Writes outputs that are complete or absent, and replaces only files that the converters write."""
 
 import json
 import os
@@ -13,39 +13,39 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 import focal_hf
-from messages import ConversionError, printable
+from messages import ConversionError, printable_line
 
-_staged: dict[Path, tuple[Path, ...]] = {}  # what to clear when a signal ends the process: staging folder, outputs
+_staging_folders: dict[Path, tuple[Path, ...]] = {}  # staging folders in use, with their outputs
 
-# Files of a folder that the converter writes, with the modules of --with-code.
-_WRITTEN = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
-_WRITTEN |= {module.name for module in Path(focal_hf.__file__).parent.glob("*.py")}
+# Files that the converter writes to a folder, with the modules of --with-code.
+_MODEL_FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+_MODEL_FILES |= {module.name for module in Path(focal_hf.__file__).parent.glob("*.py")}
 
 
 @contextmanager
 def staging_folder(*outputs: Path) -> Iterator[Path]:
-    """A new folder, on the file system of `outputs`, to build them in under their names; for `move_into_place`.
+    """Yields a new folder in which to write `outputs` under their names, for `move_into_place`.
 
-    It is gone afterwards, however that comes about. Only SIGKILL leaves it, and then its name, hidden and ending in
-    `.partial`, tells what it is.
+    The folder is on the file system of `outputs`, and is deleted afterwards, also after an error or a signal. Only
+    SIGKILL leaves it behind, under a hidden name that ends in `.partial`.
     """
-    existing = next(parent for parent in outputs[0].parents if parent.exists())
-    folder = existing / f".{outputs[0].name}.{secrets.token_hex(4)}.partial"
-    _staged[folder] = outputs
+    existing_parent = next(parent for parent in outputs[0].parents if parent.exists())
+    folder = existing_parent / f".{outputs[0].name}.{secrets.token_hex(4)}.partial"
+    _staging_folders[folder] = outputs
     try:
         (folder / "new").mkdir(parents=True)
         yield folder / "new"
     finally:
-        _clear(folder, outputs)
-        del _staged[folder]
+        _clean_up(folder, outputs)
+        del _staging_folders[folder]
 
 
 def move_into_place(staging: Path, *outputs: Path) -> None:
     """Replaces `outputs`, files or a folder, by those of the same names in `staging`.
 
-    The first output is removed first and appears last: wherever this is stopped, it stands beside no other outputs
-    than its own. SIGKILL leaves all old outputs, all new ones, or, between calls that take microseconds, no first
-    output, with the old ones whole in the staging folder.
+    The first output is removed first and written last, so that it never lies beside another version of the others.
+    SIGKILL leaves all old outputs or all new ones. Between two renames, it leaves no first output, and the old outputs
+    are in the staging folder.
     """
     outputs[0].parent.mkdir(parents=True, exist_ok=True)
     old = staging.with_name("old")
@@ -57,9 +57,10 @@ def move_into_place(staging: Path, *outputs: Path) -> None:
         (staging / output.name).rename(output)
 
 
-def _clear(folder: Path, outputs: tuple[Path, ...]) -> None:
+def _clean_up(folder: Path, outputs: tuple[Path, ...]) -> None:
+    """Restores the old outputs if `move_into_place` was interrupted, and deletes the staging folder."""
     new, old = folder / "new", folder / "old"
-    if old.exists() and any(new.iterdir()):  # the move was stopped: the old outputs come back
+    if old.exists() and any(new.iterdir()):
         for output in outputs:
             if (old / output.name).exists():
                 (old / output.name).replace(output)
@@ -69,36 +70,39 @@ def _clear(folder: Path, outputs: tuple[Path, ...]) -> None:
 
 
 def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    """Raises ConversionError unless `output` is free or, with `overwrite`, an empty folder or a model alone.
+    """Checks that `output` does not exist or, with `overwrite`, is empty or holds only a model.
 
-    `output` is what a symbolic link points to, if it was given as one.
+    `output` is a resolved path: the target, if the user gave a symbolic link.
+
+    Raises:
+        ConversionError: if `output` is another file or folder.
     """
     if not output.exists():
         return
     if not overwrite:
         raise ConversionError(f"--output {output} exists. Choose another folder, or add --overwrite to replace it.")
     if not output.is_dir():
-        raise ConversionError(f"--output {output} is a file: choose a folder.")
+        raise ConversionError(f"--output {output} is a file. Choose a folder.")
     for path in inputs:
         if output in path.resolve().parents:
-            raise ConversionError(f"--output {output} is not replaced: {path} lies in it.")
+            raise ConversionError(f"--output {output} holds the input {path}. Choose another folder.")
     if output == Path.cwd():
-        raise ConversionError(f"--output {output} is not replaced: it is the working folder.")
+        raise ConversionError(f"--output {output} is the working folder. Choose another folder.")
     entries = sorted(output.iterdir())
-    if entries and not _is_config(output / "config.json"):
+    if entries and not _is_model_config(output / "config.json"):
         raise ConversionError(
-            f"--output {output} holds no model (a config.json with a model_type of transformers): --overwrite replaces "
-            "nothing else. Choose another folder."
+            f"--output {output} holds no model: --overwrite replaces only folders with a config.json of transformers. "
+            "Choose another folder."
         )
     for entry in entries:
-        if entry.name not in _WRITTEN or entry.is_symlink() or not entry.is_file():
+        if entry.name not in _MODEL_FILES or entry.is_symlink() or not entry.is_file():
             raise ConversionError(
-                f"--output {output} holds {entry.name}, which this script does not write: it is not deleted. Move it "
-                "away, or choose another folder."
+                f"--output {output} holds {entry.name}, which --overwrite does not delete: this script does not write "
+                f"it. Move {entry.name} away, or choose another folder."
             )
 
 
-def _is_config(file: Path) -> bool:
+def _is_model_config(file: Path) -> bool:
     try:
         return json.loads(file.read_text())["model_type"] in CONFIG_MAPPING if file.is_file() else False
     except (ValueError, TypeError, LookupError, RecursionError):
@@ -106,35 +110,40 @@ def _is_config(file: Path) -> bool:
 
 
 def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
-    """Raises ConversionError unless the files are free or, with `overwrite`, files indeed."""
+    """Checks that the files do not exist or, with `overwrite`, are regular files.
+
+    Raises:
+        ConversionError: if one of them exists, or is a folder or a symbolic link.
+    """
     for file in files:
         if file.is_symlink() or file.is_dir():
-            raise ConversionError(f"{file} is a {'link' if file.is_symlink() else 'folder'}: choose another --output.")
+            kind = "symbolic link" if file.is_symlink() else "folder"
+            raise ConversionError(f"{file} is a {kind}, and is not replaced. Choose another --output.")
         if file.exists() and not overwrite:
-            raise ConversionError(f"{file} exists; add --overwrite to replace it, or choose another --output.")
+            raise ConversionError(f"{file} exists. Add --overwrite to replace it, or choose another --output.")
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
-# Windows has only the first two.
-_STOPPING = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT") if hasattr(signal, f"SIG{name}")]
+# Windows has only SIGINT and SIGTERM.
+_SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT") if hasattr(signal, f"SIG{name}")]
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script: what the user can put right becomes one line on stderr and exit code 1."""
-    for number in _STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-            signal.signal(number, _stop)
+def run_script(main: Callable[[], None]) -> None:
+    """Runs `main`. An error that the user can correct is printed to stderr as one line, and the exit code is 1."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _exit_on_signal)
     try:
         main()
     except (ConversionError, OSError) as error:
-        sys.exit(f"error: {printable(str(error))}")
+        sys.exit(f"error: {printable_line(str(error))}")
 
 
-def _stop(number: int, _) -> None:
-    for other in _STOPPING:
+def _exit_on_signal(number: int, _) -> None:
+    for other in _SIGNALS:
         signal.signal(other, signal.SIG_IGN)
-    # Not by an exception: one that comes up while Python frees an object is lost, and the process goes on.
-    for folder, outputs in list(_staged.items()):
-        _clear(folder, outputs)
+    # Does not raise an exception: Python drops exceptions that occur while it frees an object, and would go on.
+    for folder, outputs in list(_staging_folders.items()):
+        _clean_up(folder, outputs)
     os._exit(128 + number)
