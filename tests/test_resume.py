@@ -271,7 +271,7 @@ def test_bad_values_are_told_in_one_line(place, runs):
         "The validation loss became nan in epoch 1: lower --learning-rate": (
             *("--learning-rate", 1e20, "--warmup-epochs", 0, "--batch-size", 12),
         ),
-        "argument --push-to-hub: it is empty": ("--push-to-hub", ""),
+        "argument --push-to-hub: expected a repository name such as me/focal-tiny; got ''": ("--push-to-hub", ""),
         "A resnet has no depths and embed_dim from which to choose --drop-path: give that.": (
             *("--recipe", "paper", "--config", "resnet", "--warmup-epochs", 1),
         ),

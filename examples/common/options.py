@@ -39,10 +39,10 @@ def fraction(text: str) -> float:
     return value
 
 
-def not_empty(text: str) -> str:
-    """An argparse type: some text."""
+def repository_name(text: str) -> str:
+    """An argparse type: the name of a repository on the Hub. The Hub itself checks all but an empty name."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError(f"expected a repository name such as me/focal-tiny; got {text!r}")
     return text
 
 
@@ -131,7 +131,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
         help=f"trackers: {', '.join(kind.value for kind in LoggerType if kind != LoggerType.ALL)}",
     )
     group.add_argument(
-        "--push-to-hub", type=not_empty, metavar="REPO", help="upload FOLDER when it is done, as USER/NAME"
+        "--push-to-hub", type=repository_name, metavar="REPO", help="upload FOLDER when it is done, as USER/NAME"
     )
 
 
