@@ -1,4 +1,4 @@
-"""convert/: the original's files to a transformers folder and back, what is refused, and what a kill leaves."""
+"""convert/: conversion in both directions, refused inputs, --overwrite, signals and uploads."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ from messages import ConversionError
 from original import RELEASED
 from settings_files import read_settings
 
-SAMPLES = {
+CHECKPOINTS = {
     name: golden_cases.FOLDER / name
     for name in (
         "base_released.pth",
@@ -48,9 +48,9 @@ SAMPLES = {
         "base_paddle2021.pdparams",
     )
 }
-RELEASED_SAMPLE = SAMPLES["base_released.pth"]
-WRITTEN = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-TO_HF = [sys.executable, str(ROOT / "convert" / "convert_focal_to_hf.py")]
+RELEASED_PTH = CHECKPOINTS["base_released.pth"]
+MODEL_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+CONVERT_TO_HF = [sys.executable, str(ROOT / "convert" / "convert_focal_to_hf.py")]
 
 
 def write_settings(path: Path, settings: dict) -> str:
@@ -58,7 +58,7 @@ def write_settings(path: Path, settings: dict) -> str:
     return str(path)
 
 
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+def equal_bitwise(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype
         and tensor.shape == second[name].shape
@@ -82,7 +82,7 @@ def case() -> golden_cases.Golden:
 
 @pytest.fixture(scope="session")
 def config(case, tmp_path_factory) -> str:
-    """The settings of `base` as a YAML file, half of them in another that it names under BASE."""
+    """A YAML file with the settings of `base`, some of them in another file that it names under BASE."""
     folder = tmp_path_factory.mktemp("config")
     model = dict(case.config["MODEL"])
     write_settings(folder / "network.yaml", {"MODEL": {"FOCAL": model.pop("FOCAL"), "NUM_CLASSES": 1}})
@@ -91,13 +91,13 @@ def config(case, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def conversions(config, tmp_path_factory) -> dict[str, tuple[Path, int, str, str]]:
-    """Every sample file converted by the command line: its folder, exit code, stdout and stderr."""
+    """Converts every checkpoint by the command line. Holds the folder, exit code, stdout and stderr of each."""
     folder = tmp_path_factory.mktemp("converted")
     # Without a network, yacs and Paddle.
     results = {}
-    for name, file in SAMPLES.items():
+    for name, file in CHECKPOINTS.items():
         options = ("--checkpoint", file, "--config", config, "--output", folder / name)
-        ended = ForkedScript(TO_HF[1], *options, folder=folder).wait()
+        ended = ForkedScript(CONVERT_TO_HF[1], *options, folder=folder).wait()
         results[name] = (folder / name, ended.returncode, ended.stdout, ended.stderr)
     return results
 
@@ -109,7 +109,7 @@ def converted(conversions) -> Path:
 
 @pytest.fixture
 def convert(config, tmp_path) -> Callable:
-    """Converts a checkpoint, a file or a state dict, in this process."""
+    """A function that converts a checkpoint, given as a file or a state dict, in this process."""
 
     def convert(checkpoint: Path | dict, *options: str, config: str = config, output: Path = tmp_path / "out") -> Path:
         if isinstance(checkpoint, dict):
@@ -123,38 +123,37 @@ def convert(config, tmp_path) -> Callable:
     return convert
 
 
-# --- What is written --------------------------------------------------------------------------------------------------
+# --- Converted models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_sample_gives_the_logits_of_the_original(conversions, case, name):
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_checkpoint_gives_the_logits_of_the_original(conversions, case, name):
     folder, code, stdout, stderr = conversions[name]
     assert (code, stderr) == (0, "")
-    assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+    assert sorted(file.name for file in folder.iterdir()) == MODEL_FILES
     assert_logits(folder, case)
     assert "Converted all 88 tensors" in stdout
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_every_sample_gives_the_same_file(conversions):
+def test_all_checkpoints_give_the_same_weights(conversions):
     files = {(folder / "model.safetensors").read_bytes() for folder, *_ in conversions.values()}
     assert len(files) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype(convert, converted, dtype):
-    folder = convert(RELEASED_SAMPLE, "--dtype", dtype)
+def test_dtype_in_both_directions(convert, converted, dtype):
+    folder = convert(RELEASED_PTH, "--dtype", dtype)
     exact = load_file(converted / "model.safetensors")
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(tensor, exact[name].to(getattr(torch, dtype)))
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
-    # And back: the weights keep their type.
     convert_hf_to_focal.main(["--model", str(folder), "--output", str(folder / "back.pth")])
     back = torch.load(folder / "back.pth")["model"]
     assert back["head.weight"].dtype == getattr(torch, dtype)
 
 
-def test_too_large_for_float16(convert, case, tmp_path):
+def test_overflow_in_float16_is_refused(convert, case, tmp_path):
     state = case.state_dict
     state["head.weight"] = state["head.weight"] * 1e6
     with pytest.raises(ConversionError, match=r"not finite in torch\.float16"):
@@ -162,7 +161,7 @@ def test_too_large_for_float16(convert, case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_image_processor_keeps_seven_eighths(converted):
+def test_image_processor_crops_seven_eighths(converted):
     processor = AutoImageProcessor.from_pretrained(converted)
     assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (37, 32)
     processor = convert_focal_to_hf.image_processor(FocalConfig())
@@ -173,7 +172,7 @@ def test_image_processor_keeps_seven_eighths(converted):
 
 
 @pytest.mark.parametrize("name", ["grey", "rectangle", "focalv2_ties"])
-def test_image_processor_suits_the_model(convert, tmp_path, name):
+def test_image_processor_fits_channels_and_shape_of_the_model(convert, tmp_path, name):
     case = golden_cases.case(name)
     settings = write_settings(tmp_path / f"{name}.yaml", case.config)
     folder = convert(case.state_dict, config=settings)
@@ -182,11 +181,11 @@ def test_image_processor_suits_the_model(convert, tmp_path, name):
     image = Image.new("L" if name == "grey" else "RGB", (200, 300), white)
     pixel_values = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape[1:] == case.pixel_values.shape[1:]
-    assert (pixel_values > 2).all()  # white throughout: the crop does not reach beyond the image
+    assert (pixel_values > 2).all()  # all pixels are white, so the crop is inside the image
     assert f'.convert("{image.mode}")' in (folder / "README.md").read_text()
 
 
-def test_indices_of_focalv2_come_from_the_checkpoint(convert, tmp_path):
+def test_topk_indices_come_from_the_checkpoint(convert, tmp_path):
     case = golden_cases.case("focalv2_ties")
     state = case.state_dict
     folder = convert(state, config=write_settings(tmp_path / "ties.yaml", case.config))
@@ -200,19 +199,18 @@ def test_indices_of_focalv2_come_from_the_checkpoint(convert, tmp_path):
     assert all(torch.equal(written[ours[name]], state[name]) for name in ours)
     assert any(not torch.equal(computed[ours[name]], state[name]) for name in ours)
     convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
-    assert same_bits(torch.load(tmp_path / "back.pth")["model"], state)
+    assert equal_bitwise(torch.load(tmp_path / "back.pth")["model"], state)
 
 
-def test_image_size_of_the_checkpoint(convert, tmp_path):
-    """Settings say another size than the checkpoint was trained at."""
+def test_image_size_option_overrides_the_settings(convert, tmp_path):
     case = golden_cases.case("rectangle")
     settings = write_settings(tmp_path / "square.yaml", {"DATA": {"IMG_SIZE": 64}, "MODEL": case.config["MODEL"]})
     folder = convert(case.state_dict, "--image-size", *map(str, case.config["DATA"]["IMG_SIZE"]), config=settings)
     assert_logits(folder, case)
 
 
-def test_what_was_written_is_compared_by_the_same_kernels(convert, case, monkeypatch):
-    """Kernels may round by alignment, which safetensors does not keep: logits near zero would differ."""
+def test_compared_models_have_aligned_tensors(convert, case, monkeypatch):
+    """Kernels may round by alignment, which safetensors does not keep. Logits near zero would differ."""
     compute_outputs, aligned = convert_focal_to_hf.compute_outputs, []
 
     def recorded(model):
@@ -227,25 +225,23 @@ def test_what_was_written_is_compared_by_the_same_kernels(convert, case, monkeyp
 @pytest.mark.parametrize(
     ("name", "drops"), [("odd_map", False), ("odd_map_twice", True), ("conv_embed_remainder", True)]
 )
-def test_remainder_is_dropped_as_in_the_original(convert, tmp_path, name, drops):
-    """At a checkpoint's own size, and only where there is one; there and back."""
+def test_drop_remainder_is_set_if_the_image_size_leaves_a_remainder(convert, tmp_path, name, drops):
     case = golden_cases.case(name)
     folder = convert(case.state_dict, config=write_settings(tmp_path / "odd.yaml", case.config))
     assert_logits(folder, case)
     assert FocalConfig.from_pretrained(folder).drop_remainder == drops
     convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
-    assert same_bits(torch.load(tmp_path / "back.pth")["model"], case.state_dict)
+    assert equal_bitwise(torch.load(tmp_path / "back.pth")["model"], case.state_dict)
 
 
-def test_sizes_at_which_the_original_cannot_run(convert, tmp_path):
-    """They are not what the checkpoint was trained at."""
+def test_image_sizes_that_the_original_cannot_run_are_refused(convert, tmp_path):
     case = golden_cases.case("conv_embed")
     settings = write_settings(tmp_path / "conv.yaml", case.config)
     with pytest.raises(ConversionError, match=r"must have even sides, .*Give the image size .* with --image-size"):
         convert(case.state_dict, "--image-size", "76", config=settings)
 
 
-def test_label_names(case, convert, tmp_path):
+def test_imagenet_labels(case, convert, tmp_path):
     labels = json.loads(convert_focal_to_hf.LABEL_FILES["imagenet"].read_text())
     assert len(set(labels)) == 1000
     assert (labels[0], labels[134], labels[517]) == ("tench, Tinca tinca", "crane (bird)", "crane (machine)")
@@ -255,14 +251,14 @@ def test_label_names(case, convert, tmp_path):
     written = FocalConfig.from_pretrained(convert(state, "--labels", "imagenet", config=settings))
     assert written.id2label == dict(enumerate(labels))
     assert written.label2id == {label: number for number, label in enumerate(labels)}
-    # Not every model of 1000 classes has ImageNet's.
+    # Without --labels, a model with 1000 classes does not get the names of ImageNet.
     written = FocalConfig.from_pretrained(convert(state, config=settings, output=tmp_path / "unnamed"))
     assert written.id2label == {number: f"LABEL_{number}" for number in range(1000)}
 
 
-def test_labels_that_do_not_fit(convert, case):
+def test_labels_of_another_model_are_refused(convert, case):
     with pytest.raises(ConversionError, match="--labels imagenet has names for 1000 classes; this model has 5"):
-        convert(RELEASED_SAMPLE, "--labels", "imagenet")
+        convert(RELEASED_PTH, "--labels", "imagenet")
     with pytest.raises(ConversionError, match="--labels needs a classifier"):
         convert(backbone_state(case, (0, 1)), "--labels", "imagenet")
 
@@ -296,7 +292,7 @@ def test_card_of_a_released_model(name):
     assert "Paddle" not in card.text
 
 
-def test_card_of_a_paddle_file():
+def test_card_of_a_released_model_from_paddle():
     name = "focal_base_useconv_patch4_window7_224"
     card = model_card.model_card(name, FocalConfig(), released=True, from_paddle=True, model_id="x")
     assert accuracies(card) == [84.2, 97.1, 84.18, 96.61]
@@ -304,22 +300,22 @@ def test_card_of_a_paddle_file():
     assert "Apache License 2.0" in card.text
 
 
-def test_card_of_settings_from_a_file(converted, case, convert):
+def test_card_of_a_model_with_settings_from_a_file(converted, case, convert):
     card = ModelCard.load(converted / "README.md")
     assert accuracies(card) == []
     assert "Evaluation" not in card.text
     assert "whoever trained them decides on the licence" in card.text
     assert "Apache" not in card.text
-    assert "Apache" in (convert(SAMPLES["base_paddle.pdparams"]) / "README.md").read_text()
+    assert "Apache" in (convert(CHECKPOINTS["base_paddle.pdparams"]) / "README.md").read_text()
 
 
-# --- The way back -----------------------------------------------------------------------------------------------------
+# --- Conversion to the original ---------------------------------------------------------------------------------------
 
 
-def test_back_and_again(converted, case, tmp_path):
+def test_round_trip_gives_the_same_bytes(converted, case, tmp_path):
     back = tmp_path / "back.pth"
     convert_hf_to_focal.main(["--model", str(converted), "--output", str(back)])
-    assert same_bits(torch.load(back)["model"], torch.load(RELEASED_SAMPLE)["model"])
+    assert equal_bitwise(torch.load(back)["model"], torch.load(RELEASED_PTH)["model"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pth", "back.yaml"]
 
     again = tmp_path / "again"
@@ -329,7 +325,7 @@ def test_back_and_again(converted, case, tmp_path):
         assert (again / name).read_bytes() == (converted / name).read_bytes()
 
 
-def test_back_does_not_overwrite_unasked(converted, tmp_path):
+def test_checkpoint_is_replaced_only_with_overwrite(converted, tmp_path):
     arguments = ["--model", str(converted), "--output", str(tmp_path / "back.pth")]
     (tmp_path / "back.yaml").write_text("mine")
     with pytest.raises(ConversionError, match=r"back\.yaml exists\. Add --overwrite"):
@@ -339,8 +335,8 @@ def test_back_does_not_overwrite_unasked(converted, tmp_path):
     assert len(torch.load(tmp_path / "back.pth")["model"]) == 88
 
 
-# Maps of 18 x 18 and 9 x 9 tokens in windows of 4, but for these changes.
-OTHER_SIZES = {
+# Changes to a model with maps of 18 x 18 and 9 x 9 tokens and windows of 4 x 4.
+UNSUPPORTED_BY_ORIGINAL = {
     "remainder": {"image_size": 76},
     "remainder and positions": {"image_size": 74, "use_absolute_embeddings": True},
     "conv embed": {"image_size": 76, "use_conv_embed": True, "drop_remainder": True},
@@ -350,7 +346,7 @@ OTHER_SIZES = {
 }
 
 
-def other_folder(folder: Path, kind: str, converted: Path) -> None:
+def write_unconvertible_model(folder: Path, kind: str, converted: Path) -> None:
     config = FocalConfig.from_pretrained(converted)
     if kind == "masked":
         FocalForMaskedImageModeling(config).save_pretrained(folder)
@@ -366,8 +362,8 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "stem":
         config.out_features = ["stem", "stage2"]
         FocalBackbone(config).save_pretrained(folder)
-    elif kind in OTHER_SIZES:
-        changes = {"image_size": 72, "window_size": 4, "expand_sizes": (1, 1)} | OTHER_SIZES[kind]
+    elif kind in UNSUPPORTED_BY_ORIGINAL:
+        changes = {"image_size": 72, "window_size": 4, "expand_sizes": (1, 1)} | UNSUPPORTED_BY_ORIGINAL[kind]
         FocalForImageClassification(FocalConfig(**config.to_dict() | changes)).save_pretrained(folder)
     elif kind == "remainder in a backbone":
         config.drop_remainder = True
@@ -422,15 +418,15 @@ def other_folder(folder: Path, kind: str, converted: Path) -> None:
         ("absent", "cannot be loaded. Give a folder"),
     ],
 )
-def test_what_cannot_go_back(converted, tmp_path, kind, message, monkeypatch):
+def test_unconvertible_models_are_refused(converted, tmp_path, kind, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    other_folder(tmp_path / "model", kind, converted)
+    write_unconvertible_model(tmp_path / "model", kind, converted)
     with pytest.raises(ConversionError, match=message):
         convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
     assert not list(tmp_path.glob("*back*"))
 
 
-def test_back_ends_in_pth(converted, tmp_path):
+def test_checkpoint_name_must_end_in_pth(converted, tmp_path):
     with pytest.raises(ConversionError, match=r"must end in \.pth"):
         convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.yaml")])
 
@@ -439,7 +435,7 @@ def test_back_ends_in_pth(converted, tmp_path):
 
 
 def backbone_state(case: golden_cases.Golden, stages: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The weights of a case without its head, with output norms for `stages`, which count from 0."""
+    """Returns the weights of a case without its head, with output norms for `stages`, counted from 0."""
     state = {name: value for name, value in case.state_dict.items() if name.partition(".")[0] not in ("norm", "head")}
     for stage in stages:
         channels = case.answers[f"stage{stage + 1}"].shape[-1:]
@@ -451,7 +447,7 @@ def backbone_state(case: golden_cases.Golden, stages: Sequence[int]) -> dict[str
 def assert_feature_maps(
     folder: Path, case: golden_cases.Golden, state: dict[str, torch.Tensor], stages: Sequence[int]
 ) -> None:
-    """The original's maps, normalised."""
+    """Compares the feature maps with the original's maps, normalised."""
     model = FocalBackbone.from_pretrained(folder).eval()
     with torch.no_grad():
         maps = model(case.pixel_values).feature_maps
@@ -465,7 +461,7 @@ def assert_feature_maps(
 
 @pytest.fixture
 def training_log(monkeypatch) -> dict:
-    """What mmengine and mmcv save beside the weights: a log of a class that names its methods, scores of NumPy's."""
+    """Entries that mmengine and mmcv save beside the weights, with objects of their own classes and of NumPy."""
 
     class HistoryBuffer:
         def mean(self):
@@ -490,8 +486,8 @@ def training_log(monkeypatch) -> dict:
     ("heads", "stages"),
     [(("neck", "rpn_head", "roi_head"), (0, 1)), (("decode_head", "auxiliary_head"), (1,)), ((), (0, 1))],
 )
-def test_backbone_of_a_dense_model(convert, case, training_log, tmp_path, monkeypatch, capsys, heads, stages):
-    """A detector, a segmenter that uses the last map alone, and a backbone by itself; and all of it back."""
+def test_backbone_round_trip(convert, case, training_log, tmp_path, monkeypatch, capsys, heads, stages):
+    """The checkpoints are a detector, a segmenter that uses only the last map, and a bare backbone."""
     state = backbone_state(case, stages)
     checkpoint = tmp_path / "dense.pth"
     if heads:
@@ -510,24 +506,23 @@ def test_backbone_of_a_dense_model(convert, case, training_log, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     exec(card.text.split("```python")[1].split("```")[0], found := {})
     assert len(found["feature_maps"]) == len(stages)
-    told = capsys.readouterr().out
-    assert f"Converted all {len(state)} tensors" in told
-    assert (
-        f"Ignored {2 * len(heads)} tensors outside the backbone, of {', '.join(sorted(heads))}\n" in told or not heads
-    )
+    progress = capsys.readouterr().out
+    assert f"Converted all {len(state)} tensors" in progress
+    if heads:
+        assert f"Ignored {2 * len(heads)} tensors outside the backbone, of {', '.join(sorted(heads))}\n" in progress
 
     convert_hf_to_focal.main(["--model", str(folder), "--output", str(tmp_path / "back.pth")])
-    assert same_bits(torch.load(tmp_path / "back.pth")["model"], state)
+    assert equal_bitwise(torch.load(tmp_path / "back.pth")["model"], state)
 
 
-def test_backbone_of_focalv2_keeps_its_indices(convert, tmp_path):
+def test_topk_backbone_keeps_its_indices(convert, tmp_path):
     case = golden_cases.case("focalv2_ties")
     state = backbone_state(case, (0, 1))
     folder = convert(state, config=write_settings(tmp_path / "ties.yaml", case.config))
     assert_feature_maps(folder, case, state, (0, 1))
 
 
-def other_backbone(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+def damage_backbone(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     if kind == "norm":
         del state["norm0.bias"]
     elif kind == "no norms":
@@ -570,20 +565,22 @@ def other_backbone(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch
         ("none", "no tensor of a Focal Transformer: its tensor names begin with bbox_head, neck"),
     ],
 )
-def test_backbones_that_are_refused(convert, case, tmp_path, kind, message):
+def test_damaged_backbones_are_refused(convert, case, tmp_path, kind, message):
     state = {"neck.conv.weight": torch.ones(2), "bbox_head.conv.weight": torch.ones(2)}
-    state |= {f"backbone.{name}": tensor for name, tensor in other_backbone(backbone_state(case, (0, 1)), kind).items()}
+    state |= {
+        f"backbone.{name}": tensor for name, tensor in damage_backbone(backbone_state(case, (0, 1)), kind).items()
+    }
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "dense.pth")
     with pytest.raises(ConversionError, match=message):
         convert(tmp_path / "dense.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["dense.pth"]
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# --- Refused inputs ---------------------------------------------------------------------------------------------------
 
 
-class Trap:
-    """Makes a file where it is unpickled."""
+class CreatesFileWhenUnpickled:
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -592,17 +589,17 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-def test_the_trap_works(tmp_path):
-    pickle.loads(pickle.dumps(Trap(tmp_path / "ran")))
+def test_unpickling_creates_the_file(tmp_path):
+    pickle.loads(pickle.dumps(CreatesFileWhenUnpickled(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["trap.pth", "dense.pth", "legacy.pth", "plain.pth", "trap.pdparams", "old.pdparams"])
-def test_nothing_in_a_file_is_run(convert, tmp_path, name):
+def test_checkpoints_run_no_code(convert, tmp_path, name):
     marker, file = tmp_path / "ran", tmp_path / name
-    content = {"norm.weight": torch.zeros(2) if name.endswith(".pth") else 0, "trap": Trap(marker)}
+    content = {"norm.weight": torch.zeros(2) if name.endswith(".pth") else 0, "trap": CreatesFileWhenUnpickled(marker)}
     if name == "dense.pth":
-        content = {"state_dict": {"backbone.norm0.weight": torch.zeros(2)}, "meta": Trap(marker)}
+        content = {"state_dict": {"backbone.norm0.weight": torch.zeros(2)}, "meta": CreatesFileWhenUnpickled(marker)}
     if name in ("trap.pth", "dense.pth", "legacy.pth"):
         torch.save(content, file, _use_new_zipfile_serialization=name != "legacy.pth")
     else:
@@ -624,13 +621,13 @@ def test_nothing_in_a_file_is_run(convert, tmp_path, name):
         b"Pname\n.",  # a persistent id
     ],
 )
-def test_paddle_files_hold_numbers_only(convert, tmp_path, pickled):
+def test_paddle_files_with_other_objects_are_refused(convert, tmp_path, pickled):
     (tmp_path / "file.pdparams").write_bytes(pickled)
     with pytest.raises(ConversionError, match=r"numpy\.dtype|_codecs\.encode|builtins\.eval|numpy\.load|persistent"):
         convert(tmp_path / "file.pdparams")
 
 
-def damaged(state: dict, kind: str) -> dict:
+def damage_state_dict(state: dict, kind: str) -> dict:
     if kind == "missing":
         del state["layers.1.blocks.0.mlp.fc1.bias"]
     elif kind == "surplus":
@@ -661,9 +658,9 @@ def damaged(state: dict, kind: str) -> dict:
         ("sparse", r"made by torch\._utils\._rebuild_sparse_tensor under 'head\.weight'"),
     ],
 )
-def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
+def test_damaged_state_dicts_are_refused(convert, case, tmp_path, kind, message):
     with pytest.raises(ConversionError, match=message):
-        convert(damaged(case.state_dict, kind))
+        convert(damage_state_dict(case.state_dict, kind))
     assert [path.name for path in tmp_path.iterdir()] == ["given.pth"]
 
 
@@ -687,16 +684,16 @@ def test_every_tensor_is_accounted_for(convert, case, tmp_path, kind, message):
         ({8: 9}, "The names of settings must be strings; got 8"),
     ],
 )
-def test_settings_of_another_model(convert, case, tmp_path, changes, message):
+def test_settings_of_another_model_are_refused(convert, case, tmp_path, changes, message):
     model = case.config["MODEL"] | {"FOCAL": case.config["MODEL"]["FOCAL"] | changes}
     settings = write_settings(tmp_path / "other.yaml", case.config | {"MODEL": model})
     with pytest.raises(ConversionError, match=message):
-        convert(RELEASED_SAMPLE, config=settings)
+        convert(RELEASED_PTH, config=settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_are_read_as_yacs_reads_them(tmp_path):
-    """Strings that spell Python's literals, and lists by stage that are longer than there are stages."""
+def test_settings_are_parsed_like_yacs(tmp_path):
+    """Strings are parsed as Python literals, and lists may have more values than stages."""
     (tmp_path / "yacs.yaml").write_text("""
         DATA: {IMG_SIZE: "(64, 96)"}
         MODEL:
@@ -742,21 +739,21 @@ def test_settings_are_read_as_yacs_reads_them(tmp_path):
         (None, "is neither a file nor the name of a released model"),
     ],
 )
-def test_settings_that_cannot_be_read(convert, tmp_path, text, message):
+def test_unreadable_settings_are_refused(convert, tmp_path, text, message):
     if text is not None:
         (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ConversionError, match=message):
-        convert(RELEASED_SAMPLE, config=str(tmp_path / "settings.yaml"))
+        convert(RELEASED_PTH, config=str(tmp_path / "settings.yaml"))
 
 
-def no_checkpoint(folder: Path, kind: str) -> Path:
-    """A file that someone may give by mistake."""
+def write_other_file(folder: Path, kind: str) -> Path:
+    """Writes a file that is not a checkpoint, and that a user could give by mistake."""
     if kind == "folder":
         return folder
     suffix = ".pdparams" if kind.startswith("paddle") else ".pth"
     file = folder / f"file{suffix}"
     if kind.endswith("truncated"):
-        whole = SAMPLES[f"base_{'paddle' if suffix == '.pdparams' else 'released'}{suffix}"]
+        whole = CHECKPOINTS[f"base_{'paddle' if suffix == '.pdparams' else 'released'}{suffix}"]
         file.write_bytes(whole.read_bytes()[:60000])
     elif kind.endswith("text"):
         file.write_text("hello")
@@ -786,13 +783,13 @@ def no_checkpoint(folder: Path, kind: str) -> Path:
         ("absent", "does not exist, or is not a file"),
     ],
 )
-def test_what_is_no_checkpoint(convert, tmp_path, kind, message):
+def test_other_files_are_refused(convert, tmp_path, kind, message):
     with pytest.raises(ConversionError, match=message):
-        convert(no_checkpoint(tmp_path, kind))
+        convert(write_other_file(tmp_path, kind))
     assert not (tmp_path / "out").exists()
 
 
-def test_problems_are_one_line_without_a_traceback(capsys, monkeypatch):
+def test_errors_are_one_line_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def fail():
@@ -803,13 +800,13 @@ def test_problems_are_one_line_without_a_traceback(capsys, monkeypatch):
     assert caught.value.code == r"error: first second \x1b[2J"
 
 
-def test_a_full_disk(convert, converted, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_files(convert, converted, tmp_path, monkeypatch):
     def fail(*_):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(FocalForImageClassification, "save_pretrained", fail)
     with pytest.raises(ConversionError, match=r"Writing .*out failed: No space left"):
-        convert(RELEASED_SAMPLE)
+        convert(RELEASED_PTH)
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ConversionError, match=r"Writing .*back\.pth failed: No space left"):
         convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.pth")])
@@ -817,12 +814,11 @@ def test_a_full_disk(convert, converted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["weight", "bias"])
-def test_a_wrong_file_is_noticed(convert, tmp_path, monkeypatch, attribute):
-    """The check after writing, where what is written is not what was read."""
+def test_wrongly_written_weights_are_refused(convert, tmp_path, monkeypatch, attribute):
     save = FocalForImageClassification.save_pretrained
 
     def save_wrongly(model, folder):
-        # The key's bias moves no logit: every score of a query moves alike. Only the way back shows it.
+        # The bias of the key adds the same to all scores of a query, so the logits do not change.
         changed = (
             model.classifier.weight
             if attribute == "weight"
@@ -840,11 +836,11 @@ def test_a_wrong_file_is_noticed(convert, tmp_path, monkeypatch, attribute):
         else r"differs from the checkpoint in layers\.1\.blocks\.0\.attn\.qkv"
     )
     with pytest.raises(ConversionError, match=message):
-        convert(RELEASED_SAMPLE)
+        convert(RELEASED_PTH)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_backbone_is_noticed(convert, case, tmp_path, monkeypatch):
+def test_wrongly_written_backbone_is_refused(convert, case, tmp_path, monkeypatch):
     save = FocalBackbone.save_pretrained
 
     def save_wrongly(model, folder):
@@ -859,34 +855,37 @@ def test_a_wrong_backbone_is_noticed(convert, case, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["given.pth"]
 
 
-# --- What stands at the output ----------------------------------------------------------------------------------------
+# --- Existing outputs -------------------------------------------------------------------------------------------------
 
 
-def old_model(folder: Path) -> Path:
-    """A folder that --overwrite may replace."""
+def write_old_model(folder: Path) -> Path:
+    """Writes a folder that --overwrite may replace."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "swin"}')
     (folder / "modeling_focal.py").write_text("old")
     return folder
 
 
-def test_overwrite_replaces_a_model(convert, tmp_path):
-    """The one that a link points to, here."""
-    folder, link = old_model(tmp_path / "models" / "old"), tmp_path / "link"
+def test_overwrite_replaces_a_model_behind_a_link(convert, tmp_path):
+    folder, link = write_old_model(tmp_path / "models" / "old"), tmp_path / "link"
     link.symlink_to(folder)
     with pytest.raises(ConversionError, match="add --overwrite"):
-        convert(RELEASED_SAMPLE, output=link)
+        convert(RELEASED_PTH, output=link)
     assert (folder / "modeling_focal.py").read_text() == "old"
-    convert(RELEASED_SAMPLE, "--overwrite", output=link)
-    assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+    convert(RELEASED_PTH, "--overwrite", output=link)
+    assert sorted(file.name for file in folder.iterdir()) == MODEL_FILES
     assert link.is_symlink()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.name not in WRITTEN) == ["link", "models", "old"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name not in MODEL_FILES) == [
+        "link",
+        "models",
+        "old",
+    ]
 
 
 def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
     (tmp_path / "empty").mkdir()
-    convert(RELEASED_SAMPLE, "--overwrite", output=tmp_path / "empty")
-    convert(RELEASED_SAMPLE, output=tmp_path / "new" / "folder")
+    convert(RELEASED_PTH, "--overwrite", output=tmp_path / "empty")
+    convert(RELEASED_PTH, output=tmp_path / "new" / "folder")
     assert sorted(path.name for path in tmp_path.rglob("model.safetensors")) == ["model.safetensors"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
@@ -913,16 +912,16 @@ def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
     ],
     ids=str,
 )
-def test_overwrite_spares_what_is_not_just_a_model(convert, tmp_path, contents, message, monkeypatch):
-    folder, checkpoint = tmp_path / "home", RELEASED_SAMPLE
+def test_overwrite_keeps_folders_with_other_files(convert, tmp_path, contents, message, monkeypatch):
+    folder, checkpoint = tmp_path / "home", RELEASED_PTH
     if contents == "file":
         folder.write_text("mine")
     elif contents == "working folder":
-        monkeypatch.chdir(old_model(folder))
+        monkeypatch.chdir(write_old_model(folder))
     else:
         for name, text in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to(RELEASED_SAMPLE) if text == "link" else (folder / name).write_text(text)
+            (folder / name).symlink_to(RELEASED_PTH) if text == "link" else (folder / name).write_text(text)
             checkpoint = folder / name if text == "given" else checkpoint
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConversionError, match=message):
@@ -930,8 +929,8 @@ def test_overwrite_spares_what_is_not_just_a_model(convert, tmp_path, contents, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_failed_move_brings_the_old_folder_back(convert, tmp_path, monkeypatch):
-    folder = old_model(tmp_path / "out")
+def test_failed_move_restores_the_old_folder(convert, tmp_path, monkeypatch):
+    folder = write_old_model(tmp_path / "out")
     rename = Path.rename
 
     def fail(path, target):
@@ -941,15 +940,15 @@ def test_a_failed_move_brings_the_old_folder_back(convert, tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no"):
-        convert(RELEASED_SAMPLE, "--overwrite")
+        convert(RELEASED_PTH, "--overwrite")
     assert (folder / "modeling_focal.py").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("there", [("back.pth", "back.yaml"), ("back.pth",), ("back.yaml",), ()])
 @pytest.mark.parametrize("stopped_at", range(5))
-def test_a_checkpoint_and_its_settings_are_replaced_together(tmp_path, monkeypatch, there, stopped_at):
-    """Stopped before any of the renames, a checkpoint never lies beside the other one's settings."""
+def test_checkpoint_and_settings_are_replaced_together(tmp_path, monkeypatch, there, stopped_at):
+    """After an interruption before any rename, a checkpoint never lies beside the settings of the other one."""
     outputs = [tmp_path / "back.pth", tmp_path / "back.yaml"]
     for name in there:
         (tmp_path / name).write_text("old")
@@ -980,7 +979,7 @@ def test_a_checkpoint_and_its_settings_are_replaced_together(tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(found())
 
 
-def test_settings_that_are_a_link_are_not_replaced(converted, tmp_path):
+def test_linked_settings_are_not_replaced(converted, tmp_path):
     (tmp_path / "mine.yaml").write_text("mine")
     (tmp_path / "back.yaml").symlink_to(tmp_path / "mine.yaml")
     with pytest.raises(ConversionError, match=r"back\.yaml is a symbolic link"):
@@ -988,9 +987,9 @@ def test_settings_that_are_a_link_are_not_replaced(converted, tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "mine"
 
 
-def stop_when(arguments: list[str], parent: Path, seen: str, number: int) -> int:
-    """Runs the converter, sends it a signal as soon as `seen` is in its staging folder; its exit code."""
-    process = subprocess.Popen([*TO_HF, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def signal_when_exists(arguments: list[str], parent: Path, seen: str, number: int) -> int:
+    """Runs the converter and sends a signal when `seen` exists in its staging folder. Returns the exit code."""
+    process = subprocess.Popen([*CONVERT_TO_HF, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if any((folder / seen).exists() for folder in parent.glob(".out.*.partial")):
@@ -1012,15 +1011,23 @@ def stop_when(arguments: list[str], parent: Path, seen: str, number: int) -> int
         ("new/out/model.safetensors", (signal.SIGINT, signal.SIGQUIT)),
     ],
 )
-def test_a_kill_leaves_nothing_that_looks_complete(config, tmp_path, seen, numbers):
-    """In two folders at once: a new one, and one to overwrite."""
+def test_signals_leave_no_incomplete_output(config, tmp_path, seen, numbers):
+    """Two conversions run at the same time: one to a new folder, one to a folder that is overwritten."""
     codes = {}
 
     def stop(name: str, number: int) -> None:
         output = tmp_path / name / "out"
-        old_model(output) if name == "old" else output.parent.mkdir()
-        arguments = ["--checkpoint", str(RELEASED_SAMPLE), "--config", config, "--output", str(output), "--overwrite"]
-        codes[number] = stop_when(arguments, output.parent, seen, number)
+        write_old_model(output) if name == "old" else output.parent.mkdir()
+        arguments = [
+            "--checkpoint",
+            str(RELEASED_PTH),
+            "--config",
+            config,
+            "--output",
+            str(output),
+            "--overwrite",
+        ]
+        codes[number] = signal_when_exists(arguments, output.parent, seen, number)
 
     threads = [threading.Thread(target=stop, args=named) for named in zip(("new", "old"), numbers, strict=True)]
     for thread in threads:
@@ -1036,8 +1043,8 @@ def test_a_kill_leaves_nothing_that_looks_complete(config, tmp_path, seen, numbe
         assert list(tmp_path.glob("*/.*")) == []
 
 
-def test_a_signal_that_is_ignored_stays_so():
-    """SIGHUP, as nohup sets it."""
+def test_ignored_signals_stay_ignored():
+    """nohup ignores SIGHUP."""
     before = {number: signal.getsignal(number) for number in output_files._SIGNALS}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -1054,7 +1061,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 @pytest.fixture
 def hub():
-    """A server in the Hub's place: its address, the requests it had and the files it was given."""
+    """A local server in place of the Hub: its address, its requests and the uploaded files."""
     requests, files = [], {}
 
     class Hub(BaseHTTPRequestHandler):
@@ -1098,35 +1105,44 @@ def hub():
 def push(config: str, output: Path, address: str, repository: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HOME": str(output.parent / "home")}
     environment.pop("HF_HUB_OFFLINE", None)
-    arguments = ["--checkpoint", RELEASED_SAMPLE, "--config", config, "--output", output, "--push-to-hub", repository]
-    return subprocess.run([*TO_HF, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    arguments = [
+        "--checkpoint",
+        RELEASED_PTH,
+        "--config",
+        config,
+        "--output",
+        output,
+        "--push-to-hub",
+        repository,
+    ]
+    return subprocess.run([*CONVERT_TO_HF, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_push_to_hub(hub, config, tmp_path):
     address, requests, files = hub
     result = push(config, tmp_path / "out", address, "me/focal")
     assert result.returncode == 0, result.stderr
-    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in WRITTEN}
+    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in MODEL_FILES}
     assert ("POST", "/api/repos/create") in requests
     assert 'from_pretrained("me/focal")' in files["README.md"].decode()
 
 
-def test_a_push_that_fails_leaves_the_folder(hub, config, tmp_path):
+def test_failed_push_keeps_the_folder(hub, config, tmp_path):
     result = push(config, tmp_path / "out", hub[0], "me/forbidden")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "403" in result.stderr
     assert "hf upload me/forbidden" in result.stderr
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == WRITTEN
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == MODEL_FILES
 
 
-def test_push_is_checked_before_any_work(convert, tmp_path, monkeypatch, capsys):
+def test_push_to_hub_is_checked_before_the_conversion(convert, tmp_path, monkeypatch, capsys):
     for name in ("a/b/c", ""):
         with pytest.raises(SystemExit):
-            convert(RELEASED_SAMPLE, "--push-to-hub", name)
+            convert(RELEASED_PTH, "--push-to-hub", name)
         message = f"argument --push-to-hub: expected a repository name such as me/focal-tiny; got {name!r}"
         assert message in capsys.readouterr().err
     monkeypatch.setattr(convert_focal_to_hf, "get_token", lambda: None)
     with pytest.raises(ConversionError, match="hf auth login"):
-        convert(RELEASED_SAMPLE, "--push-to-hub", "me/focal")
+        convert(RELEASED_PTH, "--push-to-hub", "me/focal")
     assert list(tmp_path.iterdir()) == []

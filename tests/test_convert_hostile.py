@@ -1,4 +1,4 @@
-"""convert/: files that are made to harm end in one short line, in time and memory that the file's size bounds."""
+"""convert/: hostile files end in one short message, with bounds on time and memory."""
 
 import codecs
 import io
@@ -22,7 +22,7 @@ from original import config_from_settings, from_original
 from settings_files import read_settings
 
 
-def assert_one_short_line(error: ConversionError) -> None:
+def assert_short_message(error: ConversionError) -> None:
     line = printable_line(str(error))
     assert line.isprintable()
     assert len(line) < messages.MAX_MESSAGE_LENGTH + 10
@@ -31,7 +31,7 @@ def assert_one_short_line(error: ConversionError) -> None:
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_printed_is_short_and_printable(capsys):
+def test_messages_are_short_and_printable(capsys):
     assert printable_line("plain  text,\nin café") == "plain text, in café"
     assert printable_line("\x1b]0;title\x07 \x9b2J \u202e \udcff") == r"\x1b]0;title\x07 \x9b2J \u202e \udcff"
     assert len(printable_line("x" * 10**7)) < messages.MAX_MESSAGE_LENGTH + 10
@@ -41,15 +41,15 @@ def test_what_is_printed_is_short_and_printable(capsys):
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
-LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)) + "MODEL: *a60\n"
-MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60))
+NESTED_ALIASES = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)) + "MODEL: *a60\n"
+NESTED_MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LAUGHS, r"uses the alias \*a0\. Write the value"),
-        (MERGES, r"uses the alias \*a0\. Write the value"),
+        (NESTED_ALIASES, r"uses the alias \*a0\. Write the value"),
+        (NESTED_MERGES, r"uses the alias \*a0\. Write the value"),
         ("MODEL: {NUM_CLASSES: 2021-99-99}", "cannot be read as YAML: month must be"),
         ("MODEL: !!timestamp soon", "cannot be read as YAML"),
         ("MODEL: !!python/object/apply:os.system [true]", "cannot be read as YAML: could not determine a constructor"),
@@ -65,29 +65,29 @@ MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n"
     ],
     ids=lambda text: text[:30],
 )
-def test_settings_that_would_harm(tmp_path, text, message):
+def test_hostile_settings_are_refused(tmp_path, text, message):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ConversionError, match=message) as caught:
         read_settings(str(tmp_path / "settings.yaml"))
-    assert_one_short_line(caught.value)
+    assert_short_message(caught.value)
 
 
-def write_chain(folder: Path, length: int, names: int) -> str:
-    """Files that name each the next one under BASE, `names` times."""
+def write_base_chain(folder: Path, length: int, names: int) -> str:
+    """Writes files of which each names the next one under BASE, `names` times. Returns the first."""
     for number in range(length):
         (folder / f"{number}.yaml").write_text(f"BASE: [{', '.join([f'{number + 1}.yaml'] * names)}]")
     (folder / f"{length}.yaml").write_text("MODEL: {NAME: last}")
     return str(folder / "0.yaml")
 
 
-def test_a_chain_of_settings(tmp_path):
+def test_long_chain_of_base_files_is_refused(tmp_path):
     with pytest.raises(ConversionError, match=re.escape("form a chain of more than 20 files")):
-        read_settings(write_chain(tmp_path, 1500, names=1))
+        read_settings(write_base_chain(tmp_path, 1500, names=1))
 
 
-def test_settings_named_by_several_files_are_read_once(tmp_path):
-    assert read_settings(write_chain(tmp_path, 19, names=9)) == {"MODEL": {"NAME": "last"}}  # 9**19 ways
+def test_shared_base_files_are_read_once(tmp_path):
+    assert read_settings(write_base_chain(tmp_path, 19, names=9)) == {"MODEL": {"NAME": "last"}}  # 9**19 ways
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_settings_named_by_several_files_are_read_once(tmp_path):
     ],
     ids=str,
 )
-def test_settings_beyond_bounds(settings):
+def test_settings_beyond_bounds_are_refused(settings):
     with pytest.raises(ConversionError, match=r"at most|from 1 to|from 0 to") as caught:
         config_from_settings(settings)
-    assert_one_short_line(caught.value)
+    assert_short_message(caught.value)
 
 
-def test_a_model_within_bounds_is_compared_without_its_memory():
+def test_huge_model_is_compared_on_the_meta_device():
     """A model of 10**14 parameters."""
     focal = {"EMBED_DIM": 8000, "DEPTHS": [50] * 4, "NUM_HEADS": [1] * 4, "MLP_RATIO": 1000}
     config = config_from_settings({"MODEL": {"FOCAL": focal, "NUM_CLASSES": 100_000}})
@@ -127,24 +127,24 @@ def test_a_model_within_bounds_is_compared_without_its_memory():
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-class Values:
-    """A storage as a pickle describes it."""
+class Storage:
+    """A storage, written to a pickle with any key and length."""
 
     def __init__(self, key: str, length: int, kind: type = torch.FloatStorage):
         self.id = ("storage", kind, key, "cpu", length)
 
 
-class Tensor:
-    """A tensor as a pickle describes it, of any offset, shape and strides."""
+class PickledTensor:
+    """A tensor, written to a pickle with any offset, shape and strides."""
 
-    def __init__(self, values: Values | None, *described):
+    def __init__(self, values: Storage | None, *described):
         self.arguments = (values, *described, False, {})
 
     def __reduce__(self):
         return torch._utils._rebuild_tensor_v2, self.arguments
 
 
-class Made:
+class PickledCall:
     """An object that a pickle makes by a call."""
 
     def __init__(self, function, *arguments):
@@ -154,10 +154,10 @@ class Made:
         return self.call
 
 
-def pickled(value, legacy: bool = False) -> bytes:
+def pickle_bytes(value, legacy: bool = False) -> bytes:
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            return (*value.id, *([None] if legacy else [])) if isinstance(value, Values) else None
+            return (*value.id, *([None] if legacy else [])) if isinstance(value, Storage) else None
 
     buffer = io.BytesIO()
     Pickler(buffer, protocol=2).dump(value)
@@ -167,21 +167,21 @@ def pickled(value, legacy: bool = False) -> bytes:
 def write_zip(path: Path, state: dict | bytes, records: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/version", "3")
-        archive.writestr("archive/data.pkl", state if isinstance(state, bytes) else pickled(state))
+        archive.writestr("archive/data.pkl", state if isinstance(state, bytes) else pickle_bytes(state))
         for key, record in records.items():
             archive.writestr(f"archive/data/{key}", record)
 
 
 def write_legacy(path: Path, state: dict | bytes, records: dict[str, bytes]) -> None:
-    parts = [pickled(part) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    parts += [state if isinstance(state, bytes) else pickled(state, legacy=True), pickled(list(records))]
+    parts = [pickle_bytes(part) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    parts += [state if isinstance(state, bytes) else pickle_bytes(state, legacy=True), pickle_bytes(list(records))]
     parts += [(len(record) // 4).to_bytes(8, "little") + record for record in records.values()]
     path.write_bytes(b"".join(parts))
 
 
 @pytest.fixture
 def bounded_memory() -> Iterator[None]:
-    """A quarter of a gigabyte, beside what the process has already."""
+    """Limits the memory of the process to 256 MiB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
@@ -192,18 +192,17 @@ def bounded_memory() -> Iterator[None]:
 def assert_refused(path: Path, message: str) -> None:
     with pytest.raises(ConversionError, match=message) as caught:
         read_checkpoint(path)
-    assert_one_short_line(caught.value)
+    assert_short_message(caught.value)
 
 
 FOUR = np.arange(4, dtype="<f4").tobytes()
 
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
-def test_tensors_are_as_described(tmp_path, write):
-    """Views of one storage, as torch.save writes them."""
-    values = Values("0", 4)
+def test_views_of_one_storage_are_read(tmp_path, write):
+    values = Storage("0", 4)
     described = {"a": (0, (2, 1), (1, 2)), "b": (1, (2,), (2,)), "empty": (4, (0,), (1,))}
-    write(tmp_path / "file.pth", {name: Tensor(values, *rest) for name, rest in described.items()}, {"0": FOUR})
+    write(tmp_path / "file.pth", {name: PickledTensor(values, *rest) for name, rest in described.items()}, {"0": FOUR})
     read = {name: tensor.tolist() for name, tensor in read_checkpoint(tmp_path / "file.pth").items()}
     assert read == {"a": [[0], [1]], "b": [1, 3], "empty": []}
 
@@ -212,45 +211,45 @@ def test_tensors_are_as_described(tmp_path, write):
 @pytest.mark.parametrize(
     ("described", "records"),
     [
-        ((Values("0", 4), 0, (4,), (1,)), {}),
-        ((Values("0", 4), 4, (1,), (1,)), {"0": FOUR}),
-        ((Values("0", 4), 2**60, (1,), (1,)), {"0": FOUR}),
-        ((Values("0", 4), 0, (5,), (1,)), {"0": FOUR}),
-        ((Values("0", 4), 0, (2,), (4,)), {"0": FOUR}),
-        ((Values("0", 5), 0, (5,), (1,)), {"0": FOUR}),
-        ((Values("0", 2**40), 0, (2**40,), (1,)), {"0": FOUR}),
-        ((Values("1", 4), 0, (4,), (1,)), {"0": FOUR}),
+        ((Storage("0", 4), 0, (4,), (1,)), {}),
+        ((Storage("0", 4), 4, (1,), (1,)), {"0": FOUR}),
+        ((Storage("0", 4), 2**60, (1,), (1,)), {"0": FOUR}),
+        ((Storage("0", 4), 0, (5,), (1,)), {"0": FOUR}),
+        ((Storage("0", 4), 0, (2,), (4,)), {"0": FOUR}),
+        ((Storage("0", 5), 0, (5,), (1,)), {"0": FOUR}),
+        ((Storage("0", 2**40), 0, (2**40,), (1,)), {"0": FOUR}),
+        ((Storage("1", 4), 0, (4,), (1,)), {"0": FOUR}),
     ],
     ids=["no values", "offset", "far offset", "shape", "strides", "length", "large length", "other key"],
 )
-def test_every_byte_of_a_tensor_is_in_the_file(tmp_path, write, described, records):
-    whole = {"whole": Tensor(Values("0", 4), 0, (4,), (1,))} if records else {}
-    write(tmp_path / "file.pth", whole | {"weight": Tensor(*described)}, records)
+def test_tensors_beyond_their_storage_are_refused(tmp_path, write, described, records):
+    whole = {"whole": PickledTensor(Storage("0", 4), 0, (4,), (1,))} if records else {}
+    write(tmp_path / "file.pth", whole | {"weight": PickledTensor(*described)}, records)
     assert_refused(tmp_path / "file.pth", "some of its values are not in the file")
 
 
 @pytest.mark.parametrize(
     "described",
     [
-        (Values("0", 4), -1, (1,), (1,)),
-        (Values("0", 4), 3, (2,), (-1,)),
-        (Values("0", 4), 0, (2.0,), (1,)),
-        (Values("0", 4), 0, (1,), (1, 1)),
-        (Values("0", 4), 0, (1,) * 10**5, (1,) * 10**5),
-        (Values("0", 4), 0, "4", "1"),
-        (Values("0", 4, torch.ComplexFloatStorage), 0, (2,), (1,)),
-        (Values(0, 4), 0, (4,), (1,)),
+        (Storage("0", 4), -1, (1,), (1,)),
+        (Storage("0", 4), 3, (2,), (-1,)),
+        (Storage("0", 4), 0, (2.0,), (1,)),
+        (Storage("0", 4), 0, (1,), (1, 1)),
+        (Storage("0", 4), 0, (1,) * 10**5, (1,) * 10**5),
+        (Storage("0", 4), 0, "4", "1"),
+        (Storage("0", 4, torch.ComplexFloatStorage), 0, (2,), (1,)),
+        (Storage(0, 4), 0, (4,), (1,)),
         (None, 0, (4,), (1,)),
     ],
     ids=["offset", "strides", "float", "dimensions", "many dimensions", "text", "complex", "key", "no storage"],
 )
-def test_tensors_described_wrongly(tmp_path, described):
-    write_zip(tmp_path / "file.pth", {"weight": Tensor(*described)}, {"0": FOUR})
+def test_invalid_tensors_are_refused(tmp_path, described):
+    write_zip(tmp_path / "file.pth", {"weight": PickledTensor(*described)}, {"0": FOUR})
     assert_refused(tmp_path / "file.pth", "holds a tensor under 'weight' that cannot be read")
 
 
 @pytest.mark.parametrize("kind", ["complex", "float8", "uint16", "quantised", "nested", "sparse", "meta"])
-def test_tensors_of_other_kinds(tmp_path, kind):
+def test_unsupported_tensors_are_refused(tmp_path, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensor = {
@@ -266,7 +265,7 @@ def test_tensors_of_other_kinds(tmp_path, kind):
     assert_refused(tmp_path / "file.pth", r"under 'head\.weight'")
 
 
-# Dicts with a key whose hash, and whose repr, take 2**200 steps.
+# The hash and the repr of the keys of these dicts would take 2**200 steps.
 NESTED_TUPLES = b"\x80\x04})" + b"2\x86" * 200 + b"K\x01s."
 NESTED_SETS = b"\x80\x04}(\x91\x94" + b"".join(b"0(h%c(h%c\x91\x91\x94" % (i, i) for i in range(200)) + b"K\x01s."
 
@@ -294,29 +293,29 @@ NESTED_SETS = b"\x80\x04}(\x91\x94" + b"".join(b"0(h%c(h%c\x91\x91\x94" % (i, i)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_pickles_that_would_harm(tmp_path, bounded_memory, content, message):
+def test_hostile_pickles_are_refused(tmp_path, bounded_memory, content, message):
     write_zip(tmp_path / "file.pth", content, {})
     assert_refused(tmp_path / "file.pth", message)
     (tmp_path / "file.pdparams").write_bytes(content)
     assert_refused(tmp_path / "file.pdparams", message.replace("PyTorch", "Paddle"))
 
 
-def test_compressed_records(tmp_path, bounded_memory):
-    """Half a gigabyte in half a megabyte."""
-    state = {"a": Tensor(Values("0", 2**27), 0, (2**27,), (1,))}
+def test_compressed_records_are_refused(tmp_path, bounded_memory):
+    """The file of half a megabyte holds half a gigabyte."""
+    state = {"a": PickledTensor(Storage("0", 2**27), 0, (2**27,), (1,))}
     with zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("archive/version", "3")
-        archive.writestr("archive/data.pkl", pickled(state))
+        archive.writestr("archive/data.pkl", pickle_bytes(state))
         with archive.open("archive/data/0", "w") as record:
             for _ in range(32):
                 record.write(bytes(2**24))
     assert_refused(tmp_path / "file.pth", "its records are compressed")
 
 
-def test_one_record_under_many_names(tmp_path, bounded_memory):
+def test_overlapping_records_are_refused(tmp_path, bounded_memory):
     names = [str(number) for number in range(400)]
     record = bytes(2**22)
-    state = {name: Tensor(Values(name, 2**20), 0, (2**20,), (1,)) for name in names}
+    state = {name: PickledTensor(Storage(name, 2**20), 0, (2**20,), (1,)) for name in names}
     write_zip(tmp_path / "file.pth", state, {"0": record} | dict.fromkeys(names[1:], b""))
     with zipfile.ZipFile(tmp_path / "file.pth", "a") as archive:
         first = archive.getinfo("archive/data/0")
@@ -324,22 +323,22 @@ def test_one_record_under_many_names(tmp_path, bounded_memory):
             info = archive.getinfo(f"archive/data/{name}")
             info.header_offset, info.CRC = first.header_offset, first.CRC
             info.file_size = info.compress_size = first.file_size
-        archive.writestr("archive/more", "")  # so that the directory is written again
+        archive.writestr("archive/more", "")  # makes zipfile write the directory again
     assert_refused(tmp_path / "file.pth", "its records overlap")
 
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
-def test_tensors_that_share_their_values(tmp_path, bounded_memory, write):
-    values = Values("0", 2**20)
-    state = {str(number): Tensor(values, 0, (2**20,), (1,)) for number in range(500)}
+def test_tensors_that_exceed_the_file_size_are_refused(tmp_path, bounded_memory, write):
+    values = Storage("0", 2**20)
+    state = {str(number): PickledTensor(values, 0, (2**20,), (1,)) for number in range(500)}
     write(tmp_path / "file.pth", state, {"0": bytes(2**22)})
     assert_refused(tmp_path / "file.pth", "describes tensors of 2,097,152,000 bytes")
-    write(tmp_path / "file.pth", {"a": Tensor(values, 0, (2**20, 2**12), (0, 0))}, {"0": bytes(2**22)})
+    write(tmp_path / "file.pth", {"a": PickledTensor(values, 0, (2**20, 2**12), (0, 0))}, {"0": bytes(2**22)})
     assert_refused(tmp_path / "file.pth", "describes tensors of 17,179,869,184 bytes")
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_paddle_arrays_that_share_their_values(tmp_path, bounded_memory, protocol):
+def test_paddle_arrays_that_exceed_the_file_size_are_refused(tmp_path, bounded_memory, protocol):
     array = np.zeros(2**20, "<f4")
     data = array.tobytes()
 
@@ -358,11 +357,11 @@ def test_paddle_arrays_that_share_their_values(tmp_path, bounded_memory, protoco
         (np.dtype("O"), b"", "an array of dtype 'O8', which is not supported"),
         (np.dtype("c8"), b"", "an array of dtype 'c8', which is not supported"),
         (np.dtype("<f4"), bytes(4), "is not a Paddle checkpoint"),
-        (np.dtype("<f4"), Made(codecs.encode, "x", "rot13"), "bytes are encoded in 'rot13'"),
+        (np.dtype("<f4"), PickledCall(codecs.encode, "x", "rot13"), "bytes are encoded in 'rot13'"),
     ],
     ids=["objects", "complex", "too few", "encoding"],
 )
-def test_paddle_arrays_that_are_not_numbers(tmp_path, dtype, data, message):
+def test_unsupported_paddle_arrays_are_refused(tmp_path, dtype, data, message):
     class Array:
         def __reduce__(self):
             return *np.zeros(2).__reduce__()[:2], (1, (2,), dtype, False, data)
@@ -372,7 +371,7 @@ def test_paddle_arrays_that_are_not_numbers(tmp_path, dtype, data, message):
 
 
 @pytest.mark.parametrize("name", ["pipe.pth", "pipe.pdparams", "zero.pth"])
-def test_files_without_an_end(tmp_path, name):
+def test_pipes_and_devices_are_refused(tmp_path, name):
     if name == "zero.pth":
         (tmp_path / name).symlink_to("/dev/zero")
     else:
