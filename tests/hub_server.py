@@ -1,7 +1,4 @@
-"""A small server in the Hub's place: answers what transformers and datasets ask when they load something by name.
-
-It also takes what is uploaded.
-"""
+"""A small local server in place of the Hub, for transformers and datasets to load from and upload to."""
 
 import base64
 import contextlib

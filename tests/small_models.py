@@ -1,4 +1,4 @@
-"""Models and attentions of a few kilobytes, images for them, and what tests of both attention types share."""
+"""Tiny models and attentions, images for them, and parametrization over both attention types."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def tiny(attention_type="focal", **changes):
 
 
 def randomized(model):
-    """With weights under which every part matters."""
+    """Draws weights so that every part of the model affects its output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,7 +40,7 @@ def pixels(*shape):
 
 
 def prepare(folder, attention_type):
-    """A model, its image processor and a picture, by the names that the documentation uses."""
+    """Writes a model, its image processor and a picture, under the names that the documentation uses."""
     # Small, but of as many stages as the documentation's.
     stages = {"depths": (1,) * 4, "num_heads": (2,) * 4, "focal_levels": (2,) * 4, "focal_windows": (3,) * 4}
     stages |= {"embed_dim": 4, "expand_sizes": (2,) * 4}

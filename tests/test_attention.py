@@ -1,4 +1,4 @@
-"""FocalAttention against the slow reference, over random shapes and settings."""
+"""FocalAttention gives the same as the slow reference, for random shapes and settings."""
 
 from unittest import mock
 
@@ -25,7 +25,7 @@ from small_models import build, one_stage_configs
     per_chunk=st.sampled_from([1, 300, 3000]),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_slow_reference(config, block, height, width, implementation, images, per_chunk, seed):
+def test_attention_equals_the_slow_reference(config, block, height, width, implementation, images, per_chunk, seed):
     torch.manual_seed(seed)
     config._attn_implementation = implementation
     attention = build(config, block)
@@ -37,7 +37,7 @@ def test_equals_the_slow_reference(config, block, height, width, implementation,
         probe = torch.randn_like(output)
         gradients = torch.autograd.grad((output * probe).sum(), inputs, materialize_grads=True)
         with torch.inference_mode():
-            inferred = [attention(maps)[0] for _ in range(2)]  # the second time with what the first remembered
+            inferred = [attention(maps)[0] for _ in range(2)]  # the second call uses the cache
     for result in (output, *inferred):
         torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     expected = torch.autograd.grad((expected * probe).sum(), inputs, materialize_grads=True)
@@ -46,7 +46,7 @@ def test_equals_the_slow_reference(config, block, height, width, implementation,
 
 @settings(max_examples=20, deadline=None)
 @given(config=one_stage_configs(), block=st.integers(0, 1), height=st.integers(1, 14), width=st.integers(1, 14))
-def test_images_do_not_mix_and_weights_sum_to_one(config, block, height, width):
+def test_images_are_independent_and_weights_sum_to_one(config, block, height, width):
     config._attn_implementation = "eager"
     attention = build(config, block)
     maps = torch.randn(3, height, width, 4, dtype=torch.float64)
@@ -61,8 +61,8 @@ def test_images_do_not_mix_and_weights_sum_to_one(config, block, height, width):
 
 
 @pytest.mark.parametrize("attention_type", ["focal", "topk"])
-def test_tables_made_in_inference_serve_training(attention_type):
-    """Index tables are remembered; none may remain as an inference tensor."""
+def test_index_tables_cached_in_inference_work_in_training(attention_type):
+    """A cached index table must not be an inference tensor."""
     config = FocalConfig(image_size=44, patch_size=1, depths=(1,), embed_dim=8, num_heads=(2,), focal_levels=(2,),
                          focal_windows=(3,), expand_sizes=(3,), attention_type=attention_type, topk=13)  # fmt: skip
     config._attn_implementation = "sdpa"
@@ -74,8 +74,8 @@ def test_tables_made_in_inference_serve_training(attention_type):
     assert all(parameter.grad is not None for parameter in attention.parameters())
 
 
-def test_what_is_remembered_for_one_size_does_not_serve_another():
-    """Small maps are attended to at once, others window by window."""
+def test_cached_bias_of_one_size_is_not_used_for_another():
+    """Small maps use dense attention, others attention in chunks."""
     config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
                          expand_sizes=(2,), window_size=5)  # fmt: skip
     config._attn_implementation = "sdpa"
@@ -95,7 +95,7 @@ def test_what_is_remembered_for_one_size_does_not_serve_another():
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch before 2.8 cannot tell for which sizes it compiles")
 @pytest.mark.parametrize("shift", [False, True])
-def test_small_maps_are_attended_to_at_once_in_graphs_too(shift):
+def test_compiled_small_maps_use_dense_attention(shift):
     config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
                          expand_sizes=(2,), window_size=5, use_shift=shift)  # fmt: skip
     config._attn_implementation = "sdpa"

@@ -67,7 +67,7 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize(("message", "changes"), CONTRADICTIONS.items())
 def test_contradictions_are_refused(message, changes, tmp_path):
-    """When the config is made, and when a model is built from one that was changed since, as `from_pretrained` does."""
+    """Both FocalConfig and `from_pretrained` refuse them. The latter changes a config that is already made."""
     with pytest.raises(StrictDataclassError, match=message):
         FocalConfig(**TINY | changes)
 
@@ -82,8 +82,8 @@ def test_wrong_types_are_refused(changes):
         FocalConfig(**TINY | changes)
 
 
-def test_unused_settings_do_not_contradict():
-    """What the attention type or a stage without pooling ignores may hold anything."""
+def test_unused_settings_may_have_any_value():
+    """Some settings are ignored for an attention type, or for a stage without pooling."""
     FocalConfig(**TINY | {"attention_type": "topk", "focal_windows": (4, 2)})
     FocalConfig(**TINY | {"focal_stages": (1,), "focal_windows": (4, 1)})
     FocalConfig(**TINY | {"focal_levels": (0, 1), "focal_windows": (4, 2)})
@@ -91,7 +91,7 @@ def test_unused_settings_do_not_contradict():
     FocalConfig(**TINY | {"focal_levels": (0, 0), "window_size": 2, "expand_sizes": (3, 3)})
 
 
-def test_derived_settings_may_be_given_where_they_agree():
+def test_derived_settings_may_be_given_if_they_agree():
     config = FocalConfig(**TINY, hidden_size=16, num_layers=2, stage_names=["stem", "stage1", "stage2"])
     assert config.to_dict() == FocalConfig(**TINY).to_dict()
     with pytest.raises(ValueError, match="hidden_size follows from embed_dim and depths, and is 16; got 4"):
@@ -101,20 +101,20 @@ def test_derived_settings_may_be_given_where_they_agree():
 
 
 @pytest.mark.parametrize("name", ["image_sides", "stage_grids", "least_side", "block_geometry", "validate"])
-def test_names_that_are_no_settings_are_refused(name, tmp_path):
+def test_names_of_properties_and_methods_are_refused(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "focal", name: [1, 2]}))
     with pytest.raises(ValueError, match=f"{name} is not a setting"):
         AutoConfig.from_pretrained(tmp_path)
 
 
 def test_number_of_labels_is_bounded(tmp_path):
-    """Of a file with a number in place of names: transformers makes a name for each."""
+    """transformers makes a name for each label if a file holds their number."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "focal", "num_labels": 2**20 + 1}))
     with pytest.raises(ValueError, match="num_labels must be at most 1048576; got 1048577"):
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_survives_a_file(tmp_path):
+def test_config_is_saved_and_loaded(tmp_path):
     config = FocalConfig(**TINY, out_features=["stem", "stage2"], id2label={0: "cat", 1: "dog", 2: "cow"})
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -124,7 +124,7 @@ def test_survives_a_file(tmp_path):
     assert loaded.num_labels == 3
 
 
-def test_what_follows_from_a_field_follows_it(tmp_path):
+def test_derived_values_follow_changed_fields(tmp_path):
     FocalConfig(**TINY).save_pretrained(tmp_path)
     config = FocalConfig.from_pretrained(tmp_path, embed_dim=16, image_size=(40, 64))
     assert config.hidden_size == 32

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and ONNX: the same answers, in few graphs."""
+"""torch.compile, torch.export and ONNX give the same outputs, in few graphs."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ needs_compile = pytest.mark.skipif(
 
 
 def values(outputs):
-    """All tensors of a model's output, in order."""
+    """Returns all tensors of a model output, in order."""
     return [value for value in torch.utils._pytree.tree_leaves(tuple(outputs.values())) if value is not None]
 
 
 @pytest.fixture
 def graphs():
-    """The number of graphs compiled so far. Falling back to eager, on any side of the compiler, is an error."""
+    """A function that returns the number of compiled graphs. A graph break fails the test."""
     torch.compiler.reset()
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
@@ -41,7 +41,7 @@ def graphs():
 @BOTH
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs, monkeypatch):
-    """Whatever is asked of a model, which must have been asked before: transformers then installs hooks."""
+    """The eager call before compilation is needed, because transformers installs hooks in it."""
     monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 10)
     for model_class in (FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone):
         model = randomized(model_class(tiny(attention_type, **BLOCK)))
@@ -62,7 +62,7 @@ def test_one_graph_for_batches_of_one_shape(attention_type, implementation, grap
 @needs_compile
 @BOTH
 def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
-    """Forward and backward, with the optimizer's changes between."""
+    """The optimizer changes the weights between the steps."""
     # Unless it is told, transformers' loss writes into the config what problem this is, and compiles again.
     config = tiny(attention_type, **BLOCK, problem_type="single_label_classification")
     model, twin = (randomized(FocalForImageClassification(config)).train() for _ in range(2))
@@ -81,7 +81,7 @@ def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
 @needs_compile
 @BOTH
 def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch):
-    """More sizes than the graphs that PyTorch keeps, whether or not they are whole patches and windows."""
+    """There are more sizes than PyTorch keeps graphs. Some do not divide into patches or windows."""
     monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 100)
     model = randomized(FocalForImageClassification(tiny(attention_type, **BLOCK)))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
@@ -97,7 +97,7 @@ def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
 def test_inductor_trains_on_images_of_changing_size(graphs):
-    """Beside convolutions, its graphs for sizes that are not known take no maps that are views and kept for later."""
+    """With dynamic sizes and convolutions, inductor fails on saved maps that are views."""
     stages = {"embed_dim": 4, "depths": (1, 1), "num_heads": (1, 1), "focal_levels": (1, 2), "focal_windows": (1, 3)}
     stages |= {"expand_sizes": (0, 1), "mlp_ratio": 1.0, "drop_path_rate": 0.0}
     config = tiny("focal", **stages, problem_type="single_label_classification")
@@ -113,7 +113,7 @@ def test_inductor_trains_on_images_of_changing_size(graphs):
 
 
 def called(exported, images):
-    """The outputs of what an exporter gave: itself callable from transformers 5.23, before a program of PyTorch's."""
+    """Runs an exported model: a callable since transformers 5.23, an ExportedProgram before."""
     if hasattr(exported, "components"):
         return values(exported(pixel_values=images))
     program = exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported

@@ -1,4 +1,4 @@
-"""Same weights, same function as the original: every golden case, within 1e-5 in float32."""
+"""The outputs of the original are reproduced for every golden case, to within 1e-5 in float32."""
 
 import copy
 
@@ -12,7 +12,7 @@ from golden_cases import RELEASED, SMALL, load
 
 TOLERANCE = 1e-5
 
-# Published in millions, by name in the original's repository.
+# In millions, as published in the original's repository.
 PUBLISHED_PARAMETERS = {
     "focal_tiny_patch4_window7_224": 28.9,
     "focal_tiny_useconv_patch4_window7_224": 30.8,
@@ -34,14 +34,14 @@ def assert_close(answer, expected, scale=None):
 
 @pytest.fixture(scope="module", params=[*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
 def loaded(request):
-    """Each case, its config and its weights, which take long to draw."""
+    """A case, its config and its weights. Drawing the weights takes long, so the tests share them."""
     case = golden_cases.case(request.param)
     return case, *load(case)
 
 
 @pytest.fixture(scope="module")
 def models(loaded):
-    """A case's classifier and backbone, which take long to build."""
+    """The classifier and the backbone of a case. Building them takes long, so the tests share them."""
     _, config, state = loaded
     model = FocalForImageClassification(copy.deepcopy(config)).eval()
     model.load_state_dict(state, assign=True)
@@ -53,13 +53,13 @@ def models(loaded):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_answers_of_the_original(loaded, models, attention):
+def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
     case, config, state = loaded
     model, backbone = models
     for one in models:
         one.set_attn_implementation(attention)
     seen = {}
-    # Before absolute positions are added.
+    # The golden `stem` is taken before absolute positions are added.
     stem = model.focal.embeddings.norm.register_forward_hook(lambda module, args, output: seen.update(stem=output))
     pooled = model.focal.register_forward_hook(lambda module, args, output: seen.update(pooled=output.pooler_output))
     with torch.no_grad():
@@ -91,12 +91,12 @@ def test_answers_of_the_original(loaded, models, attention):
     for stage, answer in enumerate(maps):
         answer = answer.permute(0, 2, 3, 1)
         expected = case.answers[f"stage{stage}" if stage else "stem"]
-        if case.name in RELEASED:  # these keep a part
+        if case.name in RELEASED:  # these cases hold a part of each map
             answer = answer[:, :: answer.shape[1] // 7, :: answer.shape[2] // 7, :16]
         assert_close(answer, expected)
 
 
-def test_converting_back_returns_the_same_tensors(loaded):
+def test_conversion_to_the_original_returns_the_same_tensors(loaded):
     case, config, state = loaded
     back = original.to_original(state, config)
     assert set(back) == set(case.shapes) | set(case.buffers)
@@ -107,7 +107,7 @@ def test_converting_back_returns_the_same_tensors(loaded):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_architectures(name):
-    """Built from their names, they have the settings of the golden cases and the published number of parameters."""
+    """The settings equal those of the golden cases, and the number of parameters equals the published one."""
     config = original.config_from_settings(original.RELEASED[name])
     assert config.num_labels == 1000
     golden_config = original.config_from_settings(golden_cases.case(name).config)
@@ -117,8 +117,8 @@ def test_released_architectures(name):
     assert round(parameters / 1e6, 1) == PUBLISHED_PARAMETERS[name]
 
 
-def test_ties_are_the_checkpoints():
-    """With indices of our own, the case whose ties fall otherwise comes out wrong."""
+def test_topk_indices_of_the_checkpoint_break_ties():
+    """With the indices that focal_hf computes, the logits of this case would differ."""
     case = golden_cases.case("focalv2_ties")
     config, state = load(case)
     model = FocalForImageClassification(config).eval()

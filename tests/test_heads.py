@@ -1,4 +1,4 @@
-"""Heads of transformers on a Focal backbone, as docs/heads.md has them, and images as detectors see them."""
+"""Heads of transformers on a Focal backbone, as listed in docs/heads.md, and images of detectors."""
 
 import re
 
@@ -16,13 +16,13 @@ from small_models import BOTH, pixels
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_works_with_swin_works_with_focal(name):
+def test_heads_that_work_with_swin_work_with_focal(name):
     if name not in installed_heads():
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     assert failure(name, "Focal") is None or failure(name, "Swin") is not None, failure(name, "Focal")
 
 
-def test_the_documented_table():
+def test_documented_table_is_current():
     version = re.search(r"transformers (\S+)", committed_table())[1]
     if transformers.__version__ != version:
         pytest.skip(f"the table was made with transformers {version}, this is {transformers.__version__}")
@@ -32,8 +32,8 @@ def test_the_documented_table():
 @BOTH
 @settings(max_examples=6, deadline=None)
 @given(short=st.integers(400, 800), long=st.integers(800, 1333), upright=st.booleans(), conv=st.booleans())
-def test_maps_of_detectors_images(attention_type, short, long, upright, conv):
-    """Every side a multiple of 4 or not: strides 4, 8, 16 and 32, rounded up, as Swin's."""
+def test_maps_of_detector_images_have_the_shapes_of_swin(attention_type, short, long, upright, conv):
+    """The maps have strides 4, 8, 16 and 32, rounded up, also if a side is not a multiple of 4."""
     options = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "out_features": STAGES}
     backbone = FocalBackbone(FocalConfig(**options, attention_type=attention_type, use_conv_embed=conv, topk=16))
     swin = SwinBackbone(SwinConfig(**options))
@@ -47,8 +47,8 @@ def test_maps_of_detectors_images(attention_type, short, long, upright, conv):
     assert all(value.isfinite().all() for value in maps)
 
 
-def test_a_batch_of_images_of_different_sizes_is_padded():
-    """As detectors do it, at a fifth of the size: the shortest side 160, the longest at most 267, and a mask."""
+def test_padded_batch_of_images_of_different_sizes():
+    """The sizes are a fifth of those of detectors: shortest side 160, longest side at most 267."""
     processor = DetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 267})
     photographs = [Image.effect_noise(size, 50).convert("RGB") for size in ((300, 200), (150, 260))]
     inputs = processor(photographs, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""What training scripts accept as --output, and what --overwrite and --resume replace there."""
+"""Folders that training scripts accept as --output, and files that --overwrite and --resume replace in them."""
 
 import re
 from argparse import Namespace
@@ -46,7 +46,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", REPLACEABLE)
 @pytest.mark.parametrize("linked", [False, True], ids=["", "through_a_link"])
 def test_overwrite_replaces_results(tmp_path, monkeypatch, name, linked):
-    """All of them; the folder itself stays, be it a link or the working folder."""
+    """All result files are deleted. The folder itself is kept, also if it is a link or the working folder."""
     folder = tmp_path / "out"
     write(folder, dict.fromkeys(REPLACEABLE[name], '{"model_type": "focal"}'))
     output = tmp_path / "link" if linked else Path()
@@ -62,7 +62,7 @@ def test_overwrite_replaces_results(tmp_path, monkeypatch, name, linked):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_overwrite_deletes_nothing_else(tmp_path, name):
+def test_overwrite_deletes_no_other_files(tmp_path, name):
     message, files = KEPT[name]
     folder = tmp_path / "out"
     write(folder, files if message == "holds no model" else {"config.json": '{"model_type": "swin"}'} | files)
@@ -77,7 +77,7 @@ def test_overwrite_deletes_nothing_else(tmp_path, name):
 
 
 def test_links_in_an_output_folder_are_kept(tmp_path):
-    """As in the cache of the Hub, where they are all there is of a model."""
+    """The files of a model in the cache of the Hub are links."""
     write(tmp_path, {"blob": "", "out/config.json": '{"model_type": "focal"}'})
     (tmp_path / "out" / "model.safetensors").symlink_to(tmp_path / "blob")
     with pytest.raises(Problem, match=r"holds model.safetensors, which"):

@@ -1,4 +1,4 @@
-"""What is built installs and works elsewhere than in this checkout."""
+"""The built package installs and works outside this checkout."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_version():
 
 @pytest.mark.slow
 def test_wheel_and_sdist_install_and_work(tmp_path):
-    """`build` makes the wheel from the source distribution, as pip does to install one."""
+    """`build` makes the wheel from the source distribution, as pip does when it installs one."""
     run = {"check": True, "cwd": tmp_path, "capture_output": True, "text": True}
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], **run)
     (wheel,), (_,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
