@@ -1,4 +1,4 @@
-"""examples/extract_features.py: features against those of the model, restarts, and what it says to bad input."""
+"""examples/extract_features.py: features equal those of the model, also after restarts. Bad input is refused."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def test_killed_and_run_again_on_any_number_of_processes_writes_the_same_files(m
 
 
 def test_stages_of_streamed_tar_files(model, tmp_path):
-    """WebDataset: a number for the class, a file of features for each tar file, on two processes."""
+    """Two processes read WebDataset files, and write one file of features for each tar file."""
     pictures = draw_two_colours(tmp_path / "drawn", {"all": 7})
     files = sorted(pictures.glob("*/*.png"))
     (tmp_path / "tars").mkdir()
@@ -119,7 +119,7 @@ def test_stages_of_streamed_tar_files(model, tmp_path):
             torch.testing.assert_close(row[name], feature_map[0].mean((1, 2)), atol=1e-5, rtol=0)
 
 
-def test_bad_input_is_one_clear_line_and_what_is_there_stays(model, tmp_path):
+def test_bad_input_is_one_clear_line_and_keeps_existing_files(model, tmp_path):
     pictures = draw_two_colours(tmp_path / "data", {"cat": 3})
     (pictures / "cat" / "9.png").write_text("no picture")
     (tmp_path / "broken").mkdir()

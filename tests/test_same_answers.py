@@ -36,13 +36,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
 def classifier(attention_type, **changes):
-    """Its windows expand by so little that those displaced overlap: there, biases are combined."""
+    """Builds a classifier with a small expand_size, at which displaced windows overlap and biases are combined."""
     options = {"drop_path_rate": 0.0, "expand_sizes": (1, 1, 1)}
     return randomized(FocalForImageClassification(tiny(attention_type, **options | changes)))
 
 
 def fresh(model, implementation="sdpa"):
-    """A model built anew from another's weights."""
+    """Builds a new model with the weights of another."""
     built = type(model)(copy.deepcopy(model.config)).to(model.dtype)
     built.load_state_dict(model.state_dict())
     built.set_attn_implementation(implementation)
@@ -68,7 +68,7 @@ def assert_answers_follow_from_weights(model, inference=torch.no_grad):
 
 
 def assert_answers_change_with(model, change, inference=torch.no_grad):
-    """And follow from the weights before and after."""
+    """Checks the outputs before and after `change` against a new model, and that they differ."""
     assert_answers_follow_from_weights(model, inference)
     before = answers(model, inference)
     change(model)
@@ -88,7 +88,7 @@ def in_place_through_data(model):
 
 
 def in_place_through_numpy(model):
-    """Which leaves no trace in the tensor's version."""
+    """Writing through NumPy does not change the version of the tensor."""
     for parameter in model.parameters():
         parameter.detach().numpy()[...] *= 1.5
 
@@ -124,7 +124,7 @@ def fused_step(model):
 
 
 def moved_to_float64(model):
-    """Edits there, of which float32 sees only that there were some."""
+    """Edits the weights in float64, and moves the model back to float32."""
     model.to(torch.float64)
     assert_answers_follow_from_weights(model)
     in_place(model)
@@ -133,7 +133,7 @@ def moved_to_float64(model):
 
 
 def moved_to_bfloat16(model):
-    """And back, with its rounding."""
+    """Moves the model to bfloat16 and back, which rounds the weights."""
     model.to(torch.bfloat16)
     answers(model)
     model.to(torch.float32)
@@ -163,7 +163,7 @@ def test_answers_follow_changed_weights(attention_type, inference, change):
 @BOTH
 @pytest.mark.parametrize("pool", ["fc", "conv"])
 def test_answers_follow_one_number_of_any_parameter(attention_type, pool):
-    """In float64, where its effect stands out, however small. Where gradients are made, nothing is remembered."""
+    """In float64, even a small effect is visible. With gradients, nothing is cached."""
     model = classifier(attention_type, focal_pool=pool).double()
     reference = fresh(model, "eager")
     for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -191,7 +191,7 @@ def test_answers_follow_weights_given_for_one_call(attention_type):
 @BOTH
 @pytest.mark.parametrize("options", [{"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"use_buffers": True}])
 def test_answers_follow_averaged_weights(attention_type, options):
-    """An exponential moving average, and a plain one with the buffers in it, evaluated as training goes on."""
+    """Exponential and plain averages, the latter with buffers, are evaluated during training."""
     model = classifier(attention_type)
     averaged = AveragedModel(model, **options)
     for _ in range(3):
@@ -205,7 +205,7 @@ def test_answers_follow_averaged_weights(attention_type, options):
 @BOTH
 @INFERENCE
 def test_answers_follow_swapped_weights(attention_type, inference):
-    """As callbacks do who evaluate averaged weights in the trained model's place."""
+    """Callbacks swap weights to evaluate the averaged ones in the trained model."""
     model = classifier(attention_type)
     average = [parameter.detach() * 1.5 for parameter in model.parameters()]
 
@@ -221,7 +221,7 @@ def test_answers_follow_swapped_weights(attention_type, inference):
 
 @BOTH
 @INFERENCE
-def test_copies_have_answers_of_their_own(attention_type, inference):
+def test_copies_do_not_share_caches(attention_type, inference):
     model = classifier(attention_type)
     before = answers(model, inference)
     twin = copy.deepcopy(model)
@@ -248,7 +248,7 @@ def saved(model):
 @pytest.mark.parametrize(
     ("write", "read"), [(pickled, pickle.loads), (saved, lambda data: torch.load(io.BytesIO(data), weights_only=False))]
 )
-def test_pickles_hold_the_weights_alone(attention_type, inference, write, read):
+def test_pickles_hold_no_caches(attention_type, inference, write, read):
     model = classifier(attention_type)
     size, keys = len(write(model)), model.state_dict().keys()
     before = answers(model, inference)
@@ -265,7 +265,7 @@ def test_pickles_hold_the_weights_alone(attention_type, inference, write, read):
 @INFERENCE
 @pytest.mark.parametrize("training", [True, False])
 def test_training_after_evaluation(attention_type, inference, training):
-    """Gradients are those of a model never evaluated, and each evaluation sees the step before it."""
+    """Evaluation between the steps does not change the gradients, and sees the weights of the last step."""
     model = classifier(attention_type)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     for _ in range(3):
@@ -277,7 +277,7 @@ def test_training_after_evaluation(attention_type, inference, training):
 
 @BOTH
 def test_gradients_add_up(attention_type):
-    """Over a second pass backward through one graph, and through another."""
+    """Gradients accumulate over a second backward pass through the same graph, and through another graph."""
     model = classifier(attention_type)
     expected = {name: 3 * gradient for name, gradient in gradients(model).items()}
     model.zero_grad()
@@ -306,7 +306,7 @@ def test_gradients_with_memory_saved(attention_type, memory):
 @BOTH
 @pytest.mark.parametrize("size", [(32, 32), (40, 52)])
 def test_gradients_of_gradients(attention_type, size):
-    """As a penalty on the gradient that each image's loss has in its pixels."""
+    """The loss contains a penalty on the gradient of each image's loss with respect to its pixels."""
     model = classifier(attention_type, use_shift=True).double()
     found = []
     for same_model in (model, fresh(model, "eager")):
@@ -320,8 +320,8 @@ def test_gradients_of_gradients(attention_type, size):
 
 
 @BOTH
-def test_gradients_of_each_image(attention_type):
-    """By the transforms of `torch.func`."""
+def test_per_image_gradients(attention_type):
+    """`torch.func` computes them."""
     model = classifier(attention_type, use_pre_norm=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -340,8 +340,8 @@ def test_gradients_of_each_image(attention_type):
 
 
 @BOTH
-def test_derivatives_in_one_direction(attention_type):
-    """In forward mode: eager attention has them, PyTorch's attention refuses, and none are left out without a word."""
+def test_forward_mode_derivatives(attention_type):
+    """Eager attention has them, and PyTorch's attention raises an error. No derivative is silently zero."""
     model = fresh(classifier(attention_type, use_pre_norm=True), "eager").eval().requires_grad_(False)
     direction = IMAGES.flip(0)
     images = IMAGES.clone().requires_grad_()
@@ -371,8 +371,8 @@ def test_derivatives_in_one_direction(attention_type):
     batch=st.sampled_from([1, 3]),
     per_chunk=st.sampled_from([1, 2000, 786432]),
 )
-def test_chunks_equal_attention_written_out(config, head_dim, block, height, width, batch, per_chunk):
-    """Answers and gradients, for many images and however many windows a chunk has."""
+def test_attention_in_chunks_equals_eager_attention(config, head_dim, block, height, width, batch, per_chunk):
+    """Outputs and gradients are equal for any number of images and of windows per chunk."""
     config.embed_dim = config.num_heads[0] * head_dim
     config._attn_implementation = "sdpa"
     attention = build(config, block)
@@ -395,8 +395,8 @@ def test_chunks_equal_attention_written_out(config, head_dim, block, height, wid
 
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
-def test_the_operator_keeps_to_what_it_declares(attention_type, training, monkeypatch):
-    """PyTorch's own check of its schema, of the shapes it foretells, and of its gradients in a graph."""
+def test_custom_operator_passes_opcheck(attention_type, training, monkeypatch):
+    """PyTorch checks its schema, its fake implementation and its gradients in a graph."""
     calls = []
     operator = torch.ops.focal_hf.attention_in_chunks.default
     monkeypatch.setattr(cpu_attention_focal, "attention_in_chunks", lambda *args: calls.append(args) or operator(*args))
@@ -430,7 +430,7 @@ def test_threads_share_a_model(attention_type):
 
 @BOTH
 def test_deterministic_algorithms(attention_type):
-    """There, memory that nobody has written yet holds NaN."""
+    """In this mode, PyTorch fills uninitialized memory with NaN."""
     model = classifier(attention_type)
     before = answers(model), gradients(model)
     enabled = torch.are_deterministic_algorithms_enabled()
@@ -445,7 +445,7 @@ def test_deterministic_algorithms(attention_type):
 
 
 def adapted(model, targets):
-    """A copy with random low-rank adapters."""
+    """Returns a copy with random low-rank adapters."""
     torch.manual_seed(4)
     return get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
 
@@ -462,7 +462,7 @@ def test_every_projection_can_be_adapted(attention_type, target):
 @INFERENCE
 @pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"], ids=["projections", "all-linear"])
 def test_adapters_are_trained_switched_and_merged(attention_type, inference, targets):
-    """All linear layers are, with topk, also those that make the biases."""
+    """With topk, the linear layers that compute the biases have adapters too."""
     model = classifier(attention_type)
     before = answers(model, inference)
     low_rank = adapted(model, targets)
@@ -487,7 +487,7 @@ def test_adapters_are_trained_switched_and_merged(attention_type, inference, tar
 
 @BOTH
 @INFERENCE
-def test_every_image_has_the_adapter_that_it_names(attention_type, inference):
+def test_images_of_a_batch_use_different_adapters(attention_type, inference):
     low_rank = LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False)
     model = get_peft_model(classifier(attention_type), low_rank, "first")
     model.add_adapter("second", low_rank)
@@ -504,8 +504,8 @@ def test_every_image_has_the_adapter_that_it_names(attention_type, inference):
 @BOTH
 @INFERENCE
 @pytest.mark.parametrize("pool", ["fc", "conv"])
-def test_every_layer_runs_by_its_own_call(attention_type, inference, pool):
-    """So that hooks see, and may change, what each gives. The biases' own layers run only when biases are made."""
+def test_hooks_of_every_layer_run(attention_type, inference, pool):
+    """Hooks see and can change the output of every layer. Layers of the biases run only when biases are computed."""
     model = classifier(attention_type, focal_pool=pool, use_pre_norm=True)
     answers(model, inference)
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
@@ -528,7 +528,7 @@ def test_every_layer_runs_by_its_own_call(attention_type, inference, pool):
 @BOTH
 @INFERENCE
 def test_offloaded_layers(attention_type, inference):
-    """Their weights are there only while the module that has them is called."""
+    """The weights are in memory only while their module is called."""
     model = classifier(attention_type)
     expected = answers(model, inference)
     offloaded = cpu_offload(model, execution_device="cpu")
@@ -540,7 +540,7 @@ def test_offloaded_layers(attention_type, inference):
 @INFERENCE
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_dynamically_quantized_layers(attention_type, inference):
-    """They keep their weights in a form of their own, where none of a linear layer's parameters are."""
+    """They have no parameters, and keep their weights in another form."""
     model = classifier(attention_type)
     before = answers(model, inference)
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
@@ -554,7 +554,7 @@ def test_dynamically_quantized_layers(attention_type, inference):
 @BOTH
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bfloat16(attention_type, implementation):
-    """Differs from float32 with the same weights by what a few roundings to bfloat16 explain."""
+    """The difference from float32 with the same weights is that of a few roundings to bfloat16."""
     model = classifier(attention_type).to(torch.bfloat16)
     model.set_attn_implementation(implementation)
     expected = answers(copy.deepcopy(model).float())
@@ -566,7 +566,7 @@ def test_bfloat16(attention_type, implementation):
 @BOTH
 @INFERENCE
 def test_biases_of_bfloat16_weights_are_rounded_once_at_most(attention_type, inference):
-    """Tables are combined in float32; an MLP of the offsets works in its own type, as a module."""
+    """Tables are combined in float32. An MLP of the offsets computes in the type of its weights."""
     tolerance = {"focal": 1e-6, "topk": 2e-2}[attention_type]
     model = classifier(attention_type).to(torch.bfloat16)
     neighborhood = model.focal.encoder.layers[0].blocks[0].attention.neighborhood
@@ -581,8 +581,8 @@ def test_biases_of_bfloat16_weights_are_rounded_once_at_most(attention_type, inf
 
 @BOTH
 @pytest.mark.parametrize("shift", [False, True])
-def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
-    """Each query's weights sum to 1, and mixing with them what stands at those positions gives the output."""
+def test_attention_weights_belong_to_the_positions_of_the_index(attention_type, shift):
+    """The weights of each query sum to 1. The sum of the values at those positions, weighted, is the output."""
     model = classifier(attention_type, use_shift=shift)
     model.set_attn_implementation("eager")
     blocks = [module for module in model.modules() if isinstance(module, FocalAttention)]
@@ -618,8 +618,8 @@ def test_attentions_are_over_the_positions_of_the_index(attention_type, shift):
         pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")]),
     ],
 )
-def test_compiled_models_answer_and_train_the_same(attention_type, backend):
-    """In one graph, which calls the operator."""
+def test_compiled_models_give_the_same_outputs_and_gradients(attention_type, backend):
+    """The model is one graph, which calls the custom operator."""
     changes = {"embed_dim": 6, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
     model = classifier(attention_type, **changes, expand_sizes=(1,), mlp_ratio=1.0, encoder_stride=4)
     expected = answers(fresh(model, "eager")), gradients(fresh(model, "eager"))
@@ -634,8 +634,8 @@ def test_compiled_models_answer_and_train_the_same(attention_type, backend):
 
 
 @BOTH
-def test_after_a_dry_run_of_fake_tensors(attention_type):
-    """Tables are remembered by sizes alone: none may be left behind by a mode whose tensors hold nothing."""
+def test_fake_tensors_do_not_enter_the_cache(attention_type):
+    """The keys of the cache are sizes, so a run in fake mode must not leave its tensors in the cache."""
     model = classifier(attention_type)
     images = pixels(1, 3, 44, 36)  # a size of its own: nothing is remembered of it yet
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -644,7 +644,7 @@ def test_after_a_dry_run_of_fake_tensors(attention_type):
 
 
 def test_pruned():
-    """A pruned table is an attribute, and no parameter any more."""
+    """A pruned table is an attribute, not a parameter."""
 
     def tables(model):
         neighborhoods = [module for module in model.modules() if isinstance(module, FocalNeighborhood)]
@@ -665,7 +665,7 @@ def test_pruned():
 
 
 def test_sharded_with_flat_parameters(tmp_path):
-    """FSDP's default, `use_orig_params=False`, leaves modules their weights as attributes only."""
+    """With the default of FSDP, `use_orig_params=False`, the weights of modules are attributes, not parameters."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         model = classifier("focal")

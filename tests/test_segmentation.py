@@ -1,4 +1,4 @@
-"""examples/finetune_segmentation.py: real processes that learn to find coloured rectangles, and what they measure."""
+"""examples/finetune_segmentation.py: training on coloured rectangles, and evaluation."""
 
 import random
 import re
@@ -45,7 +45,7 @@ OPTIONS = (
 
 
 def draw_scene(size: tuple[int, int], draw: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """Rectangles on noise, and the class of every pixel."""
+    """Draws rectangles on noise, and a map with the class of every pixel."""
     width, height = size
     classes = np.zeros((height, width), "uint8")
     for number in (1, 2):
@@ -57,7 +57,7 @@ def draw_scene(size: tuple[int, int], draw: np.random.Generator) -> tuple[Image.
 
 
 def write_scenes(images: Path, maps: Path, count: int, seed: int, first: int = 0) -> None:
-    """Of different sizes; what counts as `first` in maps is the first class, with a row of 0 above if that is 1."""
+    """Draws scenes of different sizes. `first` is the value of the first class in the maps. If it is 1, a row is 0."""
     draw = np.random.default_rng(seed)
     for folder in (images, maps):
         folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def write_scenes(images: Path, maps: Path, count: int, seed: int, first: int = 0
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Scenes as ADE20K lays them out, where 0 is no class."""
+    """Writes scenes in the layout of ADE20K, where 0 is no class."""
     place = tmp_path_factory.mktemp("segmentation")
     for seed, (split, count) in enumerate({"training": 25, "validation": 5}.items()):
         folders = place / "scenes" / "images" / split, place / "scenes" / "annotations" / split
@@ -86,13 +86,13 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, str]:
-    """What a run wrote that was never interrupted, and what it said."""
+    """The output folder of an uninterrupted run, and what the run printed."""
     said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT).end()
     return place / "whole" / "out", said
 
 
 def by_hand(folder: Path, place: Path) -> dict[str, float]:
-    """Intersection over union of each class, of what the pipeline says of all validation images together."""
+    """Computes the intersection over union of each class from predictions of the pipeline for all validation images."""
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision's resizes otherwise
     assert isinstance(processor, BeitImageProcessorPil)
     segment = pipeline("image-segmentation", model=str(folder), image_processor=processor)
@@ -110,7 +110,7 @@ def by_hand(folder: Path, place: Path) -> dict[str, float]:
     return {name: common[name] / either[name] for name in NAMES}
 
 
-def test_learns_and_is_measured_as_by_hand(place, trained):
+def test_trained_model_has_the_metrics_of_a_computation_by_hand(place, trained):
     folder, said = trained
     assert "upernet, " in said
     assert "on focal, 3 classes; 25 training images of 32 x 32 pixels" in said
@@ -162,8 +162,8 @@ def test_two_processes_do_the_work_of_one(place):
     assert found[1] == pytest.approx(found[0], abs=1e-2)
 
 
-def test_finished_model_is_measured_anew(place, trained):
-    """Two processes, an odd number of images. A window as large as the image is the image; smaller ones are not."""
+def test_finished_model_is_evaluated_again(place, trained):
+    """Two processes evaluate an odd number of images. One window covers the image, or several smaller ones do."""
     options = ("--evaluate-only", "--model", trained[0], "--data", "scenes", "--reduce-labels")
     Run(place, *options, "--output", "report", "--window", 50, script=SCRIPT, processes=2).end()
     best = results(trained[0])["best"]
@@ -178,8 +178,8 @@ def test_finished_model_is_measured_anew(place, trained):
     assert "5 images: validation loss " in said
 
 
-def test_checkpoints_fill_the_backbone_and_segmenters_go_on(place, trained):
-    """From classifiers on Parquet files, and from a segmentation model on its own data."""
+def test_starts_from_classifiers_and_segmenters(place, trained):
+    """The classifiers are trained on Parquet files, the segmenter on the data that it was trained on before."""
     (place / "parquet").mkdir()
     for split in ("training", "validation"):
         files = sorted((place / "scenes" / "annotations" / split).glob("*.png"))[4:]
@@ -225,7 +225,7 @@ def test_checkpoints_fill_the_backbone_and_segmenters_go_on(place, trained):
 
 
 class Pointwise(torch.nn.Module):
-    """Says of each pixel what follows from it alone, so that windows, scales and mirroring change nothing."""
+    """Classifies each pixel by its own value, so that windows, scales and mirroring change nothing."""
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.cat([pixel_values, -pixel_values], 1))
@@ -286,8 +286,7 @@ def test_crops_of_image_and_map_go_together():
     assert len(crops) > 60
 
 
-def test_what_is_wrong_with_the_data_is_one_clear_line(place, trained):
-    """Said before anything is trained."""
+def test_wrong_data_is_one_clear_line_before_training(place, trained):
 
     def spoilt(name: str) -> Path:
         folder = place / name

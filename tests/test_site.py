@@ -1,4 +1,4 @@
-"""The documentation builds into a site without warnings, whose links lead somewhere and which loads nothing."""
+"""The documentation builds without warnings. Its links are valid, and it loads nothing from other sites."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ from conftest import ROOT
 
 
 class Page(HTMLParser):
-    """What a page has that can be linked to, and what it links to or loads: (tag, URL)."""
+    """Collects the anchors of a page, and its links and resources as (tag, URL)."""
 
     def __init__(self, file: Path):
         super().__init__()
@@ -44,8 +44,8 @@ def pages(site):
     return {file: Page(file) for file in site.rglob("*.html")}
 
 
-def test_links_lead_somewhere(site, pages):
-    """Pages, anchors and images of the site are there; links to elsewhere are https and well-formed."""
+def test_links_are_valid(site, pages):
+    """Pages, anchors and images of the site exist. Links to other sites are well-formed and use https."""
     broken, checked = [], 0
     for file, page in pages.items():
         for tag, url in page.urls:
@@ -64,8 +64,8 @@ def test_links_lead_somewhere(site, pages):
     assert checked > 1000
 
 
-def test_nothing_is_loaded_from_elsewhere(site, pages):
-    """Following a link is the only way off the site: scripts, styles, fonts and images are its own."""
+def test_nothing_is_loaded_from_other_sites(site, pages):
+    """Scripts, styles, fonts and images are on the site itself."""
     loaded = [url for page in pages.values() for tag, url in page.urls if tag != "a"]
     for file in [*site.rglob("*.css"), *pages]:
         loaded += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", file.read_text())
@@ -79,8 +79,8 @@ def test_every_public_name_is_in_the_reference(pages, site, module):
     assert not [name for name in importlib.import_module(module).__all__ if f"{module}.{name}" not in ids]
 
 
-def test_docstrings_are_no_markdown(site):
-    """What transformers' style has of it is turned into what a browser shows."""
+def test_markdown_in_docstrings_is_converted(site):
+    """transformers writes docstrings with parts of Markdown."""
     text = (site / "docs" / "api.html").read_text()
     text = re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
     # Alone, backticks would make <cite> of code.

@@ -1,4 +1,4 @@
-"""torchvision's detectors on a Focal feature pyramid where torchvision runs, and what is said where it does not."""
+"""Detectors of torchvision on a Focal feature pyramid, and the messages if torchvision does not run."""
 
 import importlib
 import os
@@ -70,7 +70,7 @@ def scene(seed, height, width):
 @with_torchvision
 @BOTH
 @pytest.mark.parametrize("size", [(128, 192), (130, 201), (255, 97)])
-def test_the_pyramid_has_the_levels_of_swins(attention_type, size):
+def test_pyramid_has_the_levels_of_swin(attention_type, size):
     pyramids = [
         BackboneWithFPN(backbone, 24)
         for backbone in (
@@ -130,7 +130,7 @@ def test_detectors_train_predict_save_and_load(build, attention_type, tmp_path):
 
 @with_torchvision
 @BOTH
-def test_fcos_learns_where_things_are(attention_type):
+def test_fcos_learns_boxes(attention_type):
     torch.manual_seed(0)
     model = fcos(attention_type)
     images, targets = zip(scene(0, 96, 128), scene(1, 96, 110), strict=True)
@@ -167,7 +167,7 @@ def test_message_without_torchvision():
 
 
 def test_message_where_torchvision_does_not_run(tmp_path):
-    """As PyPI's does not beside PyTorch's CPU build: transformers then fails, and Focal says why."""
+    """torchvision from PyPI does not run with the CPU build of PyTorch. transformers then fails, and Focal says why."""
     package = tmp_path / "torchvision" / "__init__.py"
     package.parent.mkdir()
     package.write_text("raise RuntimeError('operator torchvision::nms does not exist')")

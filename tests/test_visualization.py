@@ -1,4 +1,4 @@
-"""focal_hf.visualization: positions worked out by hand, attention rebuilt from them, rollout, and the script."""
+"""focal_hf.visualization: positions computed by hand, attention rebuilt from them, rollout, and the script."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ SMALL_VIT = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
 
 
 def one_stage(**changes) -> FocalConfig:
-    """8 x 8 tokens of 2 x 2 pixels, in windows of 4 x 4, which see nothing else unless `changes` say so."""
+    """Returns a config with 8 x 8 tokens of 2 x 2 pixels. Windows of 4 x 4 see only themselves, without `changes`."""
     settings = {
         "image_size": 16,
         "patch_size": 2,
@@ -52,7 +52,7 @@ def one_stage(**changes) -> FocalConfig:
 
 
 def all_alike(model: nn.Module) -> nn.Module:
-    """A model whose every score is 0, so that keys have one weight, and those that are listed twice have two."""
+    """Builds a model whose scores are all 0. Each entry in the list of keys then has the same weight."""
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "neighborhood" in name:
             nn.init.zeros_(parameter)
@@ -60,7 +60,7 @@ def all_alike(model: nn.Module) -> nn.Module:
 
 
 def look(config: FocalConfig, query: tuple[int, int], layer: int = 0, size: tuple[int, int] = (16, 16)):
-    """What the token `query` (row, column) sees in a model whose every score is 0."""
+    """Returns what the token `query` (row, column) attends to, in a model whose scores are all 0."""
     record = record_attention(all_alike(FocalModel(config)), torch.randn(1, 3, *size))
     at = ((query[1] + 0.5) * 2 / size[1], (query[0] + 0.5) * 2 / size[0])
     seen = query_attention(record, at, layer=layer)
@@ -70,7 +70,7 @@ def look(config: FocalConfig, query: tuple[int, int], layer: int = 0, size: tupl
 
 
 def listed(level) -> dict[tuple[int, ...], float]:
-    """The weight of every box, none of which is there twice."""
+    """Returns the weight of every box. No box may be listed twice."""
     boxes = {tuple(box): weight for box, weight in zip(level.boxes.tolist(), level.weights.tolist(), strict=True)}
     assert len(boxes) == len(level.boxes)
     return boxes
@@ -84,7 +84,7 @@ def flagged(level, flags: np.ndarray) -> set[tuple[int, ...]]:
     return set(map(tuple, level.boxes[flags].tolist()))
 
 
-def test_a_window_at_the_corner_sees_surroundings_across_the_edges_and_the_cells_that_there_are():
+def test_corner_window_sees_tokens_across_the_edges_and_existing_cells():
     seen = look(one_stage(expand_sizes=(1,), focal_levels=(3,), focal_windows=(3,)), query=(1, 6))
     fine, coarse, finer = seen.levels
     assert seen.window.tolist() == [[0, 4, 4, 8]]
@@ -111,7 +111,7 @@ def test_a_window_at_the_corner_sees_surroundings_across_the_edges_and_the_cells
     assert seen.plane().sum() == pytest.approx(1)
 
 
-def test_a_shifted_window_at_the_corner_lies_at_all_four_and_hides_what_came_from_the_others():
+def test_shifted_corner_window_wraps_around_and_masks_other_corners():
     seen = look(one_stage(use_shift=True), query=(0, 1), layer=1)
     fine, cell = seen.levels
     quarters = {(0, 0, 2, 2), (0, 6, 2, 8), (6, 0, 8, 2), (6, 6, 8, 8)}
@@ -123,8 +123,8 @@ def test_a_shifted_window_at_the_corner_lies_at_all_four_and_hides_what_came_fro
     assert flagged(cell, cell.wrapped) == quarters - {(0, 0, 2, 2)}
 
 
-def test_padding_is_told():
-    """Of 10 x 9 tokens, windows of 4 have two rows of padding below and three columns of it on the right."""
+def test_padding_is_recorded():
+    """For 10 x 9 tokens, windows of 4 x 4 need two rows of padding below and three columns on the right."""
     seen = look(one_stage(focal_windows=(3,)), query=(9, 7), size=(20, 17))
     fine, cells = seen.levels
     assert seen.map_size == (10, 9)
@@ -156,13 +156,13 @@ def test_padding_is_told():
     assert pixels[19, 15] == pytest.approx(seen.plane()[9, 7] / 4)
 
 
-def test_cells_that_do_not_fill_the_map_are_centred():
-    """Windows of 5 tokens are pooled by 2, four cells to an axis of 10 tokens, a token left out at each end."""
+def test_pooled_cells_are_centred_on_the_map():
+    """Windows of 5 tokens are pooled by 2: an axis of 10 tokens has four cells, and loses a token at each end."""
     seen = look(one_stage(image_size=20, window_size=5, focal_levels=(3,)), query=(0, 9), size=(20, 20))
     assert set(listed(seen.levels[2])) == {(row, col, row + 2, col + 2) for row in (1, 3) for col in (5, 7)}
 
 
-def test_topk_sees_the_tokens_and_cells_nearest_to_the_windows_middle():
+def test_topk_sees_the_tokens_and_cells_nearest_to_the_window_centre():
     config = one_stage(attention_type="topk", topk=5, image_size=24)
     seen = look(config, query=(4, 0), size=(24, 24))  # of 12 x 12 tokens, in the window whose middle is at (6, 2)
     assert seen.window.tolist() == [[4, 0, 8, 4]]
@@ -175,7 +175,7 @@ def test_topk_sees_the_tokens_and_cells_nearest_to_the_windows_middle():
 
 @st.composite
 def blocks(draw) -> tuple[FocalConfig, tuple[int, int], tuple[float, float], int]:
-    """A model of one stage, a size of images, a point and a layer."""
+    """Draws the config of a model with one stage, an image size, a point and a layer."""
     window, image_size = draw(st.integers(2, 5)), draw(st.integers(2, 24))
     topk = draw(st.booleans())
     deepest = 2 if topk else min(3, min(window, -(-image_size // 2)).bit_length() + 1)
@@ -197,8 +197,8 @@ def blocks(draw) -> tuple[FocalConfig, tuple[int, int], tuple[float, float], int
 
 @settings(max_examples=60, deadline=None)
 @given(blocks())
-def test_what_a_query_gets_is_the_map_weighed_by_its_planes(block):
-    """With values that are the tokens themselves, and pooling by the mean, so is what attention puts out."""
+def test_output_of_a_query_is_the_map_weighted_by_its_planes(block):
+    """This holds for values that equal the tokens, and for mean pooling."""
     config, size, at, layer = block
     torch.manual_seed(0)
     model = FocalModel(config).eval()
@@ -232,7 +232,7 @@ def two_stages(**changes) -> FocalForImageClassification:
 
 
 def by_all_pairs(record, start: np.ndarray) -> np.ndarray:
-    """Rollout with a matrix of all pairs of tokens for each block, as its authors have it."""
+    """Computes rollout as its authors do, with a matrix of all pairs of tokens for each block."""
     relevance = start.ravel()
     for stage, layers in reversed(list(enumerate(record.stages))):
         rows, cols = layers[0].map_size
@@ -266,7 +266,7 @@ def by_all_pairs(record, start: np.ndarray) -> np.ndarray:
         ({"focal_levels": (3, 1), "window_size": 3, "image_size": 24}, (24, 24), False),
     ],
 )
-def test_rollout_is_that_of_all_pairs_of_tokens(changes, size, padded):
+def test_rollout_equals_that_with_all_pairs_of_tokens(changes, size, padded):
     # In float64, as two ways to attend are compared.
     model = two_stages(**changes).double()
     pixel_values = torch.randn(1, 3, *size, dtype=torch.float64)
@@ -292,8 +292,8 @@ def test_rollout_is_that_of_all_pairs_of_tokens(changes, size, padded):
             assert saliency.sum() == pytest.approx(1, abs=1e-6)
 
 
-def test_rollout_of_one_block_whose_tokens_all_see_each_other():
-    """Half of each token's own share, and half of the mean of all."""
+def test_rollout_of_one_block_with_full_attention():
+    """Each token gets half of its own value, and half of the mean of all tokens."""
     config = one_stage(image_size=8, depths=(1,), focal_levels=(1,))
     model = all_alike(FocalForImageClassification(config))
     nn.init.normal_(model.classifier.weight)
@@ -304,7 +304,7 @@ def test_rollout_of_one_block_whose_tokens_all_see_each_other():
     np.testing.assert_allclose(attention_rollout(record), np.full((4, 4), 1 / 16), rtol=1e-5)
 
 
-def test_recording_leaves_the_model_as_it_was():
+def test_recording_does_not_change_the_model():
     model, pixel_values = two_stages().double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         before = model(pixel_values).logits
@@ -319,7 +319,7 @@ def test_recording_leaves_the_model_as_it_was():
     torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
-def test_recording_wherever_and_in_whatever_type_the_model_is(tmp_path):
+def test_recording_works_on_any_device_and_dtype(tmp_path):
     model, pixel_values = two_stages(), torch.randn(1, 3, 16, 16)
     expected = record_attention(model, pixel_values).logits
     half = record_attention(copy.deepcopy(model).bfloat16(), pixel_values).logits
@@ -328,7 +328,7 @@ def test_recording_wherever_and_in_whatever_type_the_model_is(tmp_path):
     np.testing.assert_array_equal(record_attention(offloaded, pixel_values).logits, expected)
 
 
-def test_what_cannot_be_is_said():
+def test_invalid_requests_are_refused():
     model, pixel_values = two_stages(), torch.randn(1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"one image at a time.*\(2, 3, 16, 16\)"):
         record_attention(model, torch.randn(2, 3, 16, 16))
@@ -355,7 +355,7 @@ def test_what_cannot_be_is_said():
         shaded(np.zeros((32, 32, 3), np.uint8), query_attention(record, (0, 0)))
 
 
-def test_shading_is_the_image_dimmed_with_finer_levels_over_coarser_ones():
+def test_shading_dims_the_image_and_draws_finer_levels_on_top():
     seen = look(one_stage(), query=(9, 9), size=(20, 20))  # in the window of rows and columns 8 to 11, of 10
     image = np.full((20, 20, 3), 100, np.uint8)
     pixels = shaded(image, seen)
@@ -395,7 +395,7 @@ def test_only_figures_need_matplotlib(monkeypatch):
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A folder with a model, of maps of 14 x 10 and 7 x 5 tokens: some have padding, and some windows wrap."""
+    """Writes a model with maps of 14 x 10 and 7 x 5 tokens, so that some are padded and some windows wrap around."""
     torch.manual_seed(0)
     config = tiny_config(image_size=(28, 20), window_size=4, focal_levels=(3, 2), depths=(2, 1), use_shift=True)
     config.id2label = {0: "cat", 1: "dog"}
@@ -407,7 +407,7 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_script_writes_three_pictures(trained, tmp_path):
+def test_script_writes_three_pictures(trained, tmp_path):
     run = run_example(
         "visualize_attention.py", "noise.png", "--model", trained, "--at", "0.95,0.9", "--head", 0, folder=tmp_path
     )
@@ -424,7 +424,7 @@ def test_the_script_writes_three_pictures(trained, tmp_path):
             assert len(picture.convert("RGB").getcolors(10**7)) > 200
 
 
-def test_the_scripts_errors_are_one_clear_line(trained, tmp_path):
+def test_errors_of_the_script_are_one_clear_line(trained, tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     (tmp_path / "file").write_text("")
     ViTForImageClassification(SMALL_VIT).save_pretrained(tmp_path / "vit")
