@@ -1,4 +1,4 @@
-"""transformers' own common tests of models, backbones and configurations, on Focal and, as the yardstick, on Swin.
+"""The common tests of transformers for models, backbones and configurations, on Focal and, for comparison, Swin.
 
 test_conformance.py gets those tests and runs this file in a process of its own.
 """
@@ -17,7 +17,7 @@ from focal_hf import FocalConfig
 
 
 class Subject:
-    """A small model, and what the common tests ask about it, by the names that they use."""
+    """A small model, with the attributes that the common tests read."""
 
     is_training = True
     batch_size = 3
@@ -68,7 +68,7 @@ SUBJECTS = {
 
 
 def classes_of(subject: Subject) -> dict[str, type]:
-    """The subject's model classes, by what they are for. The common tests then find that out by a class's name."""
+    """Returns the model classes by task, under names from which the common tests recognize the task."""
     found = {}
     for purpose in ("", "FOR_BACKBONE_", "FOR_IMAGE_CLASSIFICATION_", "FOR_MASKED_IMAGE_MODELING_"):
         found[purpose] = getattr(modeling_auto, f"MODEL_{purpose}MAPPING")[subject.config_class]
@@ -78,7 +78,7 @@ def classes_of(subject: Subject) -> dict[str, type]:
 
 
 class ModelTests(ModelTesterMixin):
-    """What is overridden assumes words, or maps that are of one size and leave the model as tokens."""
+    """Overrides tests that assume text, or maps of one size that are returned as tokens."""
 
     subject: Subject
     test_resize_embeddings = False

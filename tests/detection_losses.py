@@ -27,7 +27,7 @@ def build(head: str) -> PreTrainedModel:
 
 
 def share_of_batch(rank: int, processes: int) -> dict:
-    """Images and their objects, as boxes and as masks. Heads take what they know."""
+    """Returns images and their objects, as boxes and as masks."""
     draw = torch.Generator().manual_seed(0)
     labels = [
         {

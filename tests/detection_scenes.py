@@ -1,4 +1,4 @@
-"""Pictures with rectangles in COCO's format, small detectors that learn to find them, and pycocotools' own measure."""
+"""Pictures of rectangles in COCO's format, small detectors to train on them, and the metrics of pycocotools."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ BACKBONE = STAGES | LEVELS | {"drop_path_rate": 0.0, "initializer_range": 0.1, "
 
 
 def detector_config(head: str) -> PreTrainedConfig:
-    """A small detector of a type, with a Focal backbone."""
+    """Returns the config of a small detector with a Focal backbone."""
     backbone = {"backbone_config": tiny_config(**BACKBONE)}
     if head == "maskformer":
         layers = {"encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2}
@@ -65,7 +65,7 @@ def detector_config(head: str) -> PreTrainedConfig:
 
 
 def rectangle(left: int, top: int, width: int, height: int) -> tuple[list, dict, dict]:
-    """The mask of a rectangle in a picture of 64 x 48 pixels as a polygon, as run lengths, and as compressed ones."""
+    """Returns the mask of a rectangle in 64 x 48 pixels as polygon, run lengths and compressed run lengths."""
     right, bottom = left + width, top + height
     lengths = [left * 48 + top, *[height, 48 - height] * (width - 1), height, (64 - right) * 48 + 48 - bottom]
     lengths = {"size": [48, 64], "counts": lengths}
@@ -75,7 +75,7 @@ def rectangle(left: int, top: int, width: int, height: int) -> tuple[list, dict,
 
 
 def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
-    """Pictures of 64 x 48 pixels with up to two rectangles, and what COCO's format says of them."""
+    """Draws pictures of 64 x 48 pixels with up to two rectangles. Returns their annotations in COCO's format."""
     draw, noise = random.Random(split), np.random.default_rng(count)
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def draw_scenes(folder: Path, split: str, count: int, **changes) -> dict:
 
 
 def read(folder: Path, masks: bool = False, **options) -> tuple[dict, dict, list[str], list[str]]:
-    """What `read_objects` reads, and what it says."""
+    """Returns what `read_objects` returns, and the messages that it prints."""
     said = []
     args = Namespace(
         **{"data": str(folder), "train_split": "train", "validation_split": "validation", "seed": 0}
@@ -110,7 +110,7 @@ def read(folder: Path, masks: bool = False, **options) -> tuple[dict, dict, list
 
 
 def write_scenes(place: Path) -> None:
-    """Training and validation pictures in PLACE/scenes; one cannot be read."""
+    """Writes training and validation pictures to PLACE/scenes. One of them is unreadable."""
     draw_scenes(place / "scenes", "train", 98)
     draw_scenes(place / "scenes", "validation", 13)
     whole = (place / "scenes" / "train" / "5.png").read_bytes()
@@ -118,7 +118,7 @@ def write_scenes(place: Path) -> None:
 
 
 def official(content: dict, answers: list[dict], kind: str = "bbox") -> list[float]:
-    """What pycocotools gives for COCO's format as it is."""
+    """Returns the metrics that pycocotools computes."""
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     with contextlib.redirect_stdout(io.StringIO()):

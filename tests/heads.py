@@ -48,7 +48,7 @@ def images() -> dict:
 
 
 def objects(masks: bool = False) -> dict:
-    """Two images with two objects each."""
+    """Returns the labels of two images with two objects each."""
     targets = []
     for shift in (0.0, 0.1):
         boxes = torch.tensor([[0.3, 0.3, 0.3, 0.4], [0.6, 0.5, 0.4, 0.3]]) + shift
@@ -98,7 +98,7 @@ def line_of_text() -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How to build a head small, what it is given, and what a reader of the table should know of it.
+    """How to build a small model with a head, its inputs, and a note for the table in the documentation.
 
     `backbone` are settings of the backbone's config, `prepare` is done to the model once it is built or loaded.
     """
@@ -291,7 +291,7 @@ HEADS = {
 
 @functools.cache
 def installed_heads() -> dict[str, type[PreTrainedModel]]:
-    """By name, the models of the installed transformers whose config has a field `backbone_config`.
+    """Returns the models of the installed transformers, by name, whose config has a field `backbone_config`.
 
     Of each config those for a task (`…For…`), or the bare model where there is none.
     """
@@ -329,7 +329,7 @@ def small_detr(*arguments, **changes) -> DetrForObjectDetection:
 
 
 def tensors(value: object) -> list[torch.Tensor]:
-    """The floating point tensors of an output and of the outputs, tuples and lists in it."""
+    """Returns all floating point tensors in a nested output."""
     if isinstance(value, torch.Tensor):
         return [value] if value.is_floating_point() else []
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
@@ -341,7 +341,7 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def train_step(model: PreTrainedModel, inputs: dict) -> None:
-    """A step of training. Raises unless every parameter of the backbone that can have a gradient gets a finite one.
+    """Runs a training step. Raises unless every trainable parameter of the backbone gets a finite gradient.
 
     The stages behind the last map that the head asks for cannot, nor can the final norm that a Swin has.
     """
@@ -370,7 +370,7 @@ def answers(model: PreTrainedModel, inputs: dict) -> list[torch.Tensor]:
 
 
 def trial(name: str, backbone_class: type[PreTrainedConfig]) -> None:
-    """Builds, saves, loads and trains a head. Raises what it raises, where it does not work."""
+    """Builds, saves, loads and trains a head. Raises an exception if it does not work."""
     head = HEADS[name]
     model = build(name, backbone_class)
     expected = answers(model, head.inputs())
@@ -385,7 +385,7 @@ def trial(name: str, backbone_class: type[PreTrainedConfig]) -> None:
 
 @functools.cache
 def failure(name: str, backbone: str) -> str | None:
-    """Why a head does not work with a backbone of BACKBONES, in Python's words; None if it does."""
+    """Returns the exception with which a head fails with a backbone of BACKBONES, as text; None if it works."""
     try:
         trial(name, BACKBONES[backbone])
     except Exception as error:
@@ -394,7 +394,7 @@ def failure(name: str, backbone: str) -> str | None:
 
 
 def table() -> str:
-    """Of all heads of the installed transformers. Those that are not in HEADS are at the end."""
+    """Returns the table of all heads of the installed transformers. Heads that are not in HEADS are at the end."""
     heads = installed_heads()
     lines = [
         f"| head of transformers {transformers.__version__} | {' | '.join(BACKBONES)} | remark |",

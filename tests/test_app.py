@@ -1,4 +1,4 @@
-"""examples/app.py in a headless browser, laid out as a Space; and what it says of models that it cannot show."""
+"""examples/app.py in a headless browser, in the layout of a Space, and the models that it refuses."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def save_model(folder: Path, seed: int, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory) -> Path:
-    """The folder that docs/visualization.md says to deploy, with two models."""
+    """Writes the folder that docs/visualization.md describes, with two models."""
     folder = tmp_path_factory.mktemp("space")
     for name in ("examples", "src"):
         (folder / name).symlink_to(ROOT / name)
@@ -59,7 +59,7 @@ def space(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(space, tmp_path_factory):
-    """Where the page is, started by nothing but the file: what it imports has to be in the folder."""
+    """Starts the app from its folder, which must hold all that it imports, and returns its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +89,7 @@ def address(space, tmp_path_factory):
 
 @pytest.fixture
 def page(address):
-    """The page in a browser. In the end nothing has gone wrong in it, and nothing was asked of other hosts."""
+    """Opens the page in a browser. Afterwards checks that it had no errors and made no requests to other hosts."""
     if BROWSER is None:
         pytest.skip("needs Chromium: as root, apt-get install chromium")
     from playwright.sync_api import sync_playwright
@@ -115,7 +115,7 @@ def picture(page, selector: str) -> np.ndarray:
 
 
 def changes(page, selector: str, act) -> np.ndarray:
-    """The picture that replaces the one that is there before `act` is called."""
+    """Calls `act`, and returns the picture that replaces the one shown before."""
     before = page.locator(selector).first.get_attribute("src")
     act()
     page.wait_for_function(
@@ -139,7 +139,7 @@ def choose(page, dropdown: str, option: str) -> None:
 
 
 def expected(space: Path, name: str, file: Path, levels=None, stage: int = 0) -> np.ndarray:
-    """What `shaded` makes of a picture, enlarged as on the page."""
+    """Returns the result of `shaded` for a picture, enlarged as on the page."""
     model, processor = load_focal(str(space / name))
     pixel_values, image = prepare(processor, Image.open(file).convert("RGB"))
     seen = query_attention(record_attention(model, pixel_values), AT, stage)
@@ -149,7 +149,7 @@ def expected(space: Path, name: str, file: Path, levels=None, stage: int = 0) ->
 
 
 def same(shown: np.ndarray, wanted: np.ndarray) -> bool:
-    """Up to the frames around a token and its window, and JPEG."""
+    """Compares two pictures, except for the frames around a token and its window, and JPEG errors."""
     return shown.shape == wanted.shape and np.median(abs(shown - wanted)) <= 2 and abs(shown - wanted).mean() < 12
 
 
@@ -225,7 +225,7 @@ class Visitor:
         raise AssertionError(f"no answer to {name}")
 
 
-def test_every_one_of_many_visitors_can_click(address):
+def test_many_visitors_can_click(address):
     visitors = [Visitor(address) for _ in range(24)]
     for visitor in visitors:
         assert visitor.send("load")[0]["success"]
@@ -236,13 +236,13 @@ def test_every_one_of_many_visitors_can_click(address):
             assert "each stage</h3>" in json.dumps(answer["output"]["data"])
 
 
-def test_a_visitor_whom_the_server_has_forgotten_is_told_to_load_the_page_again(address):
+def test_expired_session_asks_to_reload_the_page(address):
     answer, warned = Visitor(address).send("select", levels=[0, 1])
     assert answer["success"], answer
     assert warned == ["No picture is kept here for this page: upload one, or load the page again."]
 
 
-def test_uploads_that_are_odd_or_bad(page, space, tmp_path):
+def test_unusual_and_invalid_uploads(page, space, tmp_path):
     changes(page, ".looks img", lambda: click(page, *AT))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
     odd = {
@@ -288,7 +288,7 @@ def test_uploads_that_are_odd_or_bad(page, space, tmp_path):
     changes(page, ".looks img", lambda: click(page, 0.1, 0.1))
 
 
-def test_models_that_it_cannot_show(tmp_path, monkeypatch):
+def test_unsupported_models_are_refused(tmp_path, monkeypatch):
     vit = ViTForImageClassification(
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
     )

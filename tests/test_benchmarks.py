@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: short real runs, and what it says to bad input."""
+"""benchmarks/throughput.py: short runs, and bad input."""
 
 import csv
 import gc
@@ -70,7 +70,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """One small row beside FocalNet, which takes images of any size."""
+    """Runs one small row and FocalNet, which takes images of any size."""
     folder = tmp_path_factory.mktemp("benchmark") / "new" / "folder"
     small = ("--device", "cpu", "--sizes", "96", "--batch-size", "2", "--threads", "1", "--seconds", "0.1")
     return folder, run(*small, "--peer", "focalnet", "--profile", "--output", folder)
@@ -197,7 +197,7 @@ def test_models_take_turns():
 
 # Published: 4.9, 4.5 and 4.5 billion multiplications with additions.
 @pytest.mark.parametrize(("name", "published"), [("focal_hf", 4.9), ("swin", 4.5), ("focalnet", 4.5)])
-def test_operations_are_those_published(name, published):
+def test_operation_counts_equal_the_published_ones(name, published):
     work = throughput.Workload("tiny", "focal", "inference", 224, 1)
     contender = throughput.Contender(name, work, throughput.Setting("cpu", "float32", False, 1, None))
     assert throughput.count_gflop(contender) == pytest.approx(2 * published, rel=0.03)
@@ -250,7 +250,7 @@ def test_bad_input_is_one_line(arguments, expected, monkeypatch, tmp_path, capsy
     assert line.count("\n") == 1
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_files_are_replaced_completely_or_not_at_all(tmp_path):
     file = tmp_path / "results.csv"
     file.write_text("earlier")
 

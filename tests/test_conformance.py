@@ -1,4 +1,4 @@
-"""transformers' own common tests: every one that Swin passes, Focal passes.
+"""Focal passes every common test of transformers that Swin passes.
 
 They are in transformers' source distribution, which is downloaded once for each version and kept in the user's cache.
 """
@@ -34,7 +34,7 @@ STAND_INS = {
 
 
 def download(version: str, folder: Path) -> Path:
-    """The tests in a version's source distribution."""
+    """Downloads the source distribution of a version of transformers, and extracts its tests."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=transformers", "--retries=1"]
     run = subprocess.run(
         [*command, f"--dest={folder}", f"transformers=={version}"], capture_output=True, text=True, cwd=folder
@@ -49,7 +49,7 @@ def download(version: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def common_tests():
-    """The folder from which `transformers_tests` can be imported."""
+    """Returns the folder from which `transformers_tests` can be imported."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "focal_hf"
     package = cache / f"transformers-{transformers.__version__}" / "transformers_tests"
     if not package.exists():
@@ -66,7 +66,7 @@ def common_tests():
 
 @pytest.fixture(scope="module")
 def outcomes(common_tests, tmp_path_factory) -> dict[str, dict[str, tuple[str, str]]]:
-    """For each subject, what became of each test: "passed", "skipped" or "failed", and why."""
+    """Returns the outcome of each test for each model: "passed", "skipped" or "failed", and the reason."""
     report = tmp_path_factory.mktemp("reports") / "report.xml"
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", f"--junitxml={report}"]
     path = os.pathsep.join(filter(None, [str(common_tests), os.environ.get("PYTHONPATH")]))

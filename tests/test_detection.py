@@ -1,4 +1,4 @@
-"""examples/finetune_detection.py: real processes that learn to find plain rectangles, and what their parts do."""
+"""examples/finetune_detection.py: training on plain rectangles, and its parts."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, str]:
-    """What a run wrote that was never interrupted, and what it said."""
+    """The output folder of an uninterrupted run, and what the run printed."""
     said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT).end()
     return place / "whole" / "out", said
 
@@ -95,7 +95,7 @@ def test_killed_goes_on_to_the_same_bytes(place, trained):
 
 
 def test_processes_divide_the_same_work(place):
-    """A detector without batch norms, and pictures of one size: nothing depends on what else is in a batch.
+    """Without batch norms, and with pictures of one size, nothing depends on the other images of a batch.
 
     It hardly learns, so that no box is matched to another object because of a rounding.
     """
@@ -111,7 +111,7 @@ def test_processes_divide_the_same_work(place):
 
 
 def test_loss_of_a_batch_is_the_mean_of_its_parts(place, trained):
-    """However images with more and fewer objects are shared out among batches and processes."""
+    """This holds for any division of images with more and fewer objects among batches and processes."""
     model = AutoModelForObjectDetection.from_pretrained(trained[0]).eval()
     loss = detection_loss(model, objects=1.2)
     draw = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts(place, trained):
     torch.testing.assert_close(divided, loss(model, batch))
 
 
-def test_average_precision_is_that_of_pycocotools(place, tmp_path):
+def test_average_precision_equals_pycocotools(place, tmp_path):
     content = draw_scenes(tmp_path, "train", 30)
     content["annotations"][0]["iscrowd"] = 1
     content["annotations"][1]["bbox"][0] = -3
@@ -182,7 +182,7 @@ def test_average_precision_is_that_of_pycocotools(place, tmp_path):
     shorter=st.sampled_from([None, 64]),
 )
 def test_boxes_stay_around_their_pixels(width, height, place, size, seed, shorter):
-    """Cropped, mirrored, resized with or without its shape, padded to the batch: a box fits its red rectangle."""
+    """A box fits its red rectangle after cropping, mirroring, resizing and padding."""
     left, top = (round(share * side) for share, side in zip(place, (width, height), strict=True))
     right, bottom = min(width, left + round(size[0] * width)), min(height, top + round(size[1] * height))
     pixels = np.zeros((height, width, 3), np.uint8)
@@ -284,7 +284,7 @@ def test_data_set_with_a_column_of_objects_is_read_as_coco_is(place, tmp_path):
 
 
 def change(content: dict, kind: str) -> None:
-    """Make an annotation file wrong."""
+    """Makes an annotation file wrong."""
     images, annotations = content["images"], content["annotations"]
     if kind == "lost":
         images[3]["file_name"] = "lost.png"
@@ -358,7 +358,7 @@ def test_errors_are_one_line(place):
 
 
 def test_unreadable_and_turned_pictures(tmp_path):
-    """EXIF data may turn a picture; the annotations' size tells whether they know."""
+    """EXIF data may rotate a picture. The size in the annotations shows whether they are for the rotated picture."""
     draw_scenes(tmp_path, "train", 4)
     draw_scenes(tmp_path, "validation", 1)
     data, _, names, _ = read(tmp_path)

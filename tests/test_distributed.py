@@ -1,4 +1,4 @@
-"""Training in several real processes, without a GPU, through PyTorch's own engines."""
+"""Training in several processes, without a GPU, with PyTorch's own engines."""
 
 import importlib
 import subprocess
@@ -20,7 +20,7 @@ from small_models import BOTH
 
 @BOTH
 def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
-    """Two processes, stopped and resumed in the middle, train what one process trains, and save it for everyone."""
+    """Two processes, stopped and resumed, train the weights of one process, and save a model that loads anywhere."""
     script = Path(__file__).with_name("fsdp_training.py")
     run = ForkedScript(str(script), tmp_path, attention_type, folder=tmp_path, processes=2).wait()
     assert run.returncode == 0, run.stderr[-3000:]
@@ -44,7 +44,7 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU, Accelerate takes DDP in place of FSDP2")
 def test_fsdp2_through_accelerate(tmp_path):
-    """On all GPUs there are. The script says which engine really runs."""
+    """Uses all GPUs. The script prints the engine that runs."""
     from example_runs import draw_noise
 
     for split in ("train", "validation"):
@@ -67,7 +67,7 @@ def test_fsdp2_through_accelerate(tmp_path):
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 @pytest.mark.parametrize("script", ["finetune_detection", "finetune_segmentation"])
 def test_scripts_for_whole_models_refuse_engines_that_shard(script, engine, tmp_path, monkeypatch):
-    """Before anything is read or written. On a CPU, Accelerate's state never names these engines: it is set here."""
+    """The scripts refuse before they read or write. On a CPU, the test must set the engine in Accelerate's state."""
     from common.options import Problem
 
     arguments = ["--model", "none", "--data", "none", "--output", str(tmp_path / "none")]

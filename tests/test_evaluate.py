@@ -25,7 +25,7 @@ from hub_server import serve
 
 
 def save_classifier(folder: Path, config: PreTrainedConfig) -> Path:
-    """A model with random weights, large enough that its answers differ from picture to picture."""
+    """Saves a model with random weights that are large enough for its logits to differ between pictures."""
     torch.manual_seed(0)
     config.initializer_range = 0.1
     AutoModelForImageClassification.from_config(config).save_pretrained(folder)
@@ -35,7 +35,7 @@ def save_classifier(folder: Path, config: PreTrainedConfig) -> Path:
 
 @torch.no_grad()
 def logits_of(model: Path, files: list[Path], **processing) -> torch.Tensor:
-    """One picture at a time."""
+    """Computes the logits of one picture at a time."""
     processor = AutoImageProcessor.from_pretrained(model)
     model = AutoModelForImageClassification.from_pretrained(model).eval()
     views = (processor(Image.open(file).convert("RGB"), return_tensors="pt", **processing) for file in files)
@@ -50,8 +50,8 @@ def read_report(folder: Path) -> tuple[dict, list[dict]]:
         return json.loads((folder / "results.json").read_text()), list(csv.DictReader(file))
 
 
-def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes(tmp_path):
-    """The data has some of the model's classes, in another order; a picture is broken; batches are uneven."""
+def test_results_do_not_depend_on_batches_and_processes(tmp_path):
+    """The data has some of the model's classes in another order, and a broken picture. The last batch is smaller."""
     pictures = draw_two_colours(tmp_path / "data [1]*" / "val", {"cat": 9, "dog": 5, "train": 7})
     (pictures / "dog" / "broken.png").write_text("no picture")
     names = ["train", "cat", "a", "dog", "b", "c", "d", "e"]
@@ -96,7 +96,7 @@ def test_numbers_are_those_of_the_pictures_one_by_one_on_any_number_of_processes
     assert same_table == table
 
 
-def test_wordnet_ids_are_imagenets_classes_in_order(tmp_path):
+def test_wordnet_ids_are_mapped_to_imagenet_classes(tmp_path):
     identifiers = [f"n{number:08}" for number in random.Random(0).sample(range(10**8), 1000)]
     counts = dict.fromkeys(identifiers, 1) | {identifiers[3]: 2, identifiers[70]: 3, identifiers[800]: 4}
     pictures = draw_two_colours(tmp_path / "data", counts)
@@ -109,7 +109,7 @@ def test_wordnet_ids_are_imagenets_classes_in_order(tmp_path):
 
 
 def test_measures_swin_on_a_streamed_hub_data_set_at_another_size(tmp_path):
-    """Columns, split and class names of its own; two files, one process for each."""
+    """The data set has other columns, splits and class names. Each of two processes reads one of two files."""
     pictures = draw_two_colours(tmp_path / "drawn", {"x": 5, "y": 4, "z": 2})
     folder = datasets.load_dataset("imagefolder", data_dir=str(pictures), cache_dir=str(tmp_path / "arrow"))["train"]
     renamed = folder.rename_columns({"image": "img", "label": "kind"}).cast_column("kind", folder.features["label"])

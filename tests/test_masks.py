@@ -1,4 +1,4 @@
-"""examples/finetune_detection.py with heads that find masks: Mask2Former with a Focal backbone learns rectangles."""
+"""examples/finetune_detection.py with heads for masks: Mask2Former with a Focal backbone learns rectangles."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, str]:
-    """What a run wrote that was never interrupted, and what it said."""
+    """The output folder of an uninterrupted run, and what the run printed."""
     said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT).end()
     return place / "whole" / "out", said
 
@@ -105,7 +105,7 @@ def test_learns_to_find_masks(place, trained):
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path):
-    """DETR's loss, MaskFormer's and Mask2Former's, though transformers divides them by the number of processes.
+    """DETR, MaskFormer and Mask2Former, whose losses transformers divides by the number of processes.
 
     The second process has images without objects.
     """
@@ -116,8 +116,8 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
         assert two[head] == pytest.approx(expected, rel=0.01 if head == "mask2former" else 1e-4), head
 
 
-def test_another_way_to_count_objects_is_refused(monkeypatch):
-    """A version of transformers that asks otherwise how many processes there are would not be mended."""
+def test_unknown_normalization_of_losses_is_refused(monkeypatch):
+    """The script corrects the losses only for the ways in which transformers is known to count processes."""
 
     def get_num_masks(self, class_labels, device):
         return len(class_labels) / torch.distributed.get_world_size()
@@ -129,7 +129,7 @@ def test_another_way_to_count_objects_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("head", ["mask2former", "maskformer"])
 def test_classifier_becomes_the_backbone(place, tmp_path, head):
-    """And the loss of a batch is the mean of its parts', however images with more and fewer objects are shared out."""
+    """The loss of a batch is the mean of the losses of its parts, for any division of its images."""
     torch.manual_seed(0)
     classifier = FocalForImageClassification(tiny_config(**CLASSIFIER))
     classifier.save_pretrained(tmp_path / "classifier")
@@ -168,7 +168,7 @@ def test_classifier_becomes_the_backbone(place, tmp_path, head):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_average_precision_is_that_of_pycocotools(tmp_path, kind):
+def test_average_precision_equals_pycocotools(tmp_path, kind):
     content = draw_scenes(tmp_path, "train", 30)
     for one in content["annotations"]:  # triangles, so that their masks are not their boxes
         left, top, width, height = one["bbox"]
@@ -213,7 +213,7 @@ def test_average_precision_is_that_of_pycocotools(tmp_path, kind):
     shorter=st.sampled_from([None, 64]),
 )
 def test_masks_stay_with_their_pixels(width, height, corners, seed, shorter):
-    """Cropped, mirrored, resized with or without its shape, padded to the batch: a mask fits its red triangle."""
+    """A mask fits its red triangle after cropping, mirroring, resizing and padding."""
     drawn = Image.new("L", (width, height))
     ImageDraw.Draw(drawn).polygon([(x * width, y * height) for x, y in corners], fill=1)
     mask = np.asfortranarray(drawn)
@@ -241,8 +241,8 @@ def test_masks_stay_with_their_pixels(width, height, corners, seed, shorter):
             assert (image[0] > 0.5).sum() <= 0.26 / 0.3 * whole + 2
 
 
-def test_masks_are_read_alike_however_they_are_written(tmp_path):
-    """Polygons and run lengths, compressed or not; in COCO's format and in a column."""
+def test_all_formats_of_masks_are_read(tmp_path):
+    """The formats are polygons and run lengths, compressed or not, in COCO files and in a column."""
     wide = [4, 7, 22, 30]  # a box that is wider than its mask
     for number, segmentation in enumerate(rectangle(5, 7, 20, 30)):
         folder = tmp_path / str(number)

@@ -41,7 +41,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Plain pictures of any colour, in no classes."""
+    """Draws plain pictures of random colours, without classes."""
     place = tmp_path_factory.mktemp("pretraining")
     (place / "pictures").mkdir()
     colours = random.Random(0)
@@ -57,12 +57,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(place) -> tuple[Path, str]:
-    """What a run wrote that was never interrupted, and what it said."""
+    """The output folder of an uninterrupted run, and what the run printed."""
     said, _ = Run(place, *OPTIONS, "--output", "whole/out", "--batch-size", 4, script=SCRIPT).end()
     return place / "whole" / "out", said
 
 
-def test_fills_in_what_is_hidden(place, pretrained):
+def test_reconstructs_masked_pixels(place, pretrained):
     folder, said = pretrained
     assert "holding out 8 of 42 training images, 20% of all" in said
     assert "10 of 16 squares of 4 pixels hidden; 34 training images of 16 x 16 pixels" in said
@@ -89,8 +89,8 @@ def test_fills_in_what_is_hidden(place, pretrained):
     assert history[-1]["loss"] < 0.75 * error < error < history[0]["train_loss"]
 
 
-def test_draws_what_it_reconstructs(pretrained):
-    """Four rows of eight pictures, plain ones: hidden squares are grey in the second row, but in no other."""
+def test_draws_reconstructions(pretrained):
+    """The figure has four rows of eight plain pictures. Only the second row has grey squares, the masked ones."""
     with Image.open(pretrained[0] / "last" / "reconstructions.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB")).astype(int)
     rows = np.array_split(pixels[:, 60:], 4)
@@ -109,7 +109,7 @@ def test_killed_goes_on_to_the_same_bytes(place, pretrained):
 
 
 def test_processes_divide_the_same_work(place, pretrained):
-    """Each picture is cropped and hidden in the same way, whoever has it."""
+    """Each picture has the same crop and mask in any process."""
     Run(place, *OPTIONS, "--output", "two", "--batch-size", 2, processes=2, script=SCRIPT).end()
     assert results(place / "two")["processes"] == 2
     assert curve(place / "two") == pytest.approx(curve(pretrained[0]), abs=2e-4)

@@ -306,7 +306,7 @@ def test_gradients_with_memory_saved(attention_type, memory):
 @BOTH
 @pytest.mark.parametrize("size", [(32, 32), (40, 52)])
 def test_gradients_of_gradients(attention_type, size):
-    """The loss contains a penalty on the gradient of each image's loss with respect to its pixels."""
+    """A penalty on the gradient of the loss with respect to the pixels needs them."""
     model = classifier(attention_type, use_shift=True).double()
     found = []
     for same_model in (model, fresh(model, "eager")):
