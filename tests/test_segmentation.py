@@ -57,7 +57,7 @@ def draw_scene(size: tuple[int, int], draw: np.random.Generator) -> tuple[Image.
 
 
 def write_scenes(images: Path, maps: Path, count: int, seed: int, first: int = 0) -> None:
-    """Draws scenes of different sizes. `first` is the first class in the maps. If it is 1, the top rows of maps are 0."""
+    """Draws scenes of different sizes. `first` is the first class in the maps. If it is 1, the top rows are 0."""
     draw = np.random.default_rng(seed)
     for folder in (images, maps):
         folder.mkdir(parents=True)
