@@ -34,15 +34,19 @@ def assert_close(answer, expected, scale=None):
 
 @pytest.fixture(scope="module", params=[*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED)])
 def loaded(request):
-    """A case, its config and its weights. Drawing the weights takes long, so the tests share them."""
+    """A case, its state dict, its config, and its weights under the names of focal_hf.
+
+    Drawing the weights takes long, so the tests share them.
+    """
     case = golden_cases.case(request.param)
-    return case, *load(case)
+    drawn = case.state_dict
+    return case, drawn, *load(case, drawn)
 
 
 @pytest.fixture(scope="module")
 def models(loaded):
     """The classifier and the backbone of a case. Building them takes long, so the tests share them."""
-    _, config, state = loaded
+    _, _, config, state = loaded
     model = FocalForImageClassification(copy.deepcopy(config)).eval()
     model.load_state_dict(state, assign=True)
     backbone_config = copy.deepcopy(config)
@@ -54,7 +58,7 @@ def models(loaded):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
-    case, config, state = loaded
+    case, _, config, state = loaded
     model, backbone = models
     for one in models:
         one.set_attn_implementation(attention)
@@ -97,10 +101,10 @@ def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
 
 
 def test_conversion_to_the_original_returns_the_same_tensors(loaded):
-    case, config, state = loaded
+    case, drawn, config, state = loaded
     back = original.to_original(state, config)
     assert set(back) == set(case.shapes) | set(case.buffers)
-    for key, value in case.state_dict.items():
+    for key, value in drawn.items():
         assert back[key].dtype == value.dtype
         assert torch.equal(back[key], value), key
 
