@@ -3,6 +3,7 @@
 Written from the definition, with loops and without focal_hf's geometry: what `FocalAttention` is compared with.
 """
 
+import functools
 import itertools
 import math
 
@@ -35,7 +36,7 @@ def pooled_map(attention, maps, level):
     return pooled
 
 
-def focal_keys(attention, maps, i, j):
+def focal_keys(attention, maps, pooled_maps, i, j):
     """Keys of window (i, j): (token or None outside of the map, bias (heads, queries), hidden from which queries)."""
     near = attention.neighborhood
     window, expand, shift = near.window_size, near.expand_size, near.shift_size
@@ -66,7 +67,7 @@ def focal_keys(attention, maps, i, j):
             slot += 1
 
     for level in range(near.pooled_levels):
-        pooled = pooled_map(attention, maps, level)
+        pooled = pooled_maps(level)
         side = near.focal_window + 2**level - 1
         table = near.pooled_tables()[level]
         for row, col in itertools.product(range(side), range(side)):
@@ -78,13 +79,13 @@ def focal_keys(attention, maps, i, j):
     return keys
 
 
-def topk_keys(attention, maps, i, j):
+def topk_keys(attention, maps, pooled_maps, i, j):
     near = attention.neighborhood
     window = near.window_size
     queries = torch.tensor(list(itertools.product(range(window), range(window)))) - window // 2
     keys = []
     for level in range(near.levels):
-        tokens = pooled_map(attention, maps, 0) if level else maps
+        tokens = pooled_maps(0) if level else maps
         center = (i, j) if level else (i * window + window // 2, j * window + window // 2)
         places = itertools.product(range(tokens.shape[0]), range(tokens.shape[1]))
         nearest = sorted(places, key=lambda place: math.dist(place, center))[: near.topk]
@@ -106,22 +107,21 @@ def reference_attention(attention, maps):
 
     output = torch.zeros_like(padded)
     for image in range(batch):
+        pooled_maps = functools.cache(functools.partial(pooled_map, attention, padded[image]))
         for i, j in itertools.product(range(padded.shape[1] // window), range(padded.shape[2] // window)):
             rows, cols = slice(i * window, (i + 1) * window), slice(j * window, (j + 1) * window)
             query = attention.q_proj(padded[image, rows, cols].flatten(0, 1)).unflatten(1, (heads, -1))
-            scores, values = [], []
-            for token, bias, hidden in list_keys(attention, padded[image], i, j):
-                # Outside of the map key and value are zero: the score is the bias.
-                key = torch.zeros_like(query[0]) if token is None else attention.k_proj(token).unflatten(0, (heads, -1))
-                value = torch.zeros_like(key) if token is None else attention.v_proj(token).unflatten(0, (heads, -1))
-                score = torch.einsum("qhd,hd->hq", query, key) * attention.scaling + bias
-                if token is None:
-                    score = score - 100
-                if hidden is not None:
-                    score = score - 100 * torch.tensor(hidden, dtype=score.dtype)
-                scores.append(score)
-                values.append(value)
-            weights = torch.stack(scores, dim=-1).softmax(dim=-1)  # (heads, queries, keys)
-            mixed = torch.einsum("hqk,khd->qhd", weights, torch.stack(values)).flatten(1)
+            tokens, biases, hidden = zip(*list_keys(attention, padded[image], pooled_maps, i, j), strict=True)
+            nothing = maps.new_zeros(channels)
+            # Outside of the map key and value are zero: the score is the bias.
+            inside = torch.tensor([token is not None for token in tokens], dtype=maps.dtype)
+            tokens = torch.stack([nothing if token is None else token for token in tokens])
+            key = (attention.k_proj(tokens) * inside[:, None]).unflatten(1, (heads, -1))
+            value = (attention.v_proj(tokens) * inside[:, None]).unflatten(1, (heads, -1))
+            nowhere = [False] * window**2
+            hidden = torch.tensor([nowhere if queries is None else queries for queries in hidden], dtype=maps.dtype)
+            scores = torch.einsum("qhd,khd->hqk", query, key) * attention.scaling + torch.stack(biases, dim=-1)
+            weights = (scores - 100 * (1 - inside) - 100 * hidden.T).softmax(dim=-1)  # (heads, queries, keys)
+            mixed = torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
             output[image, rows, cols] = attention.o_proj(mixed).unflatten(0, (window, window))
     return output.roll((shift, shift), dims=(1, 2))[:, :height, :width]
