@@ -26,7 +26,7 @@ class Subject:
     map_size = image_size // patch_size
     seq_length = map_size**2
     num_masks = seq_length // 2
-    depths = (1, 2)
+    depths = (1, 1)
     num_attention_heads = 2
     embed_dim = hidden_size = 8
 

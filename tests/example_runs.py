@@ -86,9 +86,8 @@ def tiny_config(**changes) -> FocalConfig:
 
 def without_helpers(script: str) -> list[str]:
     """The option with which a script starts no processes that read images, if it has any."""
-    return (
-        [] if script in ("app.py", "make_scenes.py", "quickstart.py", "visualize_attention.py") else ["--workers", "0"]
-    )
+    has_none = script in ("app.py", "make_scenes.py", "quickstart.py", "visualize_attention.py")
+    return [] if has_none else ["--workers", "0"]
 
 
 def example_command(
@@ -110,15 +109,15 @@ def run_example(
     script: str,
     *arguments: object,
     folder: Path,
-    processes: int = 1,
     launcher: tuple | list = (),
     hub: str | None = None,
+    **options,
 ) -> subprocess.CompletedProcess:
     """Runs examples/SCRIPT in a process of its own: one that starts anew only if there is a launcher or a hub."""
     if launcher or hub:
         command = example_command(script, *arguments, folder=folder, launcher=launcher or (sys.executable,), hub=hub)
         return subprocess.run(**command, capture_output=True, text=True, timeout=300)
-    return ForkedScript(script, *without_helpers(script), *arguments, folder=folder, processes=processes).wait()
+    return ForkedScript(script, *without_helpers(script), *arguments, folder=folder, **options).wait()
 
 
 def run_examples_in_turn(script: str, command_lines: list[list], folder: Path) -> list[tuple[int, str, str]]:

@@ -6,7 +6,6 @@ So a run does not begin with ten seconds of imports.
 import atexit
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import socket
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -25,19 +25,20 @@ FORKS.set_forkserver_preload(
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def run(command: list[str], folder: Path, environment: dict[str, str], output: str, largest_file: int | None) -> None:
+def run(command: list[str], folder: Path, environment: dict[str, str], output: str, prepare: Callable | None) -> None:
     """In the new process: as `python COMMAND` does."""
     import datasets
 
     os.setsid()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: the default again
     os.chdir(folder)
     os.environ.update(environment)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     sys.argv = command
+    if prepare:
+        prepare()
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
@@ -45,10 +46,13 @@ def run(command: list[str], folder: Path, environment: dict[str, str], output: s
 
 
 class ForkedScript:
-    """examples/SCRIPT in one process, or in several as torchrun starts them. Offline, on a CPU, in `folder`."""
+    """examples/SCRIPT in one process, or in several as torchrun starts them. Offline, on a CPU, in `folder`.
+
+    `prepare` is called in each process before the script runs.
+    """
 
     def __init__(
-        self, script: str, *arguments: object, folder: Path, processes: int = 1, largest_file: int | None = None
+        self, script: str, *arguments: object, folder: Path, processes: int = 1, prepare: Callable | None = None
     ):
         self.command = [str(EXAMPLES / script), *map(str, arguments)]
         self.outputs = tempfile.TemporaryDirectory()
@@ -63,7 +67,7 @@ class ForkedScript:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 place = {name: str(number) for name, number in place.items()} | meeting if processes > 1 else {}
                 output = f"{self.outputs.name}/{rank}"
-                process = FORKS.Process(target=run, args=(self.command, folder, place, output, largest_file))
+                process = FORKS.Process(target=run, args=(self.command, folder, place, output, prepare))
                 process.start()
                 self.processes.append(process)
         finally:

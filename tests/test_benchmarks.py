@@ -47,7 +47,7 @@ class FocalTransformer(torch.nn.Module):
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return ForkedScript(str(SCRIPT), *arguments, folder=ROOT).wait()
+    return ForkedScript(str(SCRIPT), *arguments, folder=ROOT).wait(timeout=1200)
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:

@@ -30,7 +30,6 @@ from example_runs import (
     COLOURS,
     EXAMPLES,
     LAUNCH,
-    TWO_PROCESSES,
     draw_pictures,
     results,
     run_example,
@@ -494,7 +493,7 @@ def test_launcher_passes_an_error_on(finetune, config):
 
 
 def test_two_processes_report_an_error_once(finetune, config):
-    run = finetune("--config", config, "--data", "./nowhere", "--output", "out", launcher=TWO_PROCESSES)
+    run = finetune("--config", config, "--data", "./nowhere", "--output", "out", processes=2)
     assert run.returncode != 0
     assert run.stderr.count("error: No such folder: --data ./nowhere.") == 1
 

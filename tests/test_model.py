@@ -382,7 +382,7 @@ def test_tracing_and_exporting_without_gradients(attention_type):
     stages = {"depths": (1, 1), "num_heads": (1, 2), "focal_levels": (2, 2), "focal_windows": (3, 1)}
     stages |= {"expand_sizes": (2, 2), "encoder_stride": 8}
     model = randomized(FocalModel(tiny(attention_type, **stages)))
-    two, five = pixels(2, 3, 32, 32), pixels(5, 3, 32, 32)
+    two, five = pixels(2, 3, 24, 20), pixels(5, 3, 24, 20)  # maps of fewer tokens than a window
     with torch.no_grad():
         traced = torch.jit.trace(model, two, strict=False)
         batch = ({0: torch.export.Dim.AUTO},)

@@ -42,9 +42,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(place):
-    runs = ForkedRuns(place)
-    yield runs
-    runs.end()
+    return ForkedRuns(place)
 
 
 @pytest.fixture(scope="module")

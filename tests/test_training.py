@@ -3,7 +3,9 @@
 import random
 import re
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from resource import RLIMIT_FSIZE, setrlimit
 
 import datasets
 import numpy as np
@@ -90,7 +92,8 @@ class TestKilled:
     def test_full_disk_leaves_the_checkpoint_whole(self, place, killed):
         """No file may grow beyond 20 kB, which those of weights do."""
         before = contents(max((killed / "checkpoints").glob("step_*")))
-        _, error = Run(place, *self.options, "--resume", largest_file=20_000).end(1)
+        limit = partial(setrlimit, RLIMIT_FSIZE, (20_000, 20_000))
+        _, error = Run(place, *self.options, "--resume", prepare=limit).end(1)
         assert "error: Cannot save" in error
         latest = max((killed / "checkpoints").glob("step_*"))
         assert contents(latest) == before
