@@ -19,7 +19,7 @@ from common.dense_losses import detection_loss
 from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
 from common.dense_reports import detection_card, draw_detections
 from common.detection_views import ObjectImages, View, sides, training_sizes
-from common.engine import refuse_sharding
+from common.engine import NEEDS_WHOLE_MODEL, refuse_sharding
 from common.loading import listed, shuffled
 from common.models import apply_speed_options
 from common.options import (
@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
-    refuse_sharding(accelerator, "some batches use only a part of a detector's weights: use DDP")
+    refuse_sharding(accelerator, NEEDS_WHOLE_MODEL)
     complete(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
     if args.backbone_rate is None:
         args.backbone_rate = 0.1 if args.model else 1.0
@@ -171,6 +171,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         about=f"{len(names)} classes, {objects} objects",
         groups=rate_groups(model, args),
         pixels=f"{smallest} to {side}" if smallest < side else str(side),
+        unsharded=NEEDS_WHOLE_MODEL,
     )
     truth, predictions = ground_truth(validation_data["labels"], config.label2id), None
 

@@ -20,7 +20,7 @@ from common.dense_evaluation import probabilities
 from common.dense_losses import segmentation_loss
 from common.dense_models import build_segmenter, fix_unused, segmentation_processor, set_size
 from common.dense_reports import draw_scenes, segmentation_card
-from common.engine import refuse_sharding
+from common.engine import NEEDS_WHOLE_MODEL, refuse_sharding
 from common.files import check_new, write_results
 from common.loading import InTurn, Loader, Order, shuffled
 from common.models import apply_speed_options, load_trained
@@ -190,7 +190,7 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise Problem("--stride is for --window: leave it out, or add that.")
     if args.stride and args.stride > args.window:
         raise Problem(f"--stride {args.stride} leaves gaps between windows of {args.window} pixels.")
-    refuse_sharding(accelerator, "each process evaluates a whole segmentation model: use DDP")
+    refuse_sharding(accelerator, NEEDS_WHOLE_MODEL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -363,6 +363,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         about=f"on {backbone}, {len(names)} classes",
         pixels=f"{args.crop_size} x {args.crop_size}",
         decay=linear_schedule,
+        unsharded=NEEDS_WHOLE_MODEL,
     )
     shown = None
 

@@ -10,7 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from PIL import Image
 
+from common.engine import NEEDS_WHOLE_MODEL
+from common.options import Problem
+from detection_scenes import LEVELS, STAGES, detector_config, draw_scenes
 from example_runs import EXAMPLES, example_command, tiny_config
 from focal_hf import FocalForImageClassification
 from forked_scripts import ForkedScript
@@ -68,13 +72,33 @@ def test_fsdp2_through_accelerate(tmp_path):
 @pytest.mark.parametrize("script", ["finetune_detection", "finetune_segmentation"])
 def test_scripts_for_whole_models_refuse_engines_that_shard(script, engine, tmp_path, monkeypatch):
     """The scripts refuse before they read or write. On a CPU, the test must set the engine in Accelerate's state."""
-    from common.options import Problem
-
     arguments = ["--model", "none", "--data", "none", "--output", str(tmp_path / "none")]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     module = importlib.import_module(script)
     accelerator = Accelerator(cpu=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", engine)
-    with pytest.raises(Problem, match=rf"^{engine.value} shards the model among processes, and .*: use DDP\.$"):
+    with pytest.raises(Problem, match=rf"^{engine.value} shards the model among processes, and {NEEDS_WHOLE_MODEL}\.$"):
         module.train(module.parse_arguments(), accelerator)
     assert not (tmp_path / "none").exists()
+
+
+def test_scripts_for_whole_models_refuse_sharded_ones(tmp_path):
+    """In two processes, each of which refuses both scripts' models, sharded by FSDP2, and writes nothing."""
+    for split, count in {"train": 4, "validation": 2}.items():
+        draw_scenes(tmp_path / "scenes", split, count)  # boxes; for segmentation, a map with the class of each pixel
+        maps = tmp_path / "scenes" / "annotations" / split
+        maps.mkdir()
+        for number in range(count):
+            Image.new("L", (64, 48), number % 2).save(maps / f"{number}.png")
+    (tmp_path / "scenes" / "annotations" / "classes.txt").write_text("dark\nlight")
+    detector_config("rt_detr").save_pretrained(tmp_path / "detector")
+    tiny_config(**STAGES | LEVELS).save_pretrained(tmp_path / "backbone")
+
+    script = Path(__file__).with_name("sharded_training.py")
+    run = ForkedScript(str(script), folder=tmp_path, processes=2).wait()
+    assert run.returncode == 0, run.stderr[-3000:]
+    refused = [line for line in run.stdout.splitlines() if line.startswith("refused: ")]
+    line = f"refused: The parameters of the model are sharded among processes, and {NEEDS_WHOLE_MODEL}."
+    assert refused == [line] * 4
+    assert not (tmp_path / "detected").exists()
+    assert not (tmp_path / "segmented").exists()

@@ -52,7 +52,7 @@ def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn
             count = max(1, sum(len(target["class_labels"]) for target in labels))
             loss = trained(**inputs, labels=labels).loss * (count / (objects * len(labels)))
         # DDP waits for a gradient of every parameter, but Swin's last norm never has one, and denoising queries have
-        # none in a batch without objects. (In a model sharded by FSDP2, the sum would mix tensors and DTensors.)
+        # none in a batch without objects. (Sharded models, in which parameters are DTensors, are refused.)
         return loss + 0 * sum(parameter.sum() for parameter in trained.parameters() if parameter.requires_grad)
 
     return loss

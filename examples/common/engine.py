@@ -18,6 +18,9 @@ from .checkpoints import Checkpoints, collect_tensors, keeps_states, restore_ten
 from .loading import Loader, Order, seed_of
 from .options import Problem
 
+# The reason for which detection and segmentation refuse sharding.
+NEEDS_WHOLE_MODEL = "this script needs the whole model in each process: use DDP"
+
 
 @dataclass
 class Progress:
@@ -36,10 +39,13 @@ def is_finite(parameter: torch.nn.Parameter) -> bool:
     return bool(values.isfinite().all())
 
 
-def refuse_sharding(accelerator: Accelerator, reason: str) -> None:
-    """Refuse the engines that shard a model among processes, because of `reason`."""
+def refuse_sharding(accelerator: Accelerator, reason: str, model: torch.nn.Module | None = None) -> None:
+    """Refuse the engines that shard a model among processes, and a model that is sharded, because of `reason`."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise Problem(f"{accelerator.distributed_type.value} shards the model among processes, and {reason}.")
+    # Tensor parallelism, for example, is no engine: Accelerate gives DDP's name.
+    if model is not None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise Problem(f"The parameters of the model are sharded among processes, and {reason}.")
 
 
 class Training:
@@ -54,6 +60,8 @@ class Training:
             Decay of the weights' moving average. It is what `trained` then gives.
         save_every (`int`, *optional*):
             Steps between checkpoints within an epoch; one is written after each epoch in any case.
+        unsharded (`str`, *optional*):
+            Why the model must not be sharded among processes, if it must not.
     """
 
     def __init__(
@@ -71,9 +79,12 @@ class Training:
         clip: float,
         ema: float | None = None,
         save_every: int | None = None,
+        unsharded: str | None = None,
     ):
         if ema:
-            refuse_sharding(accelerator, "--ema averages whole weights: leave out one of the two")
+            unsharded = "--ema averages whole weights: leave out one of the two"
+        if unsharded:
+            refuse_sharding(accelerator, unsharded)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks a loader of Accelerate's for this
             settings_of_deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
             settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
@@ -84,6 +95,8 @@ class Training:
         self.scheduler = schedule(optimizer, order.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if unsharded:
+            refuse_sharding(accelerator, unsharded, self.model)
         self.checkpoints = Checkpoints(accelerator, output, settings)
 
     def save_state(self) -> None:

@@ -129,11 +129,12 @@ def begin(
     ema: float | None = None,
     layer_decay: float = 1.0,
     groups: list[dict] | None = None,
+    unsharded: str | None = None,
 ) -> Training:
     """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
 
     `pixels` are the size of the training images in words; `decay` is the learning rate's schedule; `groups` are the
-    optimizer's, if not those of `decay_groups`.
+    optimizer's, if not those of `decay_groups`. `ema` and `unsharded` are as in [`Training`].
     """
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
@@ -145,6 +146,7 @@ def begin(
         clip=args.clip,
         ema=ema,
         save_every=args.save_every,
+        unsharded=unsharded,
     )
     resumed = args.resume and training.load_state()
     if accelerator.is_main_process and not resumed:
