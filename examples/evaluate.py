@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
-from common.batches import Batches, load_batches, load_split, run_apart
+from common.batches import Batches, load_batches, load_split, run_inference
 from common.data import check_columns
 from common.files import check_new, write_results
 from common.models import load_trained, resize_views, try_out
@@ -342,4 +342,4 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    run_apart(parse_arguments(), evaluate)
+    run_inference(parse_arguments(), evaluate)

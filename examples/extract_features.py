@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from common.batches import Batches, load_batches, load_split, run_apart
+from common.batches import Batches, load_batches, load_split, run_inference
 from common.data import check_columns
 from common.files import check_place
 from common.models import load_trained, resize_views, try_out
@@ -294,4 +294,4 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity_error()  # a missing weight is an error, and that a classifier is left out no news
-    run_apart(parse_arguments(), extract)
+    run_inference(parse_arguments(), extract)

@@ -90,7 +90,7 @@ def test_killed_goes_on_to_the_same_bytes(place, trained):
     folder = place / "killed" / "out"
     Run(place, *options, script=SCRIPT).kill_after(folder / "checkpoints", random.randrange(3, 140, 3))
     said, _ = Run(place, *options, "--resume", script=SCRIPT).end()
-    assert "Going on after step" in said
+    assert "Resuming after step" in said
     assert_same(folder, trained[0])
 
 

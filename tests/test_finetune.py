@@ -188,7 +188,7 @@ class TestStartingFromACheckpoint:
         model, said = self.one_epoch(finetune, checkpoint("red", "blue", "green"), data)
         assert model.config.id2label == {0: "red", 1: "blue", 2: "green"}
         assert model.classifier.bias.tolist() == pytest.approx([7.0] * 3)
-        assert "starts anew" not in said
+        assert "newly initialized" not in said
 
     @pytest.mark.parametrize("names", [("cat", "dog", "cow"), ("cat", "dog")], ids=["as_many", "fewer"])
     def test_with_other_classes_makes_a_new_classifier(self, finetune, checkpoint, data, names):
@@ -198,7 +198,7 @@ class TestStartingFromACheckpoint:
         assert model.classifier.weight.shape == (3, 16)
         assert model.classifier.bias.abs().max() < 1
         assert model.classifier.weight.std() > 0
-        assert "its classifier starts anew, with the 3 classes of the data" in said
+        assert "its classifier is newly initialized for the 3 classes of the data" in said
         before = FocalForImageClassification.from_pretrained(start)
         torch.testing.assert_close(model.focal.state_dict(), before.focal.state_dict())
 
@@ -210,7 +210,7 @@ def test_a_model_that_tells_no_size_has_that_of_its_image_processor(finetune, da
     ConvNextImageProcessorPil(size={"shortest_edge": 24}).save_pretrained(tmp_path / "resnet")
     run = finetune("--model", "resnet", "--data", data, "--output", tmp_path / "out", "--epochs", 1)
     assert run.returncode == 0, run.stderr
-    assert "resnet knows other classes: its classifier starts anew, with the 3 classes of the data." in run.stdout
+    assert "resnet has other classes: its classifier is newly initialized for the 3 classes of the data." in run.stdout
     assert "25 training images of 24 x 24 pixels" in run.stdout
     assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "out")) is ResNetForImageClassification
 
@@ -261,7 +261,7 @@ def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_p
             "--model", "org/focal", "--data", data, "--output", tmp_path / "two", "--epochs", "1", hub=address
         )
     assert run.returncode == 0, run.stderr
-    assert "starts anew" not in run.stdout
+    assert "newly initialized" not in run.stdout
 
 
 def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monkeypatch):
@@ -459,7 +459,7 @@ ERRORS = {
     no_such_config: "No such file or folder: --config missing.json",
     contradictory_config: "Cannot build an image classifier from --config wrong.json: ",
     grey_config: "grey takes 1 channels; this script feeds colour images (3 channels).",
-    config_without_a_size: "A resnet takes images of any size, and there is no image processor to choose one",
+    config_without_a_size: "The config (resnet) has no image_size, and there is no image processor that has a size",
     classes_of_another_encoding: "Cannot read --classes names.txt (UnicodeDecodeError: ",
     no_classes: "--classes none.txt names no classes: write one a line",
     output_below_a_file: "file: Not a directory): name another folder.",

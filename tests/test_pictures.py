@@ -279,9 +279,9 @@ DAMAGED = {  # what is said of files, and of the same as a stream where that dif
     empty_tar: ("corresponds to no data", "has no images in its train split."),
     cut_tar: ("train-0.tar is damaged (ReadError: unexpected end of data). Replace or remove it.",),
     label_of_text: ("ValueError: invalid literal for int() with base 10: b'cat'.",),
-    name_that_is_not_utf8: (r"has a name that is not UTF-8: ",),
-    class_like_a_variable: ("has a name that would be taken for an environment variable: ",),
-    class_like_an_address: ("has a name with ::, which would be taken for an address: ",),
+    name_that_is_not_utf8: (r"has a file whose name is not UTF-8: ",),
+    class_like_a_variable: ("has a file whose name contains an environment variable: ",),
+    class_like_an_address: ("has a file whose name contains ::, ",),
     stray_metadata: ("metadata.csv must list pictures, with a column file_name: correct it, or move it elsewhere.",),
     corrupt_zip: ("more.zip is damaged (BadZipFile: File is not a zip file). Replace or remove it.",),
 }
@@ -351,7 +351,7 @@ def test_scenes_without_an_image_are_skipped_and_without_a_map_refused():
     rows = datasets.Dataset.from_dict({"image": [picture, None], "map": [classes, classes]}, features)
     said = []
     check_scenes(args, rows, ["a", "b"], said.append, show=False)
-    assert said == ["Skipping what is no readable image (1): row 1 (ValueError: there is no picture)"]
+    assert said == ["Skipping 1 images that cannot be read: row 1 (ValueError: there is no picture)"]
     rows = datasets.Dataset.from_dict({"image": [picture, picture], "map": [classes, None]}, features)
     with pytest.raises(Problem, match=r"The map of row 1 is not a readable map: ValueError: there is no picture\."):
         check_scenes(args, rows, ["a", "b"], said.append, show=False)

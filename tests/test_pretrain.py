@@ -104,7 +104,7 @@ def test_killed_goes_on_to_the_same_bytes(place, pretrained):
     folder = place / "killed" / "out"
     Run(place, *options, script=SCRIPT).kill_after(folder / "checkpoints", random.randrange(2, 30, 2))
     said, _ = Run(place, *options, "--resume", script=SCRIPT).end()
-    assert "Going on after step" in said
+    assert "Resuming after step" in said
     assert_same(folder, pretrained[0])
 
 
@@ -121,7 +121,7 @@ def test_finetune_starts_from_all_of_its_encoder(place, pretrained):
         *(place, "--model", pretrained[0], "--data", "colours", "--output", "tuned", "--epochs", 1),
         *("--learning-rate", 1e-12),
     ).end()
-    assert "has no classifier: one starts anew, with the 2 classes of the data." in said
+    assert "has no classifier: one is newly initialized for the 2 classes of the data." in said
     assert "does not use: decoder.0.bias, decoder.0.weight, focal.embeddings.mask_token." in said
     assert "LOAD REPORT" not in said + complained
 

@@ -87,7 +87,7 @@ def test_killed_before_any_change_goes_on_to_the_same_bytes(place, runs, whole):
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.complained
-    assert "killed/out holds no state to go on from: starting from the beginning." in said
+    assert "killed/out holds no checkpoint to resume from: starting from the beginning." in said
     assert_same(folder, whole)
 
 
@@ -147,7 +147,7 @@ def test_goes_on_from_the_state_before_a_damaged_one(runs, whole, run):
     ended = runs.run("finetune.py", *OPTIONS, "--output", "copy/out", "--resume")
     assert ended.status == 0, ended.complained
     assert (
-        f"{latest.name}/{TENSORS} is missing or damaged: going on from {earlier.name}, an earlier state." in ended.said
+        f"{latest.name}/{TENSORS} is missing or damaged: resuming from {earlier.name}, an earlier state." in ended.said
     )
     assert_same(run, whole)
 
@@ -159,7 +159,7 @@ def test_tells_where_all_states_are_damaged(runs, run):
     ended = runs.run("finetune.py", *OPTIONS, "--output", "copy/out", "--resume")
     assert ended.status == 1
     (error,) = [line for line in ended.complained.splitlines() if "error" in line]
-    assert f"{VALUES} is missing or damaged, and there is no other state to go on from: start anew with" in error
+    assert f"{VALUES} is missing or damaged, and there is no other state to resume from: start again with" in error
     assert contents(run) == before
 
 
@@ -188,7 +188,7 @@ def test_states_execute_nothing(place, runs, run):
         assert ended.status == 1
         assert "Traceback" not in ended.complained
         (error,) = [line for line in ended.complained.splitlines() if "error" in line]
-        assert re.search("Cannot go on from .*: start anew with|is missing or damaged, and there is no other", error)
+        assert re.search("Cannot resume from .*: start again with|is missing or damaged, and there is no other", error)
     for name, content in whole.items():
         (latest / name).write_bytes(content)
     for name in (
@@ -242,7 +242,7 @@ def test_does_not_go_on_with_other_pictures(place, runs, run):
     ended = runs.run("finetune.py", *OPTIONS, "--output", "copy/out", "--resume")
     picture.write_bytes(kept)
     assert ended.status == 1
-    assert "cannot go on with other settings: the fingerprint of pictures and labels was " in ended.complained
+    assert "cannot be resumed with other settings: the fingerprint of pictures and labels was " in ended.complained
 
 
 def test_ctrl_c_is_told_in_one_line(runs):
@@ -253,7 +253,7 @@ def test_ctrl_c_is_told_in_one_line(runs):
         by=signal.SIGINT,
     )
     assert ended.status == 130
-    assert "Stopped by Ctrl-C. To go on: the same command with --resume.\n" in ended.complained
+    assert "Stopped by Ctrl-C. To continue, run the same command with --resume.\n" in ended.complained
     assert "Traceback" not in ended.complained
 
 

@@ -114,7 +114,7 @@ def test_trained_model_has_the_metrics_of_a_computation_by_hand(place, trained):
     folder, said = trained
     assert "upernet, " in said
     assert "on focal, 3 classes; 25 training images of 32 x 32 pixels" in said
-    assert "Skipping what is no readable image (1): " in said
+    assert "Skipping 1 images that cannot be read: " in said
     measured = results(folder)
     assert measured["best"]["mean_iou"] == max(entry["mean_iou"] for entry in measured["history"])
     assert measured["best"]["mean_iou"] > 0.65

@@ -84,7 +84,7 @@ class TestKilled:
     def test_does_not_go_on_with_other_settings(self, place, killed):
         before = contents(killed)
         _, error = Run(place, *self.options, "--resume", "--epochs", 4, "--batch-size", 2).end(1)
-        assert "killed/out cannot go on with other settings: --epochs was 3 and is now 4;" in error
+        assert "killed/out cannot be resumed with other settings: --epochs was 3 and is now 4;" in error
         assert "--batch-size was 3 and is now 2" in error
         assert "Traceback" not in error
         assert contents(killed) == before
@@ -100,7 +100,7 @@ class TestKilled:
 
     def test_goes_on_to_the_same_bytes(self, place, killed, random_run):
         said, _ = Run(place, *self.options, "--resume").end()
-        assert "Going on after step" in said
+        assert "Resuming after step" in said
         assert not (killed / "checkpoints").exists()
         assert_same(killed, random_run)
         said, _ = Run(place, *self.options, "--resume").end()
@@ -230,7 +230,7 @@ def paper_run(place) -> tuple[Path, str]:
 
 def test_unreadable_images_are_skipped_and_told(paper_run):
     folder, said = paper_run
-    assert re.search(r"Skipping what is no readable image \(1\): \S*green/none.png\n", said)
+    assert re.search(r"Skipping 1 images that cannot be read: \S*green/none.png\n", said)
     assert len(re.findall(r"Skipped 1 training images that cannot be read: \S*red/0.png \(OSError: .*", said)) == 1
     assert [entry["images"] for entry in results(folder)["history"]] == [6, 6, 6]
 
@@ -308,7 +308,7 @@ def test_frozen_stages_do_not_learn():
     assert names == {
         name for name, _ in model.named_parameters() if ".embeddings." in name or ".encoder.layers.0." in name
     }
-    with pytest.raises(Problem, match="--freeze 3 is more stages than the 2 that the model has"):
+    with pytest.raises(Problem, match="--freeze 3 is too large: the model has 2 stages"):
         freeze(model, 3)
 
 
@@ -344,20 +344,29 @@ def test_balanced_weights_are_those_of_scikit_learn():
 CONTRADICTIONS = {
     "--lora fixes all weights of the model by itself: leave out --freeze.": ("--lora", 2, "--freeze", 1),
     "--freeze keeps weights as they are, and --config starts from random ones: use --model.": ("--freeze", 1),
-    "--warmup-epochs 20 is longer than --epochs 5.": ("--recipe", "paper", "--epochs", 5),
-    "--min-learning-rate 0.1 is above --learning-rate 0.01.": ("--min-learning-rate", 0.1, "--learning-rate", 0.01),
+    "--warmup-epochs 20 is above --epochs 5: lower one or raise the other.": ("--recipe", "paper", "--epochs", 5),
+    "--min-learning-rate 0.1 is above --learning-rate 0.01: lower one or raise the other.": (
+        "--min-learning-rate",
+        0.1,
+        "--learning-rate",
+        0.01,
+    ),
     "--rand-augment 10 is too much: it must be below 10.": ("--rand-augment", 10),
-    "--train-images is for --streaming: leave it out, or add that.": ("--train-images", 9),
+    "--train-images needs --streaming: add --streaming, or leave out --train-images.": ("--train-images", 9),
     "--class-weights counts the images of each class, which --streaming cannot": (
         *("--streaming", "--class-weights", "balanced"),
     ),
     "No such file: --classes missing.txt.": ("--streaming", "--classes", "missing.txt"),
     "--report-to dvclive: that tracker is not installed here.": ("--report-to", "dvclive"),
-    "nothing can be held out of a stream: see --validation-split.": ("--streaming", "--validation-split", "val"),
-    "a stream is not read in advance: name a file with one class a line by --classes": (
+    "Images cannot be held out of a stream: name the split with --validation-split.": (
+        "--streaming",
+        "--validation-split",
+        "val",
+    ),
+    "a stream is not read in advance: write the names to a file, one a line in the order of": (
         *("--streaming", "--data", "shards", "--image-column", "png", "--label-column", "cls"),
     ),
-    "does not tell how many images it has: say so by --train-images.": (
+    "does not state its number of images: add --train-images N.": (
         *("--streaming", "--data", "shards", "--image-column", "png", "--label-column", "cls"),
         *("--classes", "classes.txt"),
     ),

@@ -1,4 +1,4 @@
-"""Batches that several processes share out among them, of any data set."""
+"""Batches of any data set, divided among processes, for scripts that do not train."""
 
 import argparse
 import datetime
@@ -17,9 +17,9 @@ from .options import Problem, not_readable, run_script
 from .pictures import UnreadablePicture, load_picture, named
 
 
-def run_apart(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accelerator], None]) -> None:
-    """A script whose processes share the pictures out and meet at the end."""
-    # Waiting is no failure here: a process that is done waits for the slowest.
+def run_inference(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accelerator], None]) -> None:
+    """Run a script whose processes divide the pictures and gather results at the end."""
+    # A long timeout: the first process that finishes waits for the last.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
     run_script(accelerator, functools.partial(act, args, accelerator))
 
@@ -27,16 +27,17 @@ def run_apart(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accel
 def load_split(
     name: str, split: str | None, preferred: tuple[str, ...] = (), streaming: bool = False, **options
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """One split of what --data names; `options` are those of `datasets` for folders of images.
+    """One split of --data.
 
-    Without `split`, the first of the `preferred` that is there; else all of a folder of images, or the only split.
+    Without `split`, the split is the first of `preferred` that exists. Otherwise it is the whole folder of images, or
+    the only split of a data set. `options` are passed to `datasets.load_dataset` for folders of images.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and not any(file.suffix in (".parquet", ".tar") for file in folder.rglob("*")):
         if split and not (folder / split).is_dir():
             raise Problem(f"--data {name} has no folder called {split}: see --split.")
         found = [split] if split else [choice for choice in preferred if (folder / choice).is_dir()]
-        # Named as one split: a class called "train" would otherwise be taken for one.
+        # All files in one split: `datasets` would take a class called "train" for a split.
         options = {"data_files": {"images": "**"}} | options
         rows = load_splits(str(folder.joinpath(*found[:1])), streaming, **options)["images"]
         return with_features(name, rows)
@@ -51,12 +52,12 @@ def load_split(
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batches of pictures, each picture in exactly one, and the same for any number of processes and workers.
+    """Batches of pictures. They do not depend on the number of processes and workers.
 
-    The data is cut into `count` pieces, a stream at the borders of its files, and a batch is of one piece only. This
-    yields the batches of some `pieces`; those of a piece come in order, the last one marked. A picture that cannot be
-    read, or has no label where `needs_label`, is left out and named. Of data that cannot be read, the last of all is a
-    `Problem`.
+    The data is divided into `count` pieces: ranges of rows, or groups of files in a stream. Each batch belongs to one
+    piece. The iterator yields the batches of the given `pieces`. The batches of a piece are in order, and the last
+    batch has `last=True`. A picture that cannot be read is left out and listed in `unreadable`, and so is a picture
+    without a label if `needs_label`. If the data cannot be read, the iterator ends with a [`Problem`].
     """
 
     def __init__(
@@ -77,19 +78,19 @@ class Batches(torch.utils.data.IterableDataset):
         self.needs_label = needs_label
 
     def bounds(self, piece: int) -> tuple[int, int]:
-        """The rows of a piece where the data is no stream."""
+        """The first row of a piece and the row after its last, for data that is not a stream."""
         return len(self.data) * piece // self.count, len(self.data) * (piece + 1) // self.count
 
     def __iter__(self) -> Iterator[dict | Problem]:
         try:
             yield from self.read()
-        except Problem as problem:  # raised in a worker, it would come with a traceback for its text
+        except Problem as problem:  # an error raised in a worker has a traceback as its message
             yield problem
 
     def read(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        if isinstance(self.data, datasets.IterableDataset):  # its pieces can only be read one after the other
+        if isinstance(self.data, datasets.IterableDataset):  # a worker reads a piece of a stream from start to end
             for piece in self.pieces[first::step]:
                 start = 0
                 shard = self.data.shard(num_shards=self.count, index=piece)
@@ -129,7 +130,7 @@ class Batches(torch.utils.data.IterableDataset):
 def load_batches(
     args: argparse.Namespace, accelerator: Accelerator, batches: Batches, unreadable: list[str]
 ) -> Iterator[dict]:
-    """Batches that --workers load. What is left out is added to `unreadable` or, with --strict, refused."""
+    """Load batches in --workers. Unreadable pictures are added to `unreadable`, or raise an error with --strict."""
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda"
     )

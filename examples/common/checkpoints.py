@@ -1,4 +1,4 @@
-"""The states from which a run goes on after a break. They are JSON and safetensors: to load them executes nothing."""
+"""Checkpoints to resume a run from. They are JSON and safetensors files, so loading them executes no code."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TENSORS, VALUES, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.jso
 
 
 def keeps_states(accelerator: Accelerator) -> bool:
-    """Whether the engine's tensors can be had one by one. DeepSpeed and FSDP 1 have files of their own: pickles."""
+    """Whether the engine gives access to single tensors. DeepSpeed and FSDP 1 save pickles instead."""
     return accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) and (
         accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2
     )
@@ -28,7 +28,7 @@ def keeps_states(accelerator: Accelerator) -> bool:
 def collect_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None = None
 ) -> dict[str, torch.Tensor]:
-    """All tensors that training changes, by name. Of sharded ones, all processes must ask together."""
+    """All tensors that training changes, by name. All processes must call this if the model is sharded."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
@@ -43,7 +43,7 @@ def restore_tensors(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None = None,
 ) -> None:
-    """Undo [`collect_tensors`]."""
+    """Load the tensors that [`collect_tensors`] returned."""
     model.load_state_dict(
         {name: shard_like(tensors[f"model.{name}"], value) for name, value in model.state_dict().items()}
     )
@@ -52,7 +52,7 @@ def restore_tensors(
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".")
-            # Cloned, since in a file tensors begin at addresses to which memory is not aligned.
+            # Cloned, since tensors in a file are not aligned as tensors in memory are.
             like = value if name == "step" else shard_like(value, parameters[int(number)])
             state.setdefault(int(number), {})[name] = like.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -61,14 +61,14 @@ def restore_tensors(
 
 
 def shard_like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Divide a tensor among processes as `own` is divided, if it is."""
+    """Shard a tensor as `own` is sharded, or return it unchanged if `own` is not sharded."""
     if not isinstance(own, DTensor):
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
 def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each in memory of its own, for safetensors refuses tensors that share it."""
+    """Clone tensors that share memory, which safetensors refuses to save."""
     seen, separated = set(), {}
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
@@ -84,7 +84,7 @@ def checksum(file: Path) -> str:
 
 
 def first_damaged(state: Path) -> Path | None:
-    """The first file of a state that is missing or not as it was written."""
+    """The first file of a checkpoint that is missing or damaged."""
     sums = state / CHECKSUMS
     try:
         expected = json.loads(sums.read_bytes()) if sums.is_file() else None
@@ -102,9 +102,9 @@ def first_damaged(state: Path) -> Path | None:
 
 
 class Checkpoints:
-    """The latest state of a run and the one before it, in OUTPUT/checkpoints/step_N.
+    """The latest two states of a run, in OUTPUT/checkpoints/step_N.
 
-    `settings` are what the result follows from: a run does not go on with others.
+    `settings` determine the result of the run. A run does not resume with other settings.
     """
 
     def __init__(self, accelerator: Accelerator, output: Path, settings: dict):
@@ -113,7 +113,7 @@ class Checkpoints:
         self.latest: Path | None = None
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], values: dict) -> None:
-        """Write aside, the checksums last, then rename; only then remove the state before the last."""
+        """Write to a temporary folder, the checksums last, and rename it. Then remove all but the latest two states."""
         if self.accelerator.is_main_process:
             aside, place = self.folder / "part", self.folder / f"step_{step:09}"
             try:
@@ -131,26 +131,26 @@ class Checkpoints:
                 for state in states_in(self.output):
                     if state not in (place, self.latest):
                         remove_folder(state, self.folder / "old")
-            except Exception as error:  # safetensors has its own for a full disk
-                kept = f"{self.latest} is whole: --resume goes on from it" if self.latest else "there is none yet"
+            except Exception as error:  # safetensors has its own error for a full disk
+                kept = f"{self.latest} is complete: --resume continues from it" if self.latest else "there is none yet"
                 raise Problem(f"Cannot save a checkpoint in {self.folder} ({first_line(error)}); {kept}.") from error
             self.latest = place
         self.accelerator.wait_for_everyone()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """The latest state that is whole, as given to `save`, or None where there is none at all."""
+        """The tensors and values of the latest undamaged state, or None if there is no state."""
         state, damaged = broadcast_object_list(
             [*self.latest_whole()] if self.accelerator.is_main_process else [None, []]
         )
         if state is None and damaged:
             raise Problem(
-                f"{damaged[0]} is missing or damaged, and there is no other state to go on from: start anew with "
+                f"{damaged[0]} is missing or damaged, and there is no other state to resume from: start again with "
                 "--overwrite or another --output."
             )
         if state is None:
             return None
         for file in damaged:
-            self.accelerator.print(f"{file} is missing or damaged: going on from {state.name}, an earlier state.")
+            self.accelerator.print(f"{file} is missing or damaged: resuming from {state.name}, an earlier state.")
         try:
             values = json.loads((state / VALUES).read_bytes())
             saved = values.pop("settings")
@@ -164,14 +164,14 @@ class Checkpoints:
         ]
         if changed:
             raise Problem(
-                f"{self.output} cannot go on with other settings: {'; '.join(changed)}. Give the earlier ones "
-                "with --resume, or start anew with --overwrite or another --output."
+                f"{self.output} cannot be resumed with other settings: {'; '.join(changed)}. Use the earlier settings "
+                "with --resume, or start again with --overwrite or another --output."
             )
         self.latest = state
         return tensors, values
 
     def latest_whole(self) -> tuple[Path | None, list[Path]]:
-        """The latest state without a damaged file, and those files of later states."""
+        """The latest undamaged state, and a damaged file of each later state."""
         damaged = []
         for state in states_in(self.output):
             file = first_damaged(state)
@@ -183,10 +183,10 @@ class Checkpoints:
     @staticmethod
     def unusable(state: Path, error: Exception) -> Problem:
         return Problem(
-            f"Cannot go on from {state} ({first_line(error)}): start anew with --overwrite or another --output."
+            f"Cannot resume from {state} ({first_line(error)}): start again with --overwrite or another --output."
         )
 
     def remove(self) -> None:
-        """In one step: without this folder, a run is complete."""
+        """Remove all states atomically. A run without this folder counts as complete."""
         if self.accelerator.is_main_process:
             remove_folder(self.folder, self.output / ".part")

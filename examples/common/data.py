@@ -1,4 +1,4 @@
-"""Data sets of labelled images: reading them, checking them, and the views of an image that a model is shown."""
+"""Data sets of labelled images: loading, checks, hold-out splits, and views (the crops that a model gets)."""
 
 import argparse
 import glob
@@ -18,14 +18,14 @@ from transformers import BitImageProcessorPil
 from .options import Problem, few, first_line, not_readable
 from .pictures import open_picture
 
-ROW = "number of the row"  # a column that data sets get when rows of them are left out
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what `datasets` reads beside images
+ROW = "number of the row"  # a column with the original row numbers, added when rows are left out
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # files that `datasets` reads in folders of images
 
 
 def load_splits(name: str, streaming: bool = False, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """The splits of a folder of images, of Parquet or WebDataset shards, or of a data set on the Hub.
+    """The splits of a folder of images, of a folder of Parquet or WebDataset shards, or of a data set on the Hub.
 
-    `options` go to `datasets.load_dataset` and outweigh what is chosen here.
+    `options` are passed to `datasets.load_dataset`, where they override the arguments that this function chooses.
     """
     folder, where = Path(name).expanduser(), "(no such folder here, nor a readable Hub data set)"
     if folder.is_file():
@@ -37,7 +37,7 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
             suffixes.add(file.suffix.lower())
         pattern = glob.escape(str(folder))
         if suffixes & {*Image.registered_extensions(), ".zip", ".gz"}:
-            # drop_labels=False: by default, one class alone or classes at different depths would silently lose them.
+            # drop_labels=False: by default, labels of a single class, or of classes at different depths, are dropped.
             source, where = {"path": "imagefolder", "data_dir": pattern, "drop_labels": False}, "as a folder of images"
         elif ".parquet" in suffixes:
             source, where = {"path": "parquet", "data_dir": pattern}, "as Parquet files"
@@ -59,20 +59,20 @@ def load_splits(name: str, streaming: bool = False, **options) -> datasets.Datas
 
 
 def check_name(name: str, file: Path) -> None:
-    """Refuse a file of --data that `datasets` cannot name, or would take for another one."""
+    """Raise an error for a file name in --data that `datasets` would misread."""
     shown = ascii(str(file))[1:-1]
     try:
         str(file).encode()
     except UnicodeEncodeError as error:
-        raise Problem(f"--data {name} has a name that is not UTF-8: {shown}. Rename it.") from error
+        raise Problem(f"--data {name} has a file whose name is not UTF-8: {shown}. Rename it.") from error
     if os.path.expandvars(file) != str(file):
-        raise Problem(f"--data {name} has a name that would be taken for an environment variable: {shown}. Rename it.")
+        raise Problem(f"--data {name} has a file whose name contains an environment variable: {shown}. Rename it.")
     if "::" in str(file):
-        raise Problem(f"--data {name} has a name with ::, which would be taken for an address: {shown}. Rename it.")
+        raise Problem(f"--data {name} has a file whose name contains ::, as URLs of `datasets` do: {shown}. Rename it.")
 
 
 def unreadable_data(name: str, where: str, error: Exception) -> Problem:
-    """What to say of an error on reading --data: its cause, and the file that is to blame, where that can be told."""
+    """An error about --data with its first cause and, if it can be found, the damaged file."""
     while error.__cause__:
         error = error.__cause__
     readers = {".zip": zipfile.ZipFile, ".tar": list_tar, ".parquet": pq.read_metadata}
@@ -95,7 +95,7 @@ def list_tar(file: Path) -> None:
 
 
 def with_features(name: str, rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset:
-    """The same rows, whose columns are known: those of some streams are known once their first rows are read."""
+    """The same rows with known columns. Some streams have to read their first rows to find the columns."""
     if rows.features is not None:
         return rows
     try:
@@ -105,7 +105,7 @@ def with_features(name: str, rows: datasets.Dataset | datasets.IterableDataset) 
 
 
 def streamed(name: str, rows: Iterable) -> Iterator:
-    """The rows of a stream of --data, or what only the user can put right."""
+    """Iterate over a stream of --data. Errors become a [`Problem`]."""
     try:
         yield from rows
     except Exception as error:
@@ -113,7 +113,7 @@ def streamed(name: str, rows: Iterable) -> Iterator:
 
 
 def choose(rows: datasets.Dataset, numbers: list[int]) -> datasets.Dataset:
-    """Some rows of a data set, which keep their numbers in it."""
+    """Some rows of a data set, with their original row numbers in the column `ROW`."""
     if ROW not in rows.column_names:
         rows = rows.add_column(ROW, range(len(rows)))
     return rows.select(numbers)
@@ -125,29 +125,31 @@ def check_columns(
     images: tuple[str, ...] = ("image",),
     others: tuple[str, ...] = (),
 ) -> None:
-    """Refuse options that name columns of --data: columns that are not there, or not of images where they must be.
+    """Raise an error if a column option names a column that --data does not have, or an image column without images.
 
-    `images` and `others` are what comes before "-column" in the options' names.
+    `images` and `others` are names of options without their ending "-column".
     """
     for kind in (*images, *others):
         column = getattr(args, f"{kind}_column")
         if column is not None and column not in features:
             raise Problem(
                 f"--data {args.data} has no column {column}; its columns are {', '.join(features)}. "
-                f"Name the right one with --{kind}-column."
+                f"Choose one of them with --{kind}-column."
             )
         if kind in images and not (isinstance(features[column], datasets.Image) or "binary" in str(features[column])):
-            raise Problem(f"Column {column} of --data {args.data} holds no images: see --{kind}-column.")
+            raise Problem(
+                f"Column {column} of --data {args.data} holds no images: name another column with --{kind}-column."
+            )
 
 
 def labelled_rows(
     args: argparse.Namespace, split: str, rows: datasets.Dataset, say: Callable[[str], None]
 ) -> tuple[datasets.Dataset, list[str]]:
-    """The rows that have a label, and their classes as text; without a column of labels, all have the class ""."""
+    """The rows that have a label, and their classes as text. Without a label column, the class of every row is ""."""
     if args.label_column is None:
         return rows, [""] * len(rows)
     feature, values = rows.features[args.label_column], rows[args.label_column]
-    if isinstance(feature, datasets.ClassLabel):  # which has -1 where there is none
+    if isinstance(feature, datasets.ClassLabel):  # stores a missing class as -1
         labels = [None if value in (None, -1) else feature.names[value] for value in values]
     else:
         labels = [None if value is None else str(value) for value in values]
@@ -162,7 +164,10 @@ def labelled_rows(
 
 
 def read_names(file: Path, option: str = "") -> list[str]:
-    """The classes' names in a file, one a line, in the order of their numbers. `option` is the one that named it."""
+    """The names of the classes in a file, one a line in the order of their numbers.
+
+    `option` is the option with the name of the file, for error messages.
+    """
     shown = f"{option} {file}".strip()
     if not file.is_file():
         raise Problem(f"No such file: {shown}. It holds the classes' names, one a line, in the order of their numbers.")
@@ -181,10 +186,13 @@ def read_names(file: Path, option: str = "") -> list[str]:
 def hold_out_rows(
     args: argparse.Namespace, labels: list[str], others: Iterable[str], say: Callable[[str], None]
 ) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to validate on, of data without a validation split but with `others`; it says so."""
+    """Divide the rows of the training split into training and validation rows, and print a line about it.
+
+    `others` are the names of splits that are not used.
+    """
     rows, held = hold_out(labels, args.validation_fraction, args.seed)
     if not held or not rows:
-        raise Problem(f"--data {args.data} has too few images to hold some out: add a validation split.")
+        raise Problem(f"--data {args.data} has too few images to hold some out for validation: add a validation split.")
     of_what = "each class" if len(set(labels)) > 1 else "all"
     not_used = f" Not used: {', '.join(others)} (see --validation-split)." if others else ""
     say(
@@ -195,7 +203,7 @@ def hold_out_rows(
 
 
 def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to hold out, `share` of each class (at least one image of any class that has two)."""
+    """Training rows and held-out rows: `share` of each class, at least one row of each class with two rows or more."""
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
@@ -210,34 +218,34 @@ def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], lis
 
 
 def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
-    """Open every file of a local folder as far as its header, so that a broken one is found now and not hours later."""
+    """Read the header of each local file, so that unreadable files are found before training."""
     for cell in split.cast_column(column, datasets.Image(decode=False))[column]:
         if cell and cell["path"] and os.path.isfile(cell["path"]):
             try:
                 open_picture(cell).close()
-            except Exception:  # whatever a decoder says to damaged bytes
+            except Exception:  # damaged bytes may raise any error
                 yield cell["path"]
 
 
 def skip_unreadable(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> None:
-    """Name the images that cannot be read; with --strict, refuse them."""
+    """Print the names of unreadable images, or raise an error with --strict."""
     if names and args.strict:
         raise not_readable(names[0])
     if names:
-        say(f"Skipping what is no readable image ({len(names)}): {few(names)}")
+        say(f"Skipping {len(names)} images that cannot be read: {few(names)}")
 
 
 def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:
-    """What can be known of a local folder before training."""
+    """Report the unreadable images of a local folder before training."""
     if Path(args.data).expanduser().is_dir():
         for data in parts:
             skip_unreadable(args, [*unreadable_pictures(data["rows"], args.image_column)], say)
 
 
 def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
-    """The rows and labels to train on, the same to validate on, and the classes' names in order.
+    """The training rows and labels, the validation rows and labels, and the names of the classes in order.
 
-    Where `args.label_column` is None, all images have one class, whatever the data says.
+    If `args.label_column` is None, all images have the same class.
     """
     splits = load_splits(args.data)
     if "train" not in splits:
@@ -247,7 +255,9 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
     feature = train.features.get(args.label_column)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(labels))
     if not labels:
-        raise Problem(f"--data {args.data} has no labels in column {args.label_column}: see --label-column.")
+        raise Problem(
+            f"--data {args.data} has no labels in column {args.label_column}: name another column with --label-column."
+        )
     if args.label_column is not None and len(set(labels)) < 2:
         raise Problem(
             f"--data {args.data} has only one class ({labels[0]}) to train on: a classifier needs at least two, "
@@ -261,7 +271,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
         if unknown:
             raise Problem(
                 f"The {args.validation_split} split has classes that have no training images: {', '.join(unknown[:5])}."
-                " Spell the classes alike in both, or remove them."
+                " Use the same names in both splits, or remove these classes."
             )
     else:
         rows, held = hold_out_rows(args, labels, [split for split in splits if split != "train"], say)
@@ -273,9 +283,10 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
 def random_view(
     image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int, random: random.Random = random
 ) -> Image.Image:
-    """A random part of the image, resized to (height, width) and at most 4:3 out of its shape.
+    """A random crop, resized to `size`, (height, width), and mirrored with probability 1/2 if `flip`.
 
-    Its area is `scale` to 1 of the image's, or what fits into the image of a part so large.
+    The area of the crop is between `scale` and 1 of the image's area, unless the image is too narrow for it. Resizing
+    changes the aspect ratio by a factor of 4/3 at most.
     """
     area = image.width * image.height * random.uniform(scale, 1)
     ratio = size[1] / size[0] * math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -287,5 +298,5 @@ def random_view(
 
 
 def central_view(processor: BitImageProcessorPil, image: Image.Image, draw: random.Random | None = None) -> dict:
-    """What the model's image processor makes of it."""
+    """The output of the image processor, as in evaluation."""
     return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}

@@ -1,4 +1,4 @@
-"""The training loop: Accelerate, whatever the engine below it, with checkpoints from which a run goes on exactly."""
+"""The training loop, on any engine of Accelerate, with checkpoints that resume a run exactly."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import Checkpoints, collect_tensors, keeps_states, restore_tensors
 from .loading import Loader, Order, seed_of
-from .options import Problem
+from .options import Problem, few
 
 # The reason for which detection and segmentation refuse sharding.
 NEEDS_WHOLE_MODEL = "this script needs the whole model in each process: use DDP"
@@ -24,23 +24,23 @@ NEEDS_WHOLE_MODEL = "this script needs the whole model in each process: use DDP"
 
 @dataclass
 class Progress:
-    """How far a run is; a part of its checkpoints."""
+    """The progress of a run, which is saved in its checkpoints."""
 
     epoch: int = 0
-    step: int = 0  # of this epoch
-    sums: tuple[float, float] = (0.0, 0.0)  # of this epoch so far: losses over images, gradients' norms over steps
+    step: int = 0  # in this epoch
+    sums: tuple[float, float] = (0.0, 0.0)  # in this epoch: losses of images, gradient norms of steps
     history: list[dict] = field(default_factory=list)
     best: dict | None = None
 
 
 def is_finite(parameter: torch.nn.Parameter) -> bool:
-    """Of a sharded parameter, this process's share."""
+    """Whether all values are finite. Of a sharded parameter, only the local shard is checked."""
     values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return bool(values.isfinite().all())
 
 
 def refuse_sharding(accelerator: Accelerator, reason: str, model: torch.nn.Module | None = None) -> None:
-    """Refuse the engines that shard a model among processes, and a model that is sharded, because of `reason`."""
+    """Raise an error, with `reason`, if the engine shards models among processes, or if the model is sharded."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise Problem(f"{accelerator.distributed_type.value} shards the model among processes, and {reason}.")
     # Tensor parallelism, for example, is no engine: Accelerate gives DDP's name.
@@ -49,19 +49,19 @@ def refuse_sharding(accelerator: Accelerator, reason: str, model: torch.nn.Modul
 
 
 class Training:
-    """A model, all that changes it, and how far it is.
+    """A training run: the model, the optimizer, the schedule, the data and the progress.
 
     Args:
         schedule (`Callable[[Optimizer, int], LRScheduler]`):
-            Makes the learning rate's schedule for the optimizer, given the number of all steps.
+            Given the optimizer and the total number of steps, the learning rate schedule.
         settings (`dict`):
-            What the result follows from, by the names that users know.
+            The settings that determine the result, by option name.
         ema (`float`, *optional*):
-            Decay of the weights' moving average. It is what `trained` then gives.
+            Decay of an exponential moving average of the weights. `trained` is then the averaged model.
         save_every (`int`, *optional*):
-            Steps between checkpoints within an epoch; one is written after each epoch in any case.
+            Steps between checkpoints within an epoch. A checkpoint is always written after each epoch.
         unsharded (`str`, *optional*):
-            Why the model must not be sharded among processes, if it must not.
+            The reason for which a model that is sharded among processes is refused.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Training:
             unsharded = "--ema averages whole weights: leave out one of the two"
         if unsharded:
             refuse_sharding(accelerator, unsharded)
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks a loader of Accelerate's for this
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # DeepSpeed would ask a loader of Accelerate
             settings_of_deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
             settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
         self.accelerator, self.order, self.loader = accelerator, order, loader
         self.epochs, self.clip, self.save_every = epochs, clip, save_every
-        self.progress, self.told = Progress(), set()
-        # Not prepared: Accelerate would step it once per process, where here a step is one of all processes together.
+        self.progress, self.reported = Progress(), set()
+        # Not prepared: Accelerate would step the schedule once per process in each step.
         self.scheduler = schedule(optimizer, order.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -100,7 +100,7 @@ class Training:
         self.checkpoints = Checkpoints(accelerator, output, settings)
 
     def save_state(self) -> None:
-        """Write all that the rest of the run follows from; all processes must call this together."""
+        """Save a checkpoint. All processes must call this."""
         if not keeps_states(self.accelerator):
             return
         scaler = self.accelerator.scaler
@@ -113,7 +113,7 @@ class Training:
         self.checkpoints.save(step, collect_tensors(self.model, self.optimizer.optimizer, self.average), values)
 
     def load_state(self) -> bool:
-        """Go back to the latest state. Returns whether there is one."""
+        """Load the latest checkpoint. Returns whether there is one."""
         saved = self.checkpoints.load()
         if saved is None:
             return False
@@ -137,7 +137,7 @@ class Training:
         return self.average.module if self.average else self.model
 
     def weights(self) -> tuple[torch.nn.Module, dict]:
-        """The model to save, and its weights; all processes must call this together."""
+        """The model to save, and its weights. All processes must call this."""
         if self.average:
             return self.average.module, self.average.module.state_dict()
         return self.accelerator.unwrap_model(self.model), self.accelerator.get_state_dict(self.model)
@@ -153,10 +153,10 @@ class Training:
         """Train to the end.
 
         Args:
-            loss_function: the mean loss over the images of a batch.
-            evaluate: what is measured after an epoch.
-            merit: of what was measured; the greatest is the best.
-            describe: the same in words.
+            loss_function: given the model and a batch, the mean loss over the images.
+            evaluate: given the model, the measures after an epoch.
+            merit: given the measures, a sort key; the best model has the greatest key.
+            describe: given the measures, a text for the progress line.
             save: called by all processes after each epoch with the results so far, and whether the model is the best.
         """
         accelerator, progress = self.accelerator, self.progress
@@ -197,17 +197,19 @@ class Training:
                 self.save_state()
 
     def diverged(self, how: str) -> Problem:
-        return Problem(f"The {how} in epoch {self.progress.epoch + 1}: lower --learning-rate, or leave fp16.")
+        return Problem(
+            f"The {how} in epoch {self.progress.epoch + 1}: lower --learning-rate, or use another precision than fp16."
+        )
 
     def train_epoch(self, loss_function: Callable, bar: tqdm) -> tuple[float, float]:
-        """The rest of an epoch. Returns its mean loss and mean norm of gradients."""
+        """Train to the end of the epoch. Returns the mean loss and the mean gradient norm."""
         accelerator, progress, order = self.accelerator, self.progress, self.order
         self.model.train()
         order.start(progress.epoch, progress.step)
         batches = iter(self.loader)
         loss_sum, norm_sum = torch.tensor(progress.sums, device=accelerator.device)
         for step in range(progress.step, order.steps):
-            # Whatever is drawn in this step, on any device, follows from this: nothing of it needs to be saved.
+            # A seed for each step: all random choices depend on it, so checkpoints need no random state.
             set_seed(seed_of(order.seed, "step", progress.epoch, step, accelerator.process_index))
             share, seen = order.share(step), 0
             while seen < share:
@@ -217,18 +219,18 @@ class Training:
                 accelerator.sync_gradients = seen == share
                 with contextlib.nullcontext() if seen == share else accelerator.no_sync(self.model):
                     loss = loss_function(self.model, batch) * images
-                    # Accelerate divides by the number of batches in a step, which here may differ in their sizes.
+                    # Accelerate divides by the number of batches in a step; batches here may have different sizes.
                     accelerator.backward(loss * (accelerator.gradient_accumulation_steps / share))
                 loss_sum += loss.detach()
             norm_sum += accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
             try:
                 self.optimizer.step()
             except RuntimeError as error:
-                if "without overflow" not in str(error):  # what PyTorch says to numbers that the weights cannot hold
+                if "without overflow" not in str(error):  # a number that does not fit into the dtype of a weight
                     raise
                 raise self.diverged("weights became infinite") from error
             self.optimizer.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps until it has found its scale
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps while its loss scale is too large
                 self.scheduler.step()
                 if self.average:
                     self.average.update_parameters(accelerator.unwrap_model(self.model))
@@ -236,16 +238,15 @@ class Training:
             progress.step = step + 1
             done = progress.epoch * order.steps + progress.step
             if self.save_every and done % self.save_every == 0 and progress.step < order.steps:
-                # Of this process, the checkpoint has but a share.
+                # The sum is local, and the checkpoint is shared by all processes.
                 loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
                 progress.sums = loss_sum.item(), norm_sum.item()
                 self.save_state()
         return accelerator.reduce(loss_sum, "sum").item() / order.images, norm_sum.item() / order.steps
 
-    def tell_unreadable(self) -> None:
-        """Say which images could not be read, of all processes, since this was last said."""
-        new = [name for name in sorted(set(gather_object(self.loader.broken))) if name not in self.told]
+    def report_new_unreadable(self) -> None:
+        """Print the unreadable training images of all processes that have not been printed yet."""
+        new = [name for name in sorted(set(gather_object(self.loader.broken))) if name not in self.reported]
         if new:
-            self.told.update(new)
-            shown = ", ".join(new[:5]) + (" …" if new[5:] else "")
-            self.accelerator.print(f"Skipped {len(new)} training images that cannot be read: {shown}")
+            self.reported.update(new)
+            self.accelerator.print(f"Skipped {len(new)} training images that cannot be read: {few(new)}")

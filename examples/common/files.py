@@ -1,4 +1,4 @@
-"""Output folders: nothing is lost by mistake, and what is there is complete."""
+"""Output folders: checks before anything is overwritten, and writes that never leave incomplete files."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ import focal_hf  # noqa: F401  CONFIG_MAPPING then knows its model_type
 
 from .options import Problem, first_line
 
-# Everything that the training scripts write, relative to --output.
+# Patterns of all files and folders that the training scripts write, relative to --output.
 MODEL_FILES = (
     r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json"
     r"|README\.md|results\.json(\.part)?|(curves|confusion|reconstructions|predictions|detections)\.png"
@@ -34,7 +34,7 @@ KNOWN_FOLDERS = re.compile(
 
 
 def check_place(option: str, folder: Path) -> None:
-    """Refuse what cannot be a folder to write into."""
+    """Raise an error if files cannot be written to the folder."""
     if folder.is_symlink() and not folder.exists():
         raise Problem(f"{option} {folder} is a link to a folder that does not exist: name another folder.")
     if folder.exists() and not folder.is_dir():
@@ -50,14 +50,14 @@ def check_place(option: str, folder: Path) -> None:
 
 
 def check_new(option: str, folder: Path) -> None:
-    """Refuse a folder that holds something."""
+    """Raise an error unless the folder is new or empty."""
     check_place(option, folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise Problem(f"{option} {folder} exists and is not an empty folder: name another one.")
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Refuse an output folder whose content would be lost by mistake."""
+    """Raise an error if the run would overwrite the output folder by mistake."""
     folder = args.output
     check_place("--output", folder)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -79,23 +79,23 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The states in an output folder from which a run can go on, the latest first."""
+    """The states in an output folder, the latest first. A stopped run continues from a state."""
     states = [state for state in folder.glob("checkpoints/step_*") if re.fullmatch(STATE_FOLDER, state.name)]
     return sorted(states, key=lambda state: int(state.name.removeprefix("step_")), reverse=True)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in an output folder has come to its end."""
+    """Whether the run in an output folder is finished."""
     return (folder / "last").is_dir() and not (folder / "checkpoints").is_dir()
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether an output folder is that of a run which was stopped."""
+    """Whether an output folder belongs to a run that was stopped."""
     return (folder / "checkpoints").is_dir() or {entry.name for entry in folder.iterdir()} <= {".part", "logs"}
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether there is a config.json of a model that transformers knows."""
+    """Whether the folder has a config.json of a model that transformers knows."""
     file = folder / "config.json"
     try:
         return file.is_file() and json.loads(file.read_bytes())["model_type"] in CONFIG_MAPPING
@@ -104,7 +104,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def first_unknown(folder: Path) -> Path | None:
-    """The first file, folder or link in `folder`, relative to it, that no training script writes."""
+    """The first entry of `folder` that no training script writes, as a path relative to `folder`."""
     for place, folders, files in os.walk(folder):
         for name in sorted(files + folders):
             path = Path(place, name)
@@ -116,7 +116,7 @@ def first_unknown(folder: Path) -> Path | None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to delete anything but the result of a training script, finished or not."""
+    """Raise an error unless the folder holds only the result of a training script, finished or not."""
     if not holds_model(folder) and not is_unfinished(folder):
         raise Problem(
             f"--output {folder} holds no model (a config.json with a model_type of transformers): --overwrite replaces "
@@ -130,9 +130,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Delete the result of an earlier run, but not the folder, which may be a link or the working folder.
+    """Delete the result of an earlier run. The folder itself stays, since it may be a link or the working folder.
 
-    The folder `checkpoints` is there first and stays: wherever this is stopped, it marks an unfinished run.
+    The folder `checkpoints` is made first and stays. It marks an unfinished run if the deletion is interrupted.
     """
     if folder.is_dir() and any(folder.iterdir()):
         check_replaceable(folder)
@@ -150,7 +150,7 @@ def clear_output(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Delete a folder in one step for all who look for it: it is renamed to `aside` first."""
+    """Delete a folder atomically: it is renamed to `aside` before its files are deleted."""
     shutil.rmtree(aside, ignore_errors=True)
     if folder.is_dir():
         folder.rename(aside)
@@ -158,7 +158,7 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -180,11 +180,12 @@ def save_model(
     weights: dict | None = None,
     add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write everything aside, then move file by file: wherever the run is stopped, what is there can be loaded.
+    """Write all files to a temporary folder, then move them one by one, config.json last.
 
-    Of one run, no file but that of the weights differs in what a model does, and a folder gets its config last.
+    The folder can be loaded even if the move is interrupted: within a run, only the weights differ between the models
+    that are saved.
     """
-    aside = folder / ".part"  # not beside it, which may be another disk
+    aside = folder / ".part"  # inside the folder, since its parent may be on another disk
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -199,7 +200,7 @@ def save_model(
             sync(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise Problem(f"Cannot save the model ({first_line(error)}); what {folder} holds is as it was.") from error
+        raise Problem(f"Cannot save the model ({first_line(error)}); the files in {folder} are unchanged.") from error
     for file in files:
         place = folder / file.relative_to(aside)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A name for the data that a run reads, by which --resume knows it again."""
+"""A checksum of the data set. --resume compares it to refuse other data."""
 
 import hashlib
 import itertools
@@ -12,15 +12,15 @@ from accelerate.utils import broadcast_object_list
 
 from .streams import Stream
 
-PICTURES = 1000  # of a data set that are read, or all
-SHARDS, OF_SHARD = 4, 16  # of a stream, and pictures of each
+MOST_PICTURES = 1000  # pictures of a data set in the checksum
+SHARDS, PICTURES_PER_SHARD = 4, 16  # shards of a stream, and pictures of each shard, in the checksum
 
 
 def fingerprint(accelerator: Accelerator, parts: Iterable[dict | datasets.Dataset | Stream]) -> str:
-    """Follows from the pictures and labels in `parts`, wherever they lie and whenever they were written.
+    """A checksum of pictures and labels. Paths and dates of the files do not change it.
 
-    Of a data set, all labels count, and up to 1000 pictures in equal distances; of a stream, the first ones of some
-    shards.
+    For a data set, it covers all labels and at most `MOST_PICTURES` evenly spaced pictures. For a stream, it covers
+    the first pictures and labels of `SHARDS` shards.
     """
     if not accelerator.is_main_process:
         return broadcast_object_list([None])[0]
@@ -33,10 +33,11 @@ def fingerprint(accelerator: Accelerator, parts: Iterable[dict | datasets.Datase
 
 
 def sample(part: dict | datasets.Dataset | Stream) -> Iterator[bytes]:
+    """The bytes that the checksum covers."""
     if isinstance(part, Stream):
         shards = part.rows.num_shards
         for index in range(0, shards, math.ceil(shards / SHARDS) or 1):
-            for cell, label in itertools.islice(part.labelled(part.rows.shard(shards, index)), OF_SHARD):
+            for cell, label in itertools.islice(part.labelled(part.rows.shard(shards, index)), PICTURES_PER_SHARD):
                 yield from (repr(label).encode(), picture_bytes(cell))
         return
     rows, labels = (part["rows"], part["labels"]) if isinstance(part, dict) else (part, ())
@@ -47,16 +48,16 @@ def sample(part: dict | datasets.Dataset | Stream) -> Iterator[bytes]:
     rows = rows.select_columns(columns)
     for column in columns:
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    for row in rows.select(range(0, len(rows), math.ceil(len(rows) / PICTURES) or 1)):
+    for row in rows.select(range(0, len(rows), math.ceil(len(rows) / MOST_PICTURES) or 1)):
         yield from map(picture_bytes, row.values())
 
 
 def picture_bytes(cell: dict | None) -> bytes:
-    """An undecoded picture's file, or nothing where that cannot be read."""
+    """The bytes of an undecoded picture, or b"" if its file cannot be read."""
     if not cell or cell["bytes"] is not None:
         return cell["bytes"] if cell else b""
     try:
         with fsspec.open(cell["path"]) as file:
             return file.read()
-    except Exception:  # each file system has its own; the loader names the picture
+    except Exception:  # each file system has its own errors; the loader reports the picture
         return b""

@@ -1,7 +1,7 @@
-"""In which order images are seen, and how they get from their files to the device.
+"""The order of images, and the path of an image from its file to the device.
 
-What is drawn for an image (its place in an epoch, its crop, whether it is mirrored) follows from the seed, the epoch
-and that place alone. So neither the number of processes changes it, nor that of their workers, nor a break.
+All random choices for an image (its place in the epoch, its crop, its mirroring) depend only on the seed, the epoch and
+the place. They do not depend on the number of processes or workers, or on whether the run was stopped and resumed.
 """
 
 import functools
@@ -21,16 +21,22 @@ from .data import ROW
 from .options import Problem, not_readable
 from .pictures import UnreadablePicture, load_picture, named
 
-IGNORED = -100  # the label of an image that does not count, which is PyTorch's own mark for it
+IGNORED = -100  # the label of an ignored image: the default ignore_index of PyTorch's losses
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 32 bits that follows from `parts`; others give another, unrelated one."""
+    """A 32-bit seed that is a hash of `parts`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "big")
 
 
 class Item(NamedTuple):
-    """One image to load: what `fetch` of [`Images`] takes, and the seed of its view."""
+    """One image to load.
+
+    Args:
+        key: the argument of `fetch` in [`Images`].
+        seed: the seed of the view.
+        counts: whether the image counts in losses and measures. Images that only fill up a batch do not.
+    """
 
     key: Any
     seed: int = 0
@@ -38,16 +44,16 @@ class Item(NamedTuple):
 
 
 class Order:
-    """The images of every training step.
+    """The batches of this process in an epoch of training, as a batch sampler.
 
-    A step takes `batch_size * accumulate` images for each of `processes`, the last of an epoch what is left. There, up
-    to `processes - 1` images that cannot be shared out evenly are left out, others in every epoch.
+    A step has `batch_size * accumulate` images for each of `processes`. The last step of an epoch has the remaining
+    images, except up to `processes - 1` images that cannot be divided evenly. Each epoch leaves out other images.
 
     Args:
         keys (`Callable[[int], Iterator]`):
-            Given the epoch, the keys of its images in their order.
+            Given the epoch, the keys of its images in order.
         images (`int`):
-            How many those are.
+            The number of images in an epoch.
     """
 
     def __init__(
@@ -61,7 +67,9 @@ class Order:
         seed: int,
     ):
         if images < processes:
-            raise Problem(f"{images} training images are too few for {processes} processes: start fewer.")
+            raise Problem(
+                f"{images} training images are too few for {processes} processes: start at most {images} process(es)."
+            )
         self.keys, self.batch_size, self.processes, self.rank, self.seed = keys, batch_size, processes, rank, seed
         self.images = images - images % processes
         self.step_size = batch_size * accumulate * processes
@@ -69,15 +77,15 @@ class Order:
         self.start(0, 0)
 
     def start(self, epoch: int, step: int) -> None:
-        """Where the next pass begins; nothing before that is loaded."""
+        """Let the next iteration begin at a step of an epoch. Earlier images are not loaded."""
         self.epoch, self.first_step = epoch, step
 
     def share(self, step: int) -> int:
-        """The number of images that each process has in a step."""
+        """The number of images of each process in a step."""
         return min(self.step_size, self.images - step * self.step_size) // self.processes
 
     def __iter__(self) -> Iterator[list[Item]]:
-        """Batches of this process; a step is as many of them as hold its share."""
+        """The batches of this process. A step has [`images_per_process`] images, in one or more batches."""
         keys = itertools.islice(enumerate(self.keys(self.epoch)), self.first_step * self.step_size, self.images)
         while step := list(itertools.islice(keys, self.step_size)):
             share = [
@@ -88,7 +96,10 @@ class Order:
 
 
 class InTurn:
-    """Batches of all images in turn, for evaluation: each image once, and as many batches for every process."""
+    """The batches of this process in an evaluation, as a batch sampler.
+
+    Each image is in one batch of one process. All processes have the same number of batches.
+    """
 
     def __init__(self, keys: Callable[[], Iterator], batch_size: int, processes: int, rank: int):
         self.keys, self.batch_size, self.processes, self.rank = keys, batch_size, processes, rank
@@ -101,7 +112,7 @@ class InTurn:
 
 
 def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
-    """For every epoch the indices of all images in an order of its own."""
+    """A function that returns the indices of all images in a random order, another for each epoch."""
 
     def keys(epoch: int) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
@@ -111,7 +122,7 @@ def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
 
 
 def listed(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[int], tuple[dict, int]]:
-    """Fetches an image that is not decoded, and its class index."""
+    """A function that returns the undecoded image and the class index of a row."""
     return functools.partial(_row, rows.cast_column(column, datasets.Image(decode=False)), labels, column)
 
 
@@ -121,16 +132,17 @@ def _row(rows: datasets.Dataset, labels: list[int], column: str, index: int) -> 
 
 
 class Images(torch.utils.data.Dataset):
-    """What a model takes for an image, a class index, and what was wrong with an image that cannot be used.
+    """The inputs of a model for each image, with the class index and the error of an unreadable image.
 
-    An image that cannot be read is replaced by a black one. Its label is `IGNORED`, as is that of an image without one.
+    An unreadable image is replaced by a black image. The label of such an image, or of an image without a label, is
+    `IGNORED`.
 
     Args:
         fetch (`Callable`):
             Given a key, the undecoded image, `{"path": …, "bytes": …}`, and its class index or `None`.
         view (`Callable`):
-            Given an image and a `random.Random`, tensors for the model by their names: `pixel_values` (channels,
-            height, width) and what belongs to them.
+            Given an image and a `random.Random`, the inputs of the model by name: `pixel_values` (channels, height,
+            width) and further tensors.
     """
 
     def __init__(self, fetch: Callable, view: Callable[[Image.Image, random.Random], dict]):
@@ -145,7 +157,7 @@ class Images(torch.utils.data.Dataset):
         return inputs | {"labels": label if item.counts and not broken else IGNORED, "broken": broken}
 
     def decode(self, cell: dict) -> tuple[Image.Image, str | None]:
-        """The image, or a black one and what is wrong."""
+        """The decoded image and `None`, or a black image and the error."""
         try:
             return load_picture(cell), None
         except UnreadablePicture as error:
@@ -158,7 +170,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Loader:
-    """Batches on the device, and a list of the images that could not be read."""
+    """A DataLoader that moves batches to the device and lists unreadable images in `broken`."""
 
     def __init__(self, images: Images, batches: Order | InTurn, workers: int, device: torch.device, strict: bool):
         self.device, self.strict, self.broken = device, strict, []
@@ -169,7 +181,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # to begin a pass draws from it, where else it would change a step's draws
+            generator=torch.Generator(),  # draws for each iteration, not from PyTorch's global state
         )
 
     def __iter__(self) -> Iterator[dict]:

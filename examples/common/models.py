@@ -1,4 +1,4 @@
-"""Image classifiers and image processors for a data set's classes, and the optimizer's groups of parameters."""
+"""Image classifiers and image processors for the classes of a data set, and parameter groups for the optimizer."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, logging
 
 from focal_hf import FocalForImageClassification
 
-from .options import Problem, first_line
+from .options import Problem, few, first_line
 
 
 def check_config(args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def check_config(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """Of what transformers logs, show errors alone: no table of the weights that differ, and no advice."""
+    """Silence transformers' warnings, such as the table of missing weights."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -52,13 +52,13 @@ def load_model(
     say: Callable[[str], None],
     adjust: Callable[[PreTrainedConfig], None],
 ) -> tuple[PreTrainedModel, dict]:
-    """The model of `--config` or `--model`, and what transformers tells about loading it.
+    """The model of `--config` or `--model`, and transformers' loading info.
 
     Args:
         kind: an Auto class.
-        what: the same in words.
-        head: what the names of weights begin with that a checkpoint of another kind has not.
-        say: is told about other weights that the checkpoint and the model do not have in common.
+        what: the kind of model in words, for error messages.
+        head: prefixes of the names of weights that a checkpoint for another task does not have.
+        say: prints a line about other missing or unused weights.
         adjust: may change the config before the model is built.
     """
     source = args.config or args.model
@@ -84,28 +84,27 @@ def load_model(
     for names, said in (
         (
             [name for name in lacking if not name.startswith(head)],
-            "lacks weights of the model, or has them in another shape; these start anew",
+            "has no weights, or weights of another shape, for parts of the model, which are newly initialized",
         ),
         (loading.get("unexpected_keys", ()), "has weights that the model does not use"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
-            say(f"{source} {said}: {shown}.")
+            say(f"{source} {said}: {few(sorted(names))}.")
     return model, loading
 
 
 def stored_processor(name: str) -> BaseImageProcessor:
-    """That of a checkpoint, by Pillow as in training: torchvision's, where it is installed, resizes otherwise."""
+    """The image processor of a checkpoint, with Pillow as in training: torchvision resizes differently."""
     return AutoImageProcessor.from_pretrained(name, backend="pil")
 
 
 def load_processor(args: argparse.Namespace, config: PreTrainedConfig, say: Callable) -> BitImageProcessorPil:
-    """The image processor of the checkpoint, or one for the config."""
+    """The image processor of the checkpoint, or a default one for the config."""
     if args.model:
         try:
             return stored_processor(args.model)
         except OSError:
-            say(f"{args.model} brings no image processor: using ImageNet's statistics and --crop {args.crop}.")
+            say(f"{args.model} has no image processor: using ImageNet's mean and std, and --crop {args.crop}.")
     return default_processor(config, args.crop)
 
 
@@ -115,7 +114,7 @@ def build_model(
     say: Callable[[str], None],
     adjust: Callable[[PreTrainedConfig], None] = lambda config: None,
 ) -> tuple[PreTrainedModel, BitImageProcessorPil]:
-    """The classifier, its id2label being the data's classes, and the image processor that goes with it.
+    """The classifier, with the classes of the data as its id2label, and its image processor.
 
     `adjust` may change the config before the model is built.
     """
@@ -124,7 +123,7 @@ def build_model(
     def set_labels(config: PreTrainedConfig) -> None:
         nonlocal same_labels
         same_labels = args.model and set(config.id2label.values()) == set(names)
-        if not same_labels:  # equal sets keep the checkpoint's order, to which its classifier is trained
+        if not same_labels:  # the same classes keep the order that the classifier was trained with
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
         adjust(config)
@@ -133,21 +132,23 @@ def build_model(
         *(args, AutoModelForImageClassification, "an image classifier", ("classifier.",)), say, set_labels
     )
     if args.model:
-        if any(name.startswith("classifier.") for name in loading["missing_keys"]):  # after pre-training
-            say(f"{args.model} has no classifier: one starts anew, with the {len(names)} classes of the data.")
+        if any(name.startswith("classifier.") for name in loading["missing_keys"]):  # a checkpoint for another task
+            say(f"{args.model} has no classifier: one is newly initialized for the {len(names)} classes of the data.")
         elif not same_labels:
-            if not any(name.startswith("classifier.") for name, *_ in loading["mismatched_keys"]):  # as many, but other
+            if not any(name.startswith("classifier.") for name, *_ in loading["mismatched_keys"]):  # as many classes
                 for layer in model.classifier.modules():
                     if isinstance(layer, torch.nn.Linear):
                         torch.nn.init.trunc_normal_(layer.weight, std=0.02)
                         torch.nn.init.zeros_(layer.bias)
-            told = f"with the {len(names)} classes of the data"
-            say(f"{args.model} knows other classes: its classifier starts anew, {told}.")
+            say(
+                f"{args.model} has other classes: its classifier is newly initialized for the {len(names)} classes of "
+                "the data."
+            )
     return model, load_processor(args, model.config, say)
 
 
 def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A model with all its weights from --model, and its image processor."""
+    """The trained model of --model and its image processor. Missing weights raise an error."""
     try:
         model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
         processor = stored_processor(name)
@@ -157,12 +158,12 @@ def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedMode
         raise Problem(
             f"{name} takes {model.config.num_channels} channels; this script feeds colour images (3 channels)."
         )
-    # Backbones have norms of their own, which leave the maps of a checkpoint without them merely normalised.
+    # Backbones have extra norms. Without weights for them, the feature maps are normalised and still meaningful.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("hidden_states_norms."))
     if missing:
         raise Problem(
-            f"--model {name} lacks weights that {type(model).__name__} needs: {', '.join(missing[:3])}. Its answers "
-            "would be random."
+            f"--model {name} lacks weights that {type(model).__name__} needs: {', '.join(missing[:3])}. Its "
+            "predictions would be random: use a checkpoint for this task."
         )
     return model.eval(), processor
 
@@ -171,18 +172,20 @@ def load_focal(name: str) -> tuple[FocalForImageClassification, BaseImageProcess
     """A Focal classifier from --model, and its image processor."""
     model, processor = load_trained(name, AutoModelForImageClassification)
     if not isinstance(model, FocalForImageClassification):
-        raise Problem(f"--model {name} is a {model.config.model_type}; this script shows Focal's attention.")
+        raise Problem(
+            f"--model {name} is a {model.config.model_type}; this script shows Focal's attention: use a Focal model."
+        )
     return model, processor
 
 
 def prepare(processor: BaseImageProcessor, image: Image.Image) -> tuple[torch.Tensor, np.ndarray]:
-    """`pixel_values` of shape (1, 3, height, width), and the same as a picture of shape (height, width, 3), uint8."""
+    """`pixel_values` (1, 3, height, width), and the same picture before normalisation, uint8 (height, width, 3)."""
     seen = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
     return processor(image, return_tensors="pt")["pixel_values"], seen.transpose(1, 2, 0).astype(np.uint8)
 
 
 def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
-    """Make the views of a processor `pixels` on their shorter side; their shape and the share cut off stay the same."""
+    """Scale the size and the crop size of an image processor, so that its outputs are `pixels` on the shorter side."""
     crops = getattr(processor, "do_center_crop", False)
     side = view_side(processor)
     for name in ("size", "crop_size") if crops else ("size",):
@@ -195,7 +198,7 @@ def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
 
 @torch.no_grad()
 def try_out(model: PreTrainedModel, processor: BaseImageProcessor, name: str) -> tuple[ModelOutput, list[int]]:
-    """What the model makes of two plain images, one wide and one high, and the size at which it sees them."""
+    """Run the model on two plain images, one wide and one high. Returns its output and the input size."""
     images = [Image.new("RGB", size) for size in ((300, 200), (200, 300))]
     views = [processor(image, return_tensors="pt")["pixel_values"][0].to(model.device) for image in images]
     try:
@@ -203,31 +206,31 @@ def try_out(model: PreTrainedModel, processor: BaseImageProcessor, name: str) ->
     except Exception as error:
         shapes = " and ".join(f"{view.shape[-2]} x {view.shape[-1]}" for view in views)
         raise Problem(
-            f"--model {name} cannot take the images of {shapes} pixels that its image processor makes of a wide and a "
-            f"high one: {first_line(error)}"
+            f"--model {name} cannot process images of {shapes} pixels, to which its image processor resizes a wide and "
+            f"a high image: {first_line(error)}"
         ) from error
 
 
 def view_side(processor: BaseImageProcessor) -> int:
-    """The shorter side of what an image processor makes of a picture."""
+    """The shorter side of an image processor's outputs, in pixels."""
     return min(dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size).values())
 
 
 def input_size(config: PreTrainedConfig, processor: BaseImageProcessor | None = None) -> tuple[int, int]:
-    """Height and width of the images that a model takes, by its config or, if that is silent, by its processor."""
+    """Height and width of a model's inputs, from image_size in its config or, without it, from its image processor."""
     size = getattr(config, "image_size", None)
     if size is None and processor is not None:
         size = view_side(processor)
     if size is None:
         raise Problem(
-            f"A {config.model_type} takes images of any size, and there is no image processor to choose one: write one "
-            'into its config.json, as "image_size": 224.'
+            f"The config ({config.model_type}) has no image_size, and there is no image processor that has a size: "
+            'add a size to config.json, as in "image_size": 224.'
         )
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def default_processor(config: PreTrainedConfig, crop: float) -> BitImageProcessorPil:
-    """Shorter side to image_size / crop, then the central crop; ImageNet's mean and deviation."""
+    """An image processor that resizes the shorter side to image_size / crop, then crops the centre to image_size."""
     height, width = input_size(config)
     return BitImageProcessorPil(
         size={"shortest_edge": round(max(height, width) / crop)},
@@ -239,29 +242,34 @@ def default_processor(config: PreTrainedConfig, crop: float) -> BitImageProcesso
 
 
 def stages_of(model: PreTrainedModel, option: str) -> list[torch.nn.Module]:
-    """The stem and the stages, for an option that needs to know them."""
+    """The stem and the stages of a model. `option` is the option that needs them, for the error message."""
     base = model.base_model
     parts = hasattr(base, "embeddings") and hasattr(getattr(base, "encoder", None), "layers")
     if not parts or not hasattr(model.config, "depths"):
-        raise Problem(f"{option} is for models with stages, as Focal and Swin are; {model.config.model_type} has none.")
+        raise Problem(
+            f"{option} needs a model with stages, such as Focal or Swin; {model.config.model_type} has none: leave out "
+            f"{option}."
+        )
     return [base.embeddings, *base.encoder.layers]
 
 
 def freeze(model: PreTrainedModel, stages: int) -> None:
-    """Fix the stem and the first `stages` stages."""
+    """Freeze the stem and the first `stages` stages."""
     parts = stages_of(model, "--freeze")
     if stages >= len(parts):
-        raise Problem(f"--freeze {stages} is more stages than the {len(parts) - 1} that the model has.")
+        raise Problem(
+            f"--freeze {stages} is too large: the model has {len(parts) - 1} stages, and at least one must be trained."
+        )
     for part in parts[: stages + 1]:
         part.requires_grad_(False)
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> peft.PeftModel:
-    """LoRA beside the linear layers of attention and MLPs; of the rest, only the classifier still learns."""
+    """Add LoRA adapters to the linear layers of attention and MLPs. Only they and the classifier are trained."""
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "query", "key", "value"}
     layers = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if not layers & names:
-        raise Problem(f"--lora knows no layer of {model.config.model_type} to adapt.")
+        raise Problem(f"--lora finds no layer to adapt in {model.config.model_type}: leave out --lora.")
     settings = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=sorted(layers & names), modules_to_save=["classifier"]
     )
@@ -281,10 +289,10 @@ def apply_speed_options(
 def decay_groups(
     model: torch.nn.Module, weight_decay: float, rate: float = 0.0, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Weight decay for matrices and kernels; none for biases, norms and tables of positions (as in the paper).
+    """Parameter groups: as in the paper, no weight decay for biases, norms and position tables.
 
-    With `layer_decay` below 1, the learning rate is `rate` for the classifier and its norm, and for each block before
-    them `layer_decay` times that of the block after it; the stem comes before the first block.
+    With `layer_decay` below 1, the learning rate of the classifier and its norm is `rate`. The learning rate of each
+    block is `layer_decay` times that of the next block. The stem counts as the block before the first.
     """
     positions = ("position_embeddings", "relative_position_bias_table")
     depths = list(model.config.depths) if layer_decay != 1 else []

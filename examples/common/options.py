@@ -1,4 +1,4 @@
-"""Command lines: kinds of values, options that scripts share, and what only the user can put right."""
+"""Command lines: argument types, options that several scripts share, and errors that the user can fix."""
 
 import argparse
 import itertools
@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 
 class Problem(Exception):
-    """Something only the user can put right: shown as one line, without a traceback."""
+    """An error that only the user can fix. It is shown as one line, without a traceback."""
 
 
 def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
-    """An argparse type: an int or a float above zero, or zero where that has a meaning."""
+    """An argparse type: an int or a float above zero. With `or_zero`, zero is allowed."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -27,12 +27,12 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
             raise argparse.ArgumentTypeError(f"{text} is not {'zero or ' if or_zero else ''}above zero")
         return value
 
-    parse.__name__ = kind.__name__  # argparse puts it into "invalid int value"
+    parse.__name__ = kind.__name__  # argparse shows this name in "invalid int value"
     return parse
 
 
 def fraction(text: str) -> float:
-    """An argparse type: above 0, at most 1."""
+    """An argparse type: a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
@@ -62,7 +62,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data_options(parser: argparse.ArgumentParser, pictures: str, streaming: bool = True) -> argparse._ArgumentGroup:
-    """Where the images are, in folders such as `pictures`, and whether they may be read as a stream."""
+    """Options about the data set. `pictures` is the expected layout of a folder, for the help text."""
     shards = "Parquet or WebDataset shards FOLDER/train-*.parquet or *.tar" if streaming else "Parquet files"
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -78,24 +78,24 @@ def data_options(parser: argparse.ArgumentParser, pictures: str, streaming: bool
         type=fraction,
         default=0.1,
         metavar="F",
-        help="share of the training images held out where the data has no such split (default: 0.1)",
+        help="share of the training images held out if the data has no validation split (default: 0.1)",
     )
     group.add_argument(
         "--strict",
         action="store_true",
-        help="stop at an image that cannot be read; without it, such are skipped and told",
+        help="stop at an image that cannot be read (default: skip the image and print its name)",
     )
     if not streaming:
         parser.set_defaults(streaming=False, train_images=None)
         return group
     group.add_argument(
-        "--streaming", action="store_true", help="read shards as they go by, without a copy on this disk"
+        "--streaming", action="store_true", help="read shards while training, without a copy on this disk"
     )
     group.add_argument(
         "--train-images",
         type=positive(int),
         metavar="N",
-        help="with --streaming: images of an epoch, if the data does not tell",
+        help="with --streaming: number of images in an epoch, if the data set does not state it",
     )
     return group
 
@@ -107,20 +107,21 @@ def result_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="FOLDER",
-        help="where the best model goes; the last to FOLDER/last",
+        help="folder for the best model; the last model is saved in FOLDER/last",
     )
     again = group.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace the model that FOLDER holds")
+    again.add_argument("--overwrite", action="store_true", help="replace the model in FOLDER")
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the latest checkpoint in FOLDER, as if there had been no break; start if there is none",
+        help="continue from the latest checkpoint in FOLDER, with the same result as without the interruption; start "
+        "from the beginning if FOLDER has no checkpoint",
     )
     group.add_argument(
         "--save-every",
         type=positive(int),
         metavar="N",
-        help="steps between checkpoints; there is one after each epoch in any case",
+        help="steps between checkpoints within an epoch; a checkpoint is always saved after each epoch",
     )
     group.add_argument(
         "--report-to",
@@ -131,7 +132,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
         help=f"trackers: {', '.join(kind.value for kind in LoggerType if kind != LoggerType.ALL)}",
     )
     group.add_argument(
-        "--push-to-hub", type=repository_name, metavar="REPO", help="upload FOLDER when it is done, as USER/NAME"
+        "--push-to-hub", type=repository_name, metavar="REPO", help="upload FOLDER to the Hub as USER/NAME when done"
     )
 
 
@@ -140,7 +141,7 @@ def image_size_option(group: argparse._ArgumentGroup) -> None:
         "--image-size",
         type=positive(int),
         metavar="N",
-        help="shorter side of what the model sees, in pixels (default: what its image processor says)",
+        help="shorter side of the model's input, in pixels (default: the image processor's size)",
     )
 
 
@@ -160,14 +161,14 @@ def workers_option(group: argparse._ArgumentGroup) -> None:
         type=positive(int, or_zero=True),
         default=4,
         metavar="N",
-        help="helpers of each process that read images, or 0 (default: 4)",
+        help="DataLoader workers per process; 0 reads images in the process itself (default: 4)",
     )
 
 
-def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str], batch_size: int = 64) -> None:
-    """How the weights change. `told` gives the default of an option in words, for its help."""
+def training_options(group: argparse._ArgumentGroup, default_help: Callable[[str], str], batch_size: int = 64) -> None:
+    """Options of the optimizer. `default_help` returns the help text about the default of an option."""
     not_negative = positive(float, or_zero=True)
-    group.add_argument("--epochs", type=positive(int), metavar="N", help=told("epochs"))
+    group.add_argument("--epochs", type=positive(int), metavar="N", help=default_help("epochs"))
     batch_size_option(group, batch_size)
     group.add_argument(
         "--accumulate", type=positive(int), default=1, metavar="N", help="batches per optimizer step (default: 1)"
@@ -176,26 +177,34 @@ def training_options(group: argparse._ArgumentGroup, told: Callable[[str], str],
         "--learning-rate",
         type=positive(float),
         metavar="LR",
-        help=f"the highest, reached after the warm-up {told('learning_rate')}",
+        help=f"highest learning rate, reached after the warm-up {default_help('learning_rate')}",
     )
     group.add_argument(
-        "--min-learning-rate", type=not_negative, metavar="LR", help=f"the last {told('min_learning_rate')}"
+        "--min-learning-rate",
+        type=not_negative,
+        metavar="LR",
+        help=f"learning rate of the last step {default_help('min_learning_rate')}",
     )
     group.add_argument(
-        "--warmup-epochs", type=not_negative, metavar="N", help=f"may have a fraction {told('warmup_epochs')}"
+        "--warmup-epochs",
+        type=not_negative,
+        metavar="N",
+        help=f"epochs of warm-up; fractions are allowed {default_help('warmup_epochs')}",
     )
-    group.add_argument("--weight-decay", type=not_negative, metavar="WD", help=told("weight_decay"))
-    group.add_argument("--clip", type=positive(float), metavar="NORM", help=f"largest gradient norm {told('clip')}")
+    group.add_argument("--weight-decay", type=not_negative, metavar="WD", help=default_help("weight_decay"))
+    group.add_argument(
+        "--clip", type=positive(float), metavar="NORM", help=f"largest gradient norm {default_help('clip')}"
+    )
     group.add_argument("--seed", type=positive(int, or_zero=True), default=0, metavar="N", help="default: 0")
 
 
-def view_options(group: argparse._ArgumentGroup, told: Callable[[str], str]) -> None:
-    """What part of a picture is shown in training."""
+def view_options(group: argparse._ArgumentGroup, default_help: Callable[[str], str]) -> None:
+    """Options about random crops and mirroring in training."""
     group.add_argument(
         "--crop-scale",
         type=fraction,
         metavar="F",
-        help=f"the smallest share of a picture's area that a random crop keeps {told('crop_scale')}",
+        help=f"smallest area of a random crop, as a share of the picture's area {default_help('crop_scale')}",
     )
     flip_option(group)
 
@@ -205,20 +214,20 @@ def flip_option(group: argparse._ArgumentGroup) -> None:
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the pictures; switch off for digits, letters or signs (default: on)",
+        help="mirror half of the pictures; use --no-flip for digits, letters or signs (default: on)",
     )
 
 
 def preparing_options(parser: argparse.ArgumentParser) -> None:
-    """How images are prepared in evaluation, and by whom."""
+    """Options about the preparation of images in evaluation, and about speed."""
     group = parser.add_argument_group("images in evaluation")
     group.add_argument(
         "--crop",
         type=fraction,
         default=0.875,
         metavar="F",
-        help="the share of the shorter side that the central crop keeps, for a model that brings no image processor; "
-        "1.0 where the subject fills the picture (default: 0.875)",
+        help="size of the central crop, as a share of the picture's shorter side, for a model without an image "
+        "processor; use 1.0 if the subject fills the picture (default: 0.875)",
     )
     speed_options(parser)
 
@@ -226,12 +235,14 @@ def preparing_options(parser: argparse.ArgumentParser) -> None:
 def speed_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed and memory")
     workers_option(group)
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="use less memory; training takes a third longer"
+    )
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
 
 
 def few(names: Iterable[str]) -> str:
-    """The first five of some names."""
+    """The first five names, with an ellipsis if there are more."""
     first = list(itertools.islice(names, 6))
     return ", ".join(first[:5]) + (" …" if first[5:] else "")
 
@@ -245,24 +256,24 @@ def no_readable_images(data: str, unreadable: list[str]) -> Problem:
 
 
 def first_line(error: Exception) -> str:
-    """An error's first line of text: what libraries write after it is advice that does not fit here."""
+    """The type and first line of an error. The later lines are often advice that does not apply here."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def run_script(accelerator: Accelerator, act: Callable[[], None], advice: str = "") -> None:
-    """What a script does in each of its processes; what only the user can put right ends it with one line.
+    """Run `act` in each process of a script. A [`Problem`] ends the script with one line.
 
-    `advice` is given to those who stop it by Ctrl-C.
+    `advice` is printed when the user stops the script with Ctrl-C.
     """
-    logging.disable_progress_bar()  # its bars, one for every file, would break up those of the script
+    logging.disable_progress_bar()  # transformers shows a progress bar for each file
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
     try:
         act()
     except Problem as problem:
-        # All processes meet the same problem and one should report it. It ends the others by failing; where it is not
-        # the one in trouble, the others speak for themselves.
+        # Usually all processes have the same problem. The main process reports it and ends, which ends the others. If
+        # only another process has a problem, that process reports it after the pause.
         if not accelerator.is_main_process:
             time.sleep(5)
         print(f"error: {problem}", file=sys.stderr, flush=True)

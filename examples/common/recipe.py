@@ -1,4 +1,4 @@
-"""Recipes: what is done to images, labels, weights and the learning rate in training. Augmentation is kornia's."""
+"""Recipes: default options, augmentation (by kornia), learning rate schedules and the loss of classifiers."""
 
 import argparse
 import math
@@ -18,16 +18,16 @@ from transformers import (
 from .loading import IGNORED
 from .options import Problem
 
-# What the options of these names are where the command line does not say. `None`: it follows from something else.
+# Defaults of the options with these names. `None`: the default depends on other options.
 FINE_TUNING = {
     "epochs": 10,
     "learning_rate": None,  # 5e-5 from a checkpoint, 5e-4 from scratch
     "min_learning_rate": 0.0,
-    "warmup_epochs": None,  # a tenth of all
+    "warmup_epochs": None,  # a tenth of all epochs
     "weight_decay": 0.05,
     "clip": 5.0,
     "label_smoothing": 0.0,
-    "drop_path": None,  # as the model's config says
+    "drop_path": None,  # the drop_path_rate of the model's config
     "crop_scale": 0.35,
     "rand_augment": 0.0,
     "color_jitter": 0.0,
@@ -35,14 +35,14 @@ FINE_TUNING = {
     "mixup": 0.0,
     "cutmix": 0.0,
 }
-# Of the original's code. It names a colour jitter of 0.4 too, which its library leaves out beside RandAugment.
+# The defaults of the original code. Its colour jitter of 0.4 has no effect there: timm skips it with RandAugment.
 PAPER = FINE_TUNING | {
     "epochs": 300,
-    "learning_rate": None,  # 5e-4 for 512 images a step, in proportion for more or fewer
-    "min_learning_rate": None,  # a hundredth of that
+    "learning_rate": None,  # 5e-4 for 512 images a step, scaled linearly with the images in a step
+    "min_learning_rate": None,  # a hundredth of the learning rate
     "warmup_epochs": 20.0,
     "label_smoothing": 0.1,
-    "drop_path": None,  # by the model's size
+    "drop_path": None,  # depends on the size of the model
     "crop_scale": 0.08,
     "rand_augment": 9.0,
     "erasing": 0.25,
@@ -50,21 +50,21 @@ PAPER = FINE_TUNING | {
     "cutmix": 1.0,
 }
 RECIPES = {"fine-tuning": FINE_TUNING, "paper": PAPER}
-FOLLOWING = {  # in words, what is None in a recipe
+DERIVED_DEFAULTS = {  # help texts about the defaults that are None in a recipe
     "learning_rate": "5e-5 with --model, 5e-4 with --config; paper: 5e-4 for every 512 images of a step",
-    "min_learning_rate": "0; paper: a hundredth of the highest",
+    "min_learning_rate": "0; paper: a hundredth of --learning-rate",
     "warmup_epochs": "a tenth of --epochs; paper: 20",
 }
 
-# Images for which RandAugment draws the same operations: kornia has one draw for all images that it is given.
-DRAWN_TOGETHER = 8
-SHEAR = math.degrees(math.atan(0.3)) / 180  # of 0.3 pixels a pixel, in kornia's measure
+# Images that share the operations of RandAugment: kornia draws the operations once per call.
+RAND_AUGMENT_CHUNK = 8
+SHEAR = math.degrees(math.atan(0.3)) / 180  # 0.3 pixels per pixel, in kornia's unit: half turns
 
 
 def defaults_of(name: str) -> str:
-    """The default of an option, for its help."""
-    if name in FOLLOWING:
-        return f"(default: {FOLLOWING[name]})"
+    """The help text about the default of an option of finetune.py."""
+    if name in DERIVED_DEFAULTS:
+        return f"(default: {DERIVED_DEFAULTS[name]})"
     values = [recipe[name] for recipe in RECIPES.values()]
     if values[0] == values[1]:
         return f"(default: {values[0]:g})"
@@ -82,7 +82,10 @@ def told_defaults(recipe: dict, warmup: str = "a tenth of --epochs") -> Callable
 
 
 def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
-    """Fill in what the command line leaves to the recipe, given the number of images in a step."""
+    """Set the options that the command line does not give to the defaults of a recipe.
+
+    `step_size` is the number of images in a step.
+    """
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -97,12 +100,15 @@ def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
 
 def drop_path_by_size(config: PreTrainedConfig) -> float:
     if not hasattr(config, "depths") or not hasattr(config, "embed_dim"):
-        raise Problem(f"A {config.model_type} has no depths and embed_dim from which to choose --drop-path: give that.")
+        raise Problem(
+            f"The default of --drop-path depends on depths and embed_dim, which the config ({config.model_type}) does "
+            "not have: add --drop-path."
+        )
     return 0.5 if config.embed_dim > 96 else 0.3 if sum(config.depths) > 12 else 0.2
 
 
 def set_drop_path(args: argparse.Namespace, config: PreTrainedConfig) -> None:
-    """Stochastic depth; the paper has that of Focal-Tiny, Small and Base, here by the size of the model."""
+    """Set the rate of stochastic depth. The paper states it for Focal-Tiny, Small and Base."""
     if args.drop_path is None and args.recipe == "paper":
         args.drop_path = drop_path_by_size(config)
     if args.drop_path is not None:
@@ -112,7 +118,7 @@ def set_drop_path(args: argparse.Namespace, config: PreTrainedConfig) -> None:
 def schedule(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear from 0 in the warm-up, then half a cosine down to the least."""
+    """A linear warm-up from 0, then a cosine decay to --min-learning-rate."""
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,
         round(args.warmup_epochs / args.epochs * steps),
@@ -124,19 +130,21 @@ def schedule(
 def linear_schedule(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear from 0 in the warm-up, then linear down to the least."""
+    """A linear warm-up from 0, then a linear decay to --min-learning-rate."""
     warmup = round(args.warmup_epochs / args.epochs * steps)
     return get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=args.min_learning_rate, power=1.0)
 
 
 def operations(strength: float, sign: int) -> list:
-    """The original's operations for RandAugment as they are at a strength, whose greatest is 10.
+    """The operations of the original RandAugment at a strength from 0 to 10, as a policy for kornia.
 
-    Colour, contrast, brightness and sharpness grow with `sign` 1 and shrink with -1; kornia itself draws other signs.
+    Colour, contrast, brightness and sharpness increase with `sign` 1 and decrease with -1. kornia draws the signs of
+    the other operations.
     """
     share = strength / 10
     fixed = dict.fromkeys(("color", "contrast", "sharpness"), 1 + 0.9 * share * sign)
-    # Kornia adds brightness, where the original multiplies by a factor of up to 1.9: that would leave white and black.
+    # kornia adds to the brightness, while the original multiplies by a factor of up to 1.9. Adding that much would make
+    # the image all white or black.
     fixed["brightness"] = 1 + 0.3 * share * sign
     fixed |= {"posterize": 4 - int(4 * share), "solarize": 1 - share, "solarize_add": 0.43 * share}
     symmetric = {"rotate": 30, "shear_x": SHEAR, "shear_y": SHEAR, "translate_x": 0.45, "translate_y": 0.45}
@@ -148,13 +156,13 @@ def operations(strength: float, sign: int) -> list:
 
 
 def balanced_weights(labels: list[int], classes: int) -> torch.Tensor:
-    """A weight for each class, in inverse proportion to its number of images; 1 where all have as many."""
+    """A weight for each class, inversely proportional to its number of images. The mean over the images is 1."""
     counts = torch.bincount(torch.tensor(labels), minlength=classes)
     return len(labels) / (classes * counts.clamp(min=1))
 
 
 def normalize(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in 0 … 1 as the model's image processor would give them, whose range is 0 … 255."""
+    """Normalise pixels in 0 … 1 as the image processor normalises pixels in 0 … 255."""
     pixels = pixels * (255 * (processor.rescale_factor if processor.do_rescale else 1))
     if not processor.do_normalize:
         return pixels
@@ -166,16 +174,16 @@ def normalize(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tens
 
 
 class Augmentation:
-    """Batches of pixels in 0 … 1 to what the model sees, and class indices to targets (batch, classes).
+    """Augment and normalise a batch of pixels in 0 … 1, and turn class indices into targets (batch, classes).
 
-    Each piece is kornia's, works where the batch is, in float32, and draws from PyTorch's random state.
+    All operations are kornia's. They run on the device of the batch, in float32, with PyTorch's random state.
     """
 
     def __init__(self, args: argparse.Namespace, processor: BitImageProcessorPil, classes: int):
         self.classes = classes
         self.mixup, self.cutmix = args.mixup, args.cutmix
-        # Of two operations, each is done with a probability of a half, as in the original. Strength is in the policy:
-        # nearly kornia's greatest leaves it as it is.
+        # As in the original, each of two operations is applied with probability 1/2. The policy contains the strength,
+        # so kornia's own magnitude stays just below its maximum of 30.
         self.rand_augment = args.rand_augment and [
             [RandAugment(count, 29.999, operations(args.rand_augment, sign)) for sign in (-1, 1)] for count in (1, 2)
         ]
@@ -193,7 +201,7 @@ class Augmentation:
         return self.rand_augment[count - 1][sign](pixels) if count else pixels
 
     def one_hot(self, labels: torch.Tensor) -> torch.Tensor:
-        """Zeros for an image that does not count."""
+        """One-hot targets. The target of an ignored image is zero."""
         counts = labels != IGNORED
         one_hot = torch.nn.functional.one_hot(labels.where(counts, 0).long(), self.classes)
         return one_hot * counts[:, None]
@@ -201,17 +209,18 @@ class Augmentation:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rand_augment:
-            pixels = torch.cat([self.some_operations(some) for some in pixels.split(DRAWN_TOGETHER)])
+            pixels = torch.cat([self.some_operations(some) for some in pixels.split(RAND_AUGMENT_CHUNK)])
         if self.color_jitter:
             pixels = self.color_jitter(pixels)
         pixels = normalize(self.processor, pixels)
-        if self.erase:  # after normalising, so that what is erased has the mean colour
+        if self.erase:  # after normalisation, so that erased parts have the mean colour
             pixels = self.erase(pixels)
         if self.cutmix and (not self.mixup or torch.rand(()) < 0.5):
             pixels, mixed = self.cut(pixels, labels)
             own, other, share_of_own = mixed[0].unbind(-1)
         elif self.mixup:
-            drawn = self.mix.forward_parameters(pixels.shape)  # of a uniform distribution, where the paper's is Beta
+            # kornia draws the shares from a uniform distribution, the paper from Beta.
+            drawn = self.mix.forward_parameters(pixels.shape)
             strength = torch.tensor(self.mixup)
             drawn["mixup_lambdas"] = torch.distributions.Beta(strength, strength).sample((len(pixels),))
             pixels, mixed = self.mix(pixels, labels, params=drawn)
@@ -226,7 +235,7 @@ class Augmentation:
 def classification_loss(
     augmentation: Augmentation, smoothing: float, class_weights: torch.Tensor | None
 ) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
-    """The mean cross-entropy over the images of a batch, for targets between classes, too."""
+    """The mean cross-entropy over the images of a batch. Targets may be mixtures of classes."""
 
     def loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
         pixel_values, targets = augmentation(batch["pixel_values"].float() / 255, batch["labels"])

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: curves, a confusion matrix, reconstructions and model cards."""
+"""Figures and model cards: learning curves, confusion matrices and reconstructions."""
 
 import argparse
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import BaseImageProcessor
 
-DRAWN, TOLD = 1000, 40  # classes of which there is a confusion matrix, and with names
-
+MOST_DRAWN_CLASSES = 1000  # no confusion matrix is drawn for more classes
+MOST_NAMED_CLASSES = 40  # the axes of a confusion matrix name the classes if there are no more
 
 CURVES = {
     "loss": {"train_loss": "training", "loss": "validation"},
@@ -22,7 +22,7 @@ CURVES = {
 
 
 def draw_curves(file: Path, history: list[dict]) -> None:
-    """Losses over the epochs, and accuracies where there are any."""
+    """Plot losses, and accuracies if there are any, over the epochs."""
     shown = {title: curves for title, curves in CURVES.items() if curves.keys() & history[0].keys()}
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     epochs = [entry["epoch"] for entry in history]
@@ -40,7 +40,7 @@ def draw_curves(file: Path, history: list[dict]) -> None:
 
 
 def to_picture(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixel values (channels, height, width) back to 0 … 1."""
+    """Undo the normalisation of pixel values (channels, height, width). Returns pixels in 0 … 1."""
     if processor.do_normalize:
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
@@ -48,7 +48,7 @@ def to_picture(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Ten
 
 
 def draw_reconstructions(file: Path, rows: dict[str, list[torch.Tensor]]) -> None:
-    """Pictures (channels, height, width) in 0 … 1, a row for each name."""
+    """Draw a row of pictures (channels, height, width) in 0 … 1 for each name."""
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(0.6 + 1.5 * columns, 1.5 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -61,17 +61,17 @@ def draw_reconstructions(file: Path, rows: dict[str, list[torch.Tensor]]) -> Non
 
 
 def draw_confusion(file: Path, answers: torch.Tensor, names: list[str]) -> None:
-    """(images, 2) true and predicted classes, as shares of the true class; no picture of more than DRAWN classes."""
-    if len(names) > DRAWN:
+    """Draw the confusion matrix of true and predicted classes (images, 2), as shares of the true class."""
+    if len(names) > MOST_DRAWN_CLASSES:
         return
     cells = answers[:, 0] * len(names) + answers[:, 1]
     counts = torch.bincount(cells, minlength=len(names) ** 2).view(len(names), -1)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = min(16, 4 + 0.3 * min(len(names), TOLD))
+    side = min(16, 4 + 0.3 * min(len(names), MOST_NAMED_CLASSES))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the true class")
-    if len(names) <= TOLD:
+    if len(names) <= MOST_NAMED_CLASSES:
         places = range(len(names))
         axes.set_xticks(places, names, rotation=90)
         axes.set_yticks(places, names)
@@ -85,15 +85,15 @@ def draw_confusion(file: Path, answers: torch.Tensor, names: list[str]) -> None:
 
 @dataclass
 class Card:
-    """What the model cards of one kind of model say, beside what all model cards say.
+    """The parts of a model card that depend on the kind of model.
 
     Args:
         kind: the kind of model, for the first sentence.
         script: the script that trains it.
         measures: the title and the value of each metric, by the metric's name on the Hub.
-        task: the task of its pipeline; without one, the model is to be fine-tuned by finetune.py.
+        task: the task of its pipeline. Without a task, the card shows how to fine-tune the model.
         pipeline_options: further arguments of the pipeline's call, as source code.
-        classes: the title and the values of a measure of each class.
+        classes: the title of a measure, and its value for each class.
     """
 
     kind: str
@@ -116,17 +116,19 @@ def classification_card(model_type: str, entry: dict) -> Card:
 
 
 def pretraining_card(model_type: str, entry: dict) -> Card:
-    kind = f"A model ({model_type}) that fills in hidden parts of images ([SimMIM](https://arxiv.org/abs/2111.09886))"
-    measures = {"mean_absolute_error": ("Mean absolute error of hidden pixels, normalised", entry["loss"])}
+    kind = (
+        f"A model ({model_type}) that reconstructs hidden parts of images ([SimMIM](https://arxiv.org/abs/2111.09886))"
+    )
+    measures = {"mean_absolute_error": ("Mean absolute error of the hidden pixels (normalised)", entry["loss"])}
     return Card(kind, "pretrain_mim.py", ["masked-image-modeling", "simmim", model_type], measures)
 
 
 def write_card(folder: Path, card: Card, args: argparse.Namespace, settings: dict, entry: dict) -> None:
-    """The README.md beside a model and its figures: results, for people and for the Hub, usage and settings.
+    """Write the model card, README.md: results (also as metadata for the Hub), usage and settings.
 
     Args:
-        settings: what the result follows from, by the names of options.
-        entry: what was measured after the epoch that the model is from.
+        settings: the settings that determine the result, by option name.
+        entry: the measures after the epoch of the model.
     """
     name, data, base = args.push_to_hub or args.output.resolve().name, public(args.data), public(args.model)
     on_hub = {"base_model": args.model} if args.model and not Path(args.model).exists() else {}
@@ -192,5 +194,5 @@ def table(first: str, second: str, rows: dict[str, object]) -> str:
 
 
 def public(value: object) -> object:
-    """Of a local path the last part alone: where it was is no one else's concern."""
+    """The last part of a local path, so that a card does not publish the folders of this machine."""
     return Path(str(value)).name if Path(str(value)).exists() else value

@@ -1,4 +1,4 @@
-"""How a training script begins and ends, whatever it trains."""
+"""The parts that all training scripts share: checks, loaders, start, saving and upload."""
 
 import argparse
 import copy
@@ -26,7 +26,7 @@ from .options import Problem, first_line, run_script
 from .recipe import schedule
 from .reports import Card, draw_curves, write_card
 
-# What a run may change when it goes on: the result does not follow from it.
+# Options that may change when a run is resumed, since the result does not depend on them.
 FREE = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
 
 
@@ -36,20 +36,23 @@ def run_training(args: argparse.Namespace, train: Callable[[argparse.Namespace, 
         log_with=args.report_to or None,
         project_config=ProjectConfiguration(str(args.output), logging_dir=str(args.output / "logs")),
     )
-    advice = " To go on: the same command with --resume."
+    advice = " To continue, run the same command with --resume."
     run_script(accelerator, functools.partial(train, args, accelerator), advice)
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself in the options that scripts share."""
+    """Raise an error for contradictory options, among those that all training scripts share."""
     if args.warmup_epochs > args.epochs:
-        raise Problem(f"--warmup-epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}.")
+        raise Problem(
+            f"--warmup-epochs {args.warmup_epochs:g} is above --epochs {args.epochs}: lower one or raise the other."
+        )
     if args.min_learning_rate > args.learning_rate:
         raise Problem(
-            f"--min-learning-rate {args.min_learning_rate:g} is above --learning-rate {args.learning_rate:g}."
+            f"--min-learning-rate {args.min_learning_rate:g} is above --learning-rate {args.learning_rate:g}: "
+            "lower one or raise the other."
         )
     if args.train_images and not args.streaming:
-        raise Problem("--train-images is for --streaming: leave it out, or add that.")
+        raise Problem("--train-images needs --streaming: add --streaming, or leave out --train-images.")
     available = [tracker.value for tracker in get_available_trackers()]
     for tracker in args.report_to:
         if tracker not in available:
@@ -57,11 +60,11 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 def may_begin(args: argparse.Namespace, accelerator: Accelerator) -> bool:
-    """Whether there is something left to train, and places for the result."""
+    """Whether there is something left to train. Raises an error if the results cannot be saved."""
     if not keeps_states(accelerator) and (args.resume or args.save_every):
         raise Problem(
-            f"--resume and --save-every are not for {accelerator.distributed_type.value}: its checkpoints are pickles, "
-            "which can execute code. Leave them out, or use FSDP 2."
+            f"--resume and --save-every do not work with {accelerator.distributed_type.value}: its checkpoints are "
+            "pickles, which can execute code. Leave both options out, or use FSDP 2."
         )
     check_output(args)
     if args.resume and is_complete(args.output):
@@ -73,7 +76,9 @@ def may_begin(args: argparse.Namespace, accelerator: Accelerator) -> bool:
         try:
             HfApi().create_repo(args.push_to_hub, exist_ok=True)
         except Exception as error:
-            raise Problem(f"Cannot make --push-to-hub {args.push_to_hub}: {first_line(error)}") from error
+            raise Problem(
+                f"Cannot create the repository --push-to-hub {args.push_to_hub}: {first_line(error)}"
+            ) from error
     return True
 
 
@@ -87,13 +92,13 @@ def make_loaders(
     views: Sequence[Callable],
     kind: type[Images] = Images,
 ) -> tuple[Order, Loader, Loader]:
-    """The order of training, its images, and those to validate on.
+    """The batch sampler of training, the training loader and the validation loader.
 
     Args:
         keys, images: as in [`Order`], for training.
         in_turn: as in [`InTurn`], for validation.
         fetchers, views: as in [`Images`], for training and for validation.
-        kind: what loads the images.
+        kind: the class that loads images.
     """
     place = accelerator.num_processes, accelerator.process_index
     order = Order(keys, images, args.batch_size, args.accumulate, *place, args.seed)
@@ -105,7 +110,7 @@ def make_loaders(
 
 
 def settings_of(args: argparse.Namespace, accelerator: Accelerator, images: int, data: Iterable) -> dict:
-    """What the result follows from, by the names that users know. `data` is as for [`fingerprint`]."""
+    """The settings that determine the result, by option name. `data` is as for [`fingerprint`]."""
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     return options | {
         "the number of processes": accelerator.num_processes,
@@ -131,10 +136,14 @@ def begin(
     groups: list[dict] | None = None,
     unsharded: str | None = None,
 ) -> Training:
-    """The training with its optimizer, at its beginning or where it was stopped. It says what it does, and `about`.
+    """Create the training run, resume it with --resume, and print a summary.
 
-    `pixels` are the size of the training images in words; `decay` is the learning rate's schedule; `groups` are the
-    optimizer's, if not those of `decay_groups`. `ema` and `unsharded` are as in [`Training`].
+    Args:
+        about: a text about the data and the model, for the summary.
+        pixels: the size of the training images as a text, for the summary.
+        decay: the learning rate schedule.
+        groups: the parameter groups of the optimizer (default: those of [`decay_groups`]).
+        ema, unsharded: as in [`Training`].
     """
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
@@ -152,7 +161,8 @@ def begin(
     if accelerator.is_main_process and not resumed:
         if args.overwrite or args.resume:
             clear_output(args.output)
-        training.checkpoints.folder.mkdir(parents=True, exist_ok=True)  # from now on, this is an unfinished run
+        # The folder marks an unfinished run.
+        training.checkpoints.folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if args.report_to:
         written = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
@@ -164,15 +174,15 @@ def begin(
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     accelerator.print(
         f"{model.config.model_type}, {parameters / 1e6:.2f} M parameters"
-        + (f" ({learning / 1e6:.2f} M learn)" if learning < parameters else "")
+        + (f" ({learning / 1e6:.2f} M trainable)" if learning < parameters else "")
         + f", {about}; {settings['the number of training images']} training images of {pixels} pixels; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}{engine}, "
         f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {order.steps * args.epochs} steps."
     )
     if resumed:
-        accelerator.print(f"Going on after step {training.progress.step} of epoch {training.progress.epoch + 1}.")
+        accelerator.print(f"Resuming after step {training.progress.step} of epoch {training.progress.epoch + 1}.")
     elif args.resume:
-        accelerator.print(f"{args.output} holds no state to go on from: starting from the beginning.")
+        accelerator.print(f"{args.output} holds no checkpoint to resume from: starting from the beginning.")
     return training
 
 
@@ -190,14 +200,14 @@ def train_and_keep(
     *,
     draw_all: bool = False,
 ) -> dict:
-    """Train to the end. The best model is then in `--output`, the last in its folder `last`.
+    """Train to the end. Save the best model in `--output` and the last in its folder `last`.
 
     Args:
         loss_function, measure, merit, describe: as in [`Training.run`].
         processor: the image processor that is saved with the model.
-        draw: called by the main process with a folder, for figures that show what was measured last.
-        card: given what was measured, what the model card says.
-        draw_all: draw after every epoch, not only after those whose model is the best so far.
+        draw: called by the main process with a folder, to save figures about the latest measures.
+        card: given the measures, the content of the model card.
+        draw_all: draw after each epoch, not only after an epoch with the best model so far.
 
     Returns:
         The results.
@@ -234,11 +244,11 @@ def train_and_keep(
             if draw_all:
                 draw(args.output)
             write_results(args.output, results)
-        training.tell_unreadable()
+        training.report_new_unreadable()
 
     training.run(loss_function, see, merit, describe, save)
     results = json.loads((args.output / "results.json").read_text())
-    if not seen:  # this process found all epochs done, and reports need what was measured
+    if not seen:  # all epochs were finished before this process started, and the figures need the measures
         measure(training.trained)
     write(args.output / "last", results)
     if accelerator.is_main_process:
@@ -256,7 +266,7 @@ def upload(args: argparse.Namespace, accelerator: Accelerator) -> None:
         HfApi().upload_folder(repo_id=repository, folder_path=args.output, ignore_patterns=["last/*", "logs/*"])
     except Exception as error:
         raise Problem(
-            f"Cannot upload {args.output}, which is complete: {first_line(error)}. To try again: "
+            f"Cannot upload {args.output}, which is complete: {first_line(error)}. To try again, run "
             f"hf upload {repository} {args.output}"
         ) from error
-    accelerator.print(f"It is on the Hub as {repository}.")
+    accelerator.print(f"Uploaded {args.output} to the Hub as {repository}.")

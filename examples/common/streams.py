@@ -1,4 +1,4 @@
-"""Data sets that are read as they go by, for those that exceed the disk."""
+"""Streams: data sets that are read without a copy on the disk, for data that is larger than the disk."""
 
 import argparse
 import itertools
@@ -13,19 +13,19 @@ from .loading import seed_of
 from .options import Problem
 from .pictures import named
 
-BUFFER = 1000  # images among which a stream is shuffled
+SHUFFLE_BUFFER = 1000  # images
 
 
 class Stream:
-    """Undecoded images with their classes' names, in the order of the shards or shuffled.
+    """Undecoded images with the names of their classes, in the order of the shards or shuffled.
 
-    Without a column of labels, all have the class ""; an image that has no label there has None.
+    Without a label column, the class of every image is "". The class of an image without a label is None.
     """
 
     def __init__(self, rows: datasets.IterableDataset, args: argparse.Namespace, names: list[str]):
         self.rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
         self.columns, self.names, self.seed = (args.image_column, args.label_column), names, args.seed
-        # Of classes, `datasets` has -1 where there is none.
+        # `datasets` stores a missing class as -1.
         self.no_label = (None, -1) if isinstance(rows.features.get(args.label_column), datasets.ClassLabel) else (None,)
         self.source = args.data
 
@@ -45,14 +45,14 @@ class Stream:
         return self.labelled(self.rows)
 
     def epoch(self, epoch: int) -> Iterator[tuple[dict, str | None]]:
-        """Without an end: where it has none left, it begins anew in another order."""
+        """An endless iterator: after the last image, the stream is read again in another order."""
         for again in itertools.count():
             seed = seed_of(self.seed, "order", epoch, again)
-            yield from self.labelled(self.rows.shuffle(seed=seed, buffer_size=BUFFER))
+            yield from self.labelled(self.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
 
 
 def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> list[str]:
-    """In the order of their indices."""
+    """The names of the classes, in the order of their indices."""
     feature = rows.features[args.label_column]
     if args.classes:
         names = read_names(Path(args.classes), "--classes")
@@ -60,25 +60,26 @@ def class_names(args: argparse.Namespace, rows: datasets.IterableDataset) -> lis
         names = feature.names
     else:
         raise Problem(
-            f"Column {args.label_column} of --data {args.data} does not tell its classes, and a stream is not read in "
-            "advance: name a file with one class a line by --classes, in the order of their numbers."
+            f"Column {args.label_column} of --data {args.data} does not state the names of its classes, and a stream "
+            "is not read in advance: write the names to a file, one a line in the order of their numbers, and add "
+            "--classes FILE."
         )
     if len(names) < 2:
-        raise Problem(f"Only one class ({names[0]}) is named to train on: a classifier needs at least two.")
+        raise Problem(f"--data {args.data} has only one class ({names[0]}): a classifier needs at least two.")
     return names
 
 
 def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[str]]:
-    """To train on and to validate on, the number of training images, and the classes' names in order.
+    """The training stream, the validation stream, the number of training images, and the names of the classes.
 
-    Where `args.label_column` is None, all images have one class, whatever the data says.
+    If `args.label_column` is None, all images have the same class.
     """
     splits = load_splits(args.data, streaming=True)
     for split in ("train", args.validation_split):
         if split not in splits:
             raise Problem(
-                f"--data {args.data} has no split called {split}, only {', '.join(splits)}; nothing can be held out "
-                "of a stream: see --validation-split."
+                f"--data {args.data} has no split called {split}, only {', '.join(splits)}. Images cannot be held "
+                "out of a stream: name the split with --validation-split."
             )
     train, validation = (with_features(args.data, splits[split]) for split in ("train", args.validation_split))
     for rows in (train, validation):
@@ -87,9 +88,9 @@ def read_streams(args: argparse.Namespace) -> tuple[Stream, Stream, int, list[st
     known = (train.info.splits or {}).get("train")
     images = args.train_images or (known and known.num_examples)
     if not images:
-        raise Problem(f"--data {args.data} does not tell how many images it has: say so by --train-images.")
+        raise Problem(f"--data {args.data} does not state its number of images: add --train-images N.")
     streams = Stream(train, args, names), Stream(validation, args, names)
     for stream, split in zip(streams, ("train", args.validation_split), strict=True):
-        if next(stream.once(), None) is None:  # epochs of it would never end
+        if next(stream.once(), None) is None:  # an epoch of an empty stream would never end
             raise Problem(f"--data {args.data} has no images in its {split} split.")
     return *streams, images, names
