@@ -63,7 +63,7 @@ def load_model(name: str) -> FocalPreTrainedModel:
         if model_type == "focal":
             is_backbone = config.architectures == [FocalBackbone.__name__]
             model_class = FocalBackbone if is_backbone else FocalForImageClassification
-            model, report = model_class.from_pretrained(name, output_loading_info=True)
+            model, report = model_class.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises exceptions of almost any type for a damaged or missing model
         raise ConversionError(
             f"--model {name} cannot be loaded. Give a folder that holds a model, or the name of a model on the Hub. "

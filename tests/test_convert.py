@@ -378,6 +378,9 @@ def write_unconvertible_model(folder: Path, kind: str, converted: Path) -> None:
     elif kind == "pipe":
         folder.mkdir()
         os.mkfifo(folder / "config.json")
+    elif kind == "pickle":
+        config.save_pretrained(folder)
+        torch.save(FocalForImageClassification(config).state_dict(), folder / "pytorch_model.bin")
     elif kind == "truncated":
         FocalForImageClassification(config).save_pretrained(folder)
         weights = folder / "model.safetensors"
@@ -413,6 +416,7 @@ def write_unconvertible_model(folder: Path, kind: str, converted: Path) -> None:
             "with focalv2, maps must divide into windows; .* stage 1 has 18 x 18 tokens for windows of 4",
         ),
         ("contradiction", r"num_heads must hold one value for each of the 2 stages"),
+        ("pickle", "no file named model.safetensors"),
         ("pipe", r"holds config\.json, which is neither a file nor a folder"),
         ("truncated", "cannot be loaded. Give a folder"),
         ("absent", "cannot be loaded. Give a folder"),
