@@ -33,6 +33,7 @@ from common.options import (
     batch_size_option,
     image_size_option,
     no_readable_images,
+    printable,
     script_parser,
     workers_option,
 )
@@ -329,7 +330,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         unreadable = results["unreadable"]
         for item in unreadable:
-            print(f"Not a readable image, left out: {item}")
+            print(f"Not a readable image, left out: {printable(item)}")
         top5 = "" if results["top5"] is None else f"top-5 {100 * results['top5']:.2f} %, "
         summary = f"{args.model} on {args.data}: top-1 {100 * results['top1']:.2f} %, {top5}loss "
         summary += f"{results['loss']:.4f}; {results['images']} images of {' x '.join(map(str, results['image_size']))}"

@@ -31,6 +31,7 @@ from common.options import (
     image_size_option,
     no_readable_images,
     positive,
+    printable,
     script_parser,
     workers_option,
 )
@@ -279,7 +280,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 write_shard(shard_file(args.output, batch["piece"], count), shards.pop(batch["piece"]), schema)
     unreadable = sorted(gather_object(unreadable))
     for item in unreadable:
-        accelerator.print(f"Not a readable image, left out: {item}")
+        accelerator.print(f"Not a readable image, left out: {printable(item)}")
     files = [shard_file(args.output, shard, count) for shard in range(count)]
     images = sum(pq.read_metadata(file).num_rows for file in files)
     if not images:

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from transformers import BitImageProcessorPil
 
@@ -22,7 +23,7 @@ from common.coco import picture_size, read_objects
 from common.data import check_columns, read_data, report_unreadable, unreadable_pictures
 from common.detection_views import picture
 from common.loading import IGNORED, Images, Item, listed
-from common.options import Problem
+from common.options import Problem, run_script
 from common.pictures import UnreadablePicture, load_picture
 from common.segmentation_data import check_scenes, load_map
 from common.streams import read_streams
@@ -276,9 +277,14 @@ def corrupt_zip(folder: Path) -> Namespace:
 
 DAMAGED = {  # what is said of files, and of the same as a stream where that differs
     empty_parquet: ("corresponds to no data", "has no images in its train split."),
-    empty_tar: ("corresponds to no data", "has no images in its train split."),
+    empty_tar: (
+        "train-0.tar is damaged (ValueError: it has no members). Replace or remove it.",
+        "has no images in its train split.",
+    ),
     cut_tar: ("train-0.tar is damaged (ReadError: unexpected end of data). Replace or remove it.",),
-    label_of_text: ("ValueError: invalid literal for int() with base 10: b'cat'.",),
+    label_of_text: (
+        "train-0.tar is damaged (ValueError: 6.cls must hold the number of a class; names belong into .txt)",
+    ),
     name_that_is_not_utf8: (r"has a file whose name is not UTF-8: ",),
     class_like_a_variable: ("has a file whose name contains an environment variable: ",),
     class_like_an_address: ("has a file whose name contains ::, ",),
@@ -303,6 +309,22 @@ def test_damaged_data_is_one_clear_line(tmp_path, damage, streaming):
         read()
     assert DAMAGED[damage][-1 if streaming else 0] in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_names_do_not_command_the_terminal(tmp_path, capsys):
+    """A name in a file may hold control characters."""
+    (folder_of_pictures(tmp_path / "data") / "a" / "\x1b[2J.png").write_bytes(b"none")
+    train = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"))["train"]
+    said = []
+    report_unreadable(arguments(tmp_path / "data"), [{"rows": train}], said.append)
+    assert said[0].endswith("/data/train/a/\\x1b[2J.png")
+
+    def act() -> None:
+        raise Problem("No such folder: \x1b[2J")
+
+    with pytest.raises(SystemExit):
+        run_script(Accelerator(cpu=True), act)
+    assert capsys.readouterr().err.endswith("error: No such folder: \\x1b[2J\n")
 
 
 def evaluated(args: Namespace, workers: int, needs_label: bool = True) -> tuple[list, list[str], list[str]]:

@@ -75,7 +75,7 @@ def unreadable_data(name: str, where: str, error: Exception) -> Problem:
     """An error about --data with its first cause and, if it can be found, the damaged file."""
     while error.__cause__:
         error = error.__cause__
-    readers = {".zip": zipfile.ZipFile, ".tar": list_tar, ".parquet": pq.read_metadata}
+    readers = {".zip": zipfile.ZipFile, ".tar": read_tar, ".parquet": pq.read_metadata}
     advice = ""
     for file in sorted(Path(name).expanduser().rglob("*")):
         try:
@@ -89,9 +89,15 @@ def unreadable_data(name: str, where: str, error: Exception) -> Problem:
     return Problem(f"Cannot read --data {name} {where}: {first_line(error).rstrip('.!')}.{advice}")
 
 
-def list_tar(file: Path) -> None:
+def read_tar(file: Path) -> None:
+    """Read the members of a WebDataset file, and its class numbers."""
     with tarfile.open(file) as archive:
-        archive.getmembers()
+        members = archive.getmembers()
+        if not members:
+            raise ValueError("it has no members")
+        for member in members:
+            if member.name.endswith(".cls") and not archive.extractfile(member).read().strip().isdigit():
+                raise ValueError(f"{member.name} must hold the number of a class; names belong into .txt")
 
 
 def with_features(name: str, rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset:

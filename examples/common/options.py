@@ -241,9 +241,14 @@ def speed_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
 
 
+def printable(text: str) -> str:
+    """Escape control characters, which names in files may have and terminals obey."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def few(names: Iterable[str]) -> str:
-    """The first five names, with an ellipsis if there are more."""
-    first = list(itertools.islice(names, 6))
+    """The first five names, printable, with an ellipsis if there are more."""
+    first = [printable(name) for name in itertools.islice(names, 6)]
     return ", ".join(first[:5]) + (" …" if first[5:] else "")
 
 
@@ -276,7 +281,7 @@ def run_script(accelerator: Accelerator, act: Callable[[], None], advice: str = 
         # only another process has a problem, that process reports it after the pause.
         if not accelerator.is_main_process:
             time.sleep(5)
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        print(printable(f"error: {problem}"), file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         if accelerator.is_main_process:
