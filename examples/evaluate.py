@@ -1,6 +1,6 @@
 """Measure an image classifier, Focal or any other of transformers, on a folder of images or a data set from the Hub.
 
-Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and examples/README.md.
+Plain PyTorch with Accelerate, on a CPU, one GPU or several. See `--help` and examples/README.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification
 from common.batches import Batches, load_batches, load_split, run_inference
 from common.data import check_columns
 from common.files import check_new, write_results
-from common.models import load_trained, resize_views, try_out
+from common.models import load_trained, resize_views, run_on_plain_images
 from common.options import (
     Problem,
     batch_size_option,
@@ -43,7 +43,7 @@ examples:
   ImageNet's validation images, in one folder for each WordNet id:
     accelerate launch examples/evaluate.py --model focal-tiny --data imagenet/val
 
-  your own pictures, with the accuracy of every class as a table and a picture:
+  your own pictures, with the accuracy of each class as a table and a figure:
     accelerate launch examples/evaluate.py --model my_model --data my_images --report report
 
   a data set from the Hub, read without storing it, by two GPUs in bfloat16:
@@ -55,8 +55,8 @@ examples:
 """
 
 IMAGENET_CLASSES = 1000
-FEW_CLASSES = 50  # of so many and fewer, the picture shows all
-NAMED = 12  # of more, so many of the worst and of the best
+FEW_CLASSES = 50  # the figure names all classes if there are no more than this
+NAMED = 12  # otherwise it names this many of the worst and of the best classes
 BLUE = "#2456c8"
 
 
@@ -72,23 +72,27 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         required=True,
         metavar="NAME",
-        help="a folder FOLDER/CLASS/*.png or FOLDER/SPLIT/CLASS/*.png, one of Parquet or WebDataset files, or a data "
-        "set's name on the Hub",
+        help="a folder FOLDER/CLASS/*.png or FOLDER/SPLIT/CLASS/*.png, a folder of Parquet or WebDataset files, or the "
+        "name of a data set on the Hub",
     )
     group.add_argument(
-        "--split", metavar="NAME", help="default: validation, val or test, the first that the data has; else all of it"
+        "--split", metavar="NAME", help="default: the first of validation, val and test that exists, or all of the data"
     )
     group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
     group.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
     group.add_argument(
         "--labels-by-number",
         action="store_true",
-        help="the data's class numbers are the model's, whatever the two call them (default: classes go by name, "
-        "ImageNet's WordNet ids by their order)",
+        help="match the classes of the data and of the model by number (default: match them by name, and ImageNet's "
+        "WordNet ids by their order)",
     )
-    group.add_argument("--streaming", action="store_true", help="read while evaluating, store nothing on disk")
     group.add_argument(
-        "--strict", action="store_true", help="stop at a picture that cannot be read (default: name it and go on)"
+        "--streaming", action="store_true", help="read the data during evaluation, without a copy on this disk"
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at a picture that cannot be read (default: skip the picture and print its name)",
     )
 
     group = parser.add_argument_group("result")
@@ -108,8 +112,8 @@ def parse_arguments() -> argparse.Namespace:
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-def by_name(args: argparse.Namespace, names: list[str], labels: list[str]) -> dict[str, int]:
-    """The model's class for each class name of the data."""
+def classes_by_name(args: argparse.Namespace, names: list[str], labels: list[str]) -> dict[str, int]:
+    """The number of the model's class for each class name of the data."""
     numbers = {label: number for number, label in enumerate(labels)}
     several = {label for label, count in Counter(labels).items() if count > 1}
     unknown = [name for name in names if name not in numbers or name in several]
@@ -136,11 +140,11 @@ def match_labels(
     feature: datasets.ClassLabel | datasets.Value,
     labels: list[str],
 ) -> dict[str | int, int]:
-    """The model's class for each value of the label column."""
+    """The number of the model's class for each value of the label column."""
     numbers = {number: number for number in range(len(labels))}
     if isinstance(feature, datasets.ClassLabel):
         if not args.labels_by_number:
-            classes = by_name(args, feature.names, labels)
+            classes = classes_by_name(args, feature.names, labels)
             return {number: classes[name] for number, name in enumerate(feature.names)}
         if feature.num_classes != len(labels):
             raise Problem(
@@ -152,9 +156,12 @@ def match_labels(
         names = all(label.isdigit() for label in labels) and not args.labels_by_number
         return {int(label): number for number, label in enumerate(labels)} if names else numbers
     if args.labels_by_number:
-        raise Problem(f"--labels-by-number: column {args.label_column} of --data {args.data} has no numbers, but text.")
-    # What names a stream holds is only known at its end.
-    return by_name(args, labels if args.streaming else sorted(data.unique(args.label_column)), labels)
+        raise Problem(
+            f"--labels-by-number: column {args.label_column} of --data {args.data} has text instead of numbers: leave "
+            "out --labels-by-number."
+        )
+    # The names in a stream are only known at its end.
+    return classes_by_name(args, labels if args.streaming else sorted(data.unique(args.label_column)), labels)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -162,10 +169,15 @@ def match_labels(
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndarray, dict, list[str]]:
-    """One row an image (class, answer, whether the class is among the best five, loss), results, and class names."""
+    """Evaluate the model.
+
+    Returns:
+        A row for each image (class, predicted class, whether the class is among the best five, loss), the results, and
+        the names of the classes.
+    """
     if args.report:
         check_new("--report", args.report)
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, processor = load_trained(args.model, AutoModelForImageClassification)
         data = load_split(args.data, args.split, ("validation", "val", "test"), args.streaming, drop_labels=False)
     check_columns(args, data.features, others=("label",))
@@ -174,7 +186,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
     if args.image_size:
         resize_views(processor, args.image_size)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    _, image_size = try_out(model, processor, args.model)
+    _, image_size = run_on_plain_images(model, processor, args.model)
 
     count = data.num_shards if args.streaming else math.ceil(len(data) / args.batch_size)
     batches = Batches(
@@ -226,7 +238,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
         "unreadable": unreadable,
         "top1": (rows[:, 0] == rows[:, 1]).mean(),
         "top5": rows[:, 2].mean() if len(labels) >= 5 else None,
-        "loss": math.fsum(rows[:, 3]) / len(rows),  # the same in whatever order the processes finish
+        "loss": math.fsum(rows[:, 3]) / len(rows),  # exact, so it does not depend on the order of the processes
         "images_per_second": round(len(rows) / seconds, 2),
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
@@ -237,8 +249,8 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def of_each_class(rows: np.ndarray, labels: list[str]) -> list[dict]:
-    """The classes that have images, in the model's order."""
+def results_per_class(rows: np.ndarray, labels: list[str]) -> list[dict]:
+    """The results of each class that has images, in the order of the model's classes."""
     classes = []
     for number in np.unique(rows[:, 0]).astype(int):
         own = rows[rows[:, 0] == number]
@@ -255,25 +267,25 @@ def of_each_class(rows: np.ndarray, labels: list[str]) -> list[dict]:
     return classes
 
 
-def bars(axes, classes: list[dict], title: str) -> None:
-    """The accuracy of each class as a bar with its name, worst first."""
+def draw_bars(axes, classes: list[dict], title: str) -> None:
+    """Draw a bar for the accuracy of each class."""
     axes.barh(range(len(classes)), [100 * row["top1"] for row in classes], color=BLUE)
-    axes.set_yticks(range(len(classes)), [short(row["class"]) for row in classes])
+    axes.set_yticks(range(len(classes)), [shorten_name(row["class"]) for row in classes])
     axes.set(xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5), xlabel="top-1 (%)")
     axes.set_title(title, loc="left")
 
 
-def short(name: str) -> str:
-    """The first of the synonyms that ImageNet's names are lists of."""
+def shorten_name(name: str) -> str:
+    """The first synonym in an ImageNet class name, at most 24 characters."""
     name = name.split(", ")[0]
     return name if len(name) <= 24 else name[:23] + "…"
 
 
-def confusion(axes, rows: np.ndarray, labels: list[str]) -> None:
-    """What share of each class was taken for which, the classes without images of their own as one column."""
+def draw_confusion(axes, rows: np.ndarray, labels: list[str]) -> None:
+    """Draw the confusion matrix in %. All classes without images share one column."""
     numbers = np.unique(rows[:, 0])
     columns = [rows[:, 1] == number for number in numbers]
-    names = [short(labels[int(number)]) for number in numbers]
+    names = [shorten_name(labels[int(number)]) for number in numbers]
     others = ~np.isin(rows[:, 1], numbers)
     shares = [
         [(rows[:, 0] == number)[answered].sum() / (rows[:, 0] == number).sum() for answered in [*columns, others]]
@@ -293,30 +305,30 @@ def confusion(axes, rows: np.ndarray, labels: list[str]) -> None:
 
 
 def draw(file: Path, classes: list[dict], rows: np.ndarray, labels: list[str], summary: str) -> None:
-    """Few classes: the accuracy of each, and what is taken for what. Many: all in order, the worst and best named."""
+    """Draw the accuracy of each class, with a confusion matrix for few classes, or the worst and best classes."""
     ordered = sorted(classes, key=lambda row: row["top1"])
     few = len(classes) <= FEW_CLASSES
     height = 3 + 0.25 * len(classes) if few else 6.5
     figure, (left, right) = plt.subplots(1, 2, figsize=(height + 8 if few else 13, height), layout="constrained")
     figure.suptitle(summary, x=0.01, ha="left")
     if few:
-        bars(left, ordered, "every class, worst first")
-        confusion(right, rows, labels)
+        draw_bars(left, ordered, "every class, worst first")
+        draw_confusion(right, rows, labels)
     else:
         left.fill_between(range(len(ordered)), [100 * row["top1"] for row in ordered], color=BLUE)
         left.set(xlim=(0, len(ordered) - 1), ylim=(0, 100), xlabel="classes, worst first", ylabel="top-1 (%)")
         left.set_title(f"all {len(ordered)} classes", loc="left")
-        bars(right, ordered[:NAMED] + ordered[-NAMED:], f"the {NAMED} worst and the {NAMED} best")
+        draw_bars(right, ordered[:NAMED] + ordered[-NAMED:], f"the {NAMED} worst and the {NAMED} best")
         right.axhline(NAMED - 0.5, color="black", linewidth=1)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
 
-def report(folder: Path, rows: np.ndarray, results: dict, labels: list[str], summary: str) -> None:
-    """results.json comes last: where it is, the rest is complete."""
+def write_report(folder: Path, rows: np.ndarray, results: dict, labels: list[str], summary: str) -> None:
+    """Write the report. results.json is written last, so a folder with it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    classes = of_each_class(rows, labels)
+    classes = results_per_class(rows, labels)
     with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fieldnames=list(classes[0]))
         table.writeheader()
@@ -339,7 +351,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"{f'; {len(unreadable)} left out' if unreadable else ''}."
         )
         if args.report:
-            report(args.report, rows, results, labels, summary + " pixels")
+            write_report(args.report, rows, results, labels, summary + " pixels")
 
 
 if __name__ == "__main__":

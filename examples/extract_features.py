@@ -1,7 +1,7 @@
-"""Write what a model sees in each picture, as vectors, to Parquet files: for search, clustering, or a small classifier.
+"""Write a feature vector for each picture to Parquet files: for search, clustering, or a small classifier.
 
-Plain Accelerate and PyTorch; Focal or any other model of transformers that takes images. Run it again after an
-interruption: it goes on with the files that are not there yet. See `--help` and examples/README.md.
+Plain PyTorch with Accelerate, for Focal or any other image model of transformers. Run the same command again after an
+interruption: it writes only the missing files. See `--help` and examples/README.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 from common.batches import Batches, load_batches, load_split, run_inference
 from common.data import check_columns
 from common.files import check_place
-from common.models import load_trained, resize_views, try_out
+from common.models import load_trained, resize_views, run_on_plain_images
 from common.options import (
     Problem,
     batch_size_option,
@@ -45,14 +45,14 @@ examples:
     accelerate launch --num_processes 2 --mixed_precision bf16 examples/extract_features.py --model focal-tiny \\
         --data my_images --output features --features stage2 stage4
 
-  WebDataset files, read once and not stored again, one file of features for each:
+  WebDataset files, without a copy on the disk, and a file of features for each of them:
     accelerate launch examples/extract_features.py --model focal-tiny --data my_tars --streaming --output features \\
         --image-column jpg --label-column cls
 """
 
 IMAGES_PER_SHARD = 2000
-MOST_SHARDS = 1000  # of a stream; one of an image folder has a file for each picture
-SETTINGS = b"extract_features"  # the key under which a shard carries the settings it was made with
+MOST_SHARDS = 1000  # for a stream; a stream of an image folder has a source file for each picture
+SETTINGS = b"extract_features"  # the metadata key of a shard's settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,8 +65,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["pooled"],
         metavar="NAME",
-        help="pooled, what the classifier of the model gets (default), or stages such as stage2 stage4: the mean of "
-        "each one's map, as the model's backbone gives it",
+        help="pooled: the input of the model's classifier (default); or stages such as stage2 stage4: the mean of the "
+        "backbone's feature map of each stage",
     )
     image_size_option(group)
 
@@ -75,21 +75,25 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         required=True,
         metavar="NAME",
-        help="a folder of images, with a folder for each class or without, one of Parquet or WebDataset files, or a "
-        "data set's name on the Hub",
+        help="a folder of images, with or without a folder for each class, a folder of Parquet or WebDataset files, or "
+        "the name of a data set on the Hub",
     )
     group.add_argument("--split", metavar="NAME", help="default: all of a folder of images, or the only split")
     group.add_argument("--image-column", default="image", metavar="NAME", help="default: image")
     group.add_argument(
         "--label-column", metavar="NAME", help="copied to the features (default: label, if there is one)"
     )
-    group.add_argument("--streaming", action="store_true", help="read while extracting, store nothing else on disk")
     group.add_argument(
-        "--strict", action="store_true", help="stop at a picture that cannot be read (default: name it and go on)"
+        "--streaming", action="store_true", help="read the data during extraction, without a copy on this disk"
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at a picture that cannot be read (default: skip the picture and print its name)",
     )
 
     group = parser.add_argument_group("result")
-    group.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the Parquet files go")
+    group.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder for the Parquet files")
     group.add_argument(
         "--shards",
         type=positive(int),
@@ -98,7 +102,9 @@ def parse_arguments() -> argparse.Namespace:
         f"files, at most {MOST_SHARDS})",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="remove features that FOLDER holds and that were made otherwise"
+        "--overwrite",
+        action="store_true",
+        help="remove files of features in FOLDER that were written with other settings",
     )
 
     group = parser.add_argument_group("speed")
@@ -142,7 +148,7 @@ def vectors_of(args: argparse.Namespace, output: ModelOutput) -> dict[str, torch
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Another for other weights, whatever the folder is called."""
+    """A checksum of the weights, so that other weights in the same folder are noticed."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -157,7 +163,7 @@ def shard_file(folder: Path, number: int, count: int) -> Path:
 
 
 def check_shards(args: argparse.Namespace, settings: dict) -> list[Path]:
-    """Shards in the output folder that were made with other settings; refused without --overwrite."""
+    """Shards in the output folder with other settings. Without --overwrite, such shards raise an error."""
     folder, others = args.output, {}
     for file in sorted(folder.glob("features-*-of-*.parquet")):
         try:
@@ -176,7 +182,7 @@ def check_shards(args: argparse.Namespace, settings: dict) -> list[Path]:
 
 
 def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
-    """Written aside, then renamed: a shard that is there is complete."""
+    """Write a shard to a temporary file and rename it, so that every shard is complete."""
     columns = []
     for field in schema:
         if pa.types.is_fixed_size_list(field.type):
@@ -190,7 +196,7 @@ def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
         aside.replace(file)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise Problem(f"Cannot write {file}: {first_line(error)}. Run again to go on from here.") from error
+        raise Problem(f"Cannot write {file}: {first_line(error)}. Run the same command again to continue.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- extraction
@@ -199,7 +205,7 @@ def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
 @torch.no_grad()
 def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     check_place("--output", args.output)
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, processor = load_model(args)
         data = load_split(args.data, args.split, streaming=args.streaming, drop_labels=None)
     check_columns(args, data.features, others=("label",))
@@ -225,10 +231,10 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     }
     others = check_shards(args, settings)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    output, _ = try_out(model, processor, args.model)
+    output, _ = run_on_plain_images(model, processor, args.model)
     widths = {name: vectors.shape[1] for name, vectors in vectors_of(args, output).items()}
     number = datasets.Value("float32")
-    # With the features' description, so that reading the files gives classes their names again.
+    # The schema of `datasets`, so that the names of the classes are known when the files are read.
     schema = datasets.Features(
         {"path": datasets.Value("string")}
         | ({"label": data.features[label_column]} if label_column else {})
@@ -241,7 +247,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
         for shard in range(count)
         if (file := shard_file(args.output, shard, count)) in others or not file.exists()
     ]
-    accelerator.wait_for_everyone()  # all have seen the same files
+    accelerator.wait_for_everyone()  # no process changes the files before all have listed them
     if accelerator.is_main_process:
         args.output.mkdir(parents=True, exist_ok=True)
         for file in (*others, *args.output.glob(".features-*.part")):
@@ -259,7 +265,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
         args.data,
     )
     unreadable: list[str] = []
-    shards: dict[int, dict[str, list]] = {}  # more than one at a time where several workers read a stream
+    shards: dict[int, dict[str, list]] = {}  # several at a time if several workers read a stream
     with tqdm(
         total=None if args.streaming else sum(end - start for start, end in map(batches.bounds, batches.pieces)),
         unit="image",
@@ -284,7 +290,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     files = [shard_file(args.output, shard, count) for shard in range(count)]
     images = sum(pq.read_metadata(file).num_rows for file in files)
     if not images:
-        accelerator.wait_for_everyone()  # all have counted
+        accelerator.wait_for_everyone()  # no process removes files before all have counted the images
         if accelerator.is_main_process:
             for file in files:
                 file.unlink()
@@ -294,5 +300,5 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()  # a missing weight is an error, and that a classifier is left out no news
+    logging.set_verbosity_error()  # no warning about the unused classifier; missing weights raise an error
     run_inference(parse_arguments(), extract)

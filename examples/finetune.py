@@ -1,6 +1,7 @@
 """Fine-tune Focal, or any image classifier of transformers, on a folder of images or a data set from the Hub.
 
-Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and examples/README.md.
+The training loop is plain PyTorch with Accelerate. It runs on a CPU, one GPU or several. See `--help` and
+examples/README.md.
 """
 
 import argparse
@@ -58,18 +59,18 @@ examples:
   start from a checkpoint (a converted or a fine-tuned folder, or a name on the Hub):
     accelerate launch examples/finetune.py --model focal-tiny --data my_images --output my_model
 
-  go on after it was stopped, as if it had not been:
+  continue a run that was stopped, with the same result:
     accelerate launch examples/finetune.py --model focal-tiny --data my_images --output my_model --resume
 
   train from scratch as the paper does, the network described by a config.json ("model_type": "focal"):
     accelerate launch examples/finetune.py --recipe paper --config my_config.json --data imagenet --output my_model \\
         --batch-size 128
 
-  a data set from the Hub that calls its columns and splits its own way:
+  a data set from the Hub with other names of columns and splits:
     accelerate launch examples/finetune.py --model focal-tiny --data uoft-cs/cifar100 --output my_model \\
         --image-column img --label-column fine_label --validation-split test
 
-  WebDataset shards (train-*.tar, validation-*.tar) that are not to be copied first:
+  WebDataset shards (train-*.tar, validation-*.tar), without a copy on the disk:
     accelerate launch examples/finetune.py --model focal-tiny --data shards --streaming --train-images 1281167 \\
         --image-column jpg --label-column cls --classes classes.txt --output my_model
 
@@ -86,7 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     group = data_options(parser, "FOLDER/train/CLASS/*.png with FOLDER/validation/CLASS/*.png")
     group.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
     group.add_argument(
-        "--classes", metavar="FILE", help="with --streaming: the classes' names, one a line, if the data does not tell"
+        "--classes",
+        metavar="FILE",
+        help="with --streaming: names of the classes, one a line, if the data has none",
     )
 
     result_options(parser)
@@ -96,8 +99,8 @@ def parse_arguments() -> argparse.Namespace:
         "--recipe",
         choices=RECIPES,
         default="fine-tuning",
-        help="what options are where they are not given: paper is the original's training on ImageNet from scratch "
-        "(default: fine-tuning)",
+        help="defaults of the training options; paper: the original training on ImageNet from scratch (default: "
+        "fine-tuning)",
     )
     training_options(group, defaults_of)
     group.add_argument(
@@ -110,27 +113,25 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--class-weights",
         choices=["balanced"],
-        help="weigh every class by the inverse of its share of the training images",
+        help="weight each class by the inverse of its share of the training images",
     )
     group.add_argument(
-        "--ema", type=fraction, metavar="DECAY", help="keep a moving average of the weights, and evaluate and save that"
+        "--ema", type=fraction, metavar="DECAY", help="evaluate and save a moving average of the weights"
     )
     group.add_argument(
         "--layer-decay",
         type=fraction,
         default=1.0,
         metavar="F",
-        help="learning rate of a block, relative to that of the block after it (default: 1)",
+        help="ratio of the learning rates of a block and the next block (default: 1)",
     )
-    group.add_argument(
-        "--freeze", type=positive(int), metavar="N", help="leave the stem and the first N stages as they are"
-    )
+    group.add_argument("--freeze", type=positive(int), metavar="N", help="freeze the stem and the first N stages")
     group.add_argument(
         "--lora",
         type=positive(int),
         metavar="RANK",
-        help="train adapters and the classifier alone; they are merged into the saved model, and by themselves in "
-        "FOLDER/adapter",
+        help="train only LoRA adapters of this rank and the classifier; the saved model has them merged, and "
+        "FOLDER/adapter has them unmerged",
     )
 
     group = parser.add_argument_group("images in training")
@@ -139,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rand-augment",
         type=not_negative,
         metavar="M",
-        help=f"up to two random operations of RandAugment, of strength M below 10 {defaults_of('rand_augment')}",
+        help=f"up to two random operations of RandAugment, with strength M below 10 {defaults_of('rand_augment')}",
     )
     group.add_argument(
         "--color-jitter",
@@ -151,20 +152,20 @@ def parse_arguments() -> argparse.Namespace:
         "--erasing",
         type=not_negative,
         metavar="P",
-        help=f"erase a part of a share P of the pictures {defaults_of('erasing')}",
+        help=f"erase a random rectangle with probability P {defaults_of('erasing')}",
     )
     group.add_argument(
         "--mixup",
         type=not_negative,
         metavar="A",
-        help=f"blend pictures, by shares from Beta(A, A) {defaults_of('mixup')}",
+        help=f"blend pictures with shares from Beta(A, A) {defaults_of('mixup')}",
     )
     group.add_argument(
         "--cutmix",
         type=not_negative,
         metavar="A",
-        help="put parts of pictures into others, likewise; with --mixup, each in half of the batches "
-        + defaults_of("cutmix"),
+        help="paste a part of a picture into another, with shares from Beta(A, A); with --mixup, each in half of "
+        "the batches " + defaults_of("cutmix"),
     )
 
     preparing_options(parser)
@@ -172,21 +173,25 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Refuse what contradicts itself, before anything is read."""
+    """Raise an error for contradictory options, before any data is read."""
     for name, limit in (("rand_augment", 10), ("label_smoothing", 1), ("drop_path", 1), ("erasing", 1.0001)):
         value = getattr(args, name)
         if value is not None and value >= limit:
-            raise Problem(f"--{name.replace('_', '-')} {value:g} is too much: it must be below {limit:g}.")
+            raise Problem(f"--{name.replace('_', '-')} {value:g} is too large: it must be below {limit:g}.")
     if args.lora and args.freeze:
-        raise Problem("--lora fixes all weights of the model by itself: leave out --freeze.")
+        raise Problem("--lora already freezes the weights of the model: leave out --freeze.")
     if args.lora:
         refuse_sharding(accelerator, "--lora merges whole weights: leave out one of the two")
     if args.freeze and args.config:
-        raise Problem("--freeze keeps weights as they are, and --config starts from random ones: use --model.")
+        raise Problem(
+            "--freeze keeps the weights of a checkpoint, but --config starts from random weights: use --model."
+        )
     if args.classes and not args.streaming:
-        raise Problem("--classes is for --streaming: leave it out, or add that.")
+        raise Problem("--classes needs --streaming: add --streaming, or leave out --classes.")
     if args.streaming and args.class_weights:
-        raise Problem("--class-weights counts the images of each class, which --streaming cannot: leave one out.")
+        raise Problem(
+            "--class-weights counts the images of each class, which --streaming cannot do: leave out one of the two."
+        )
     if args.classes:
         read_names(Path(args.classes), "--classes")
 
@@ -197,12 +202,12 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def training_view(
     size: tuple[int, int], args: argparse.Namespace, resample: int, image: Image.Image, draw: random.Random
 ) -> dict:
-    """Whole numbers: normalising comes after augmentation, on the device."""
+    """A random crop as uint8 pixels. Augmentation and normalisation follow on the device."""
     image = random_view(image, size, args.crop_scale, args.flip, resample, draw)
     return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
 
 
-def streamed(label2id: dict[str, int], row: tuple[dict, str | None]) -> tuple[dict, int | None]:
+def with_label_index(label2id: dict[str, int], row: tuple[dict, str | None]) -> tuple[dict, int | None]:
     cell, name = row
     return cell, label2id.get(name)
 
@@ -215,10 +220,13 @@ def labelled_loaders(
     config: PreTrainedConfig,
     processor: BitImageProcessorPil,
 ) -> tuple[Order, Loader, Loader]:
-    """The order of training and the batches to train on and to validate on, of `data` for both."""
+    """The batch sampler of training, the training loader and the validation loader.
+
+    `data` is the training and the validation data.
+    """
     if args.streaming:
         keys, in_turn = data[0].epoch, data[1].once
-        fetchers = [functools.partial(streamed, config.label2id)] * 2
+        fetchers = [functools.partial(with_label_index, config.label2id)] * 2
     else:
         keys, in_turn = shuffled(images, args.seed), functools.partial(range, len(data[1]["labels"]))
         fetchers = [
@@ -234,16 +242,16 @@ def labelled_loaders(
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@torch.no_grad()  # not inference_mode: tensors that a model caches there could not be used in training later
+@torch.no_grad()  # not inference_mode: training cannot use tensors that a model caches in inference mode
 def evaluate(
     accelerator: Accelerator, model: torch.nn.Module, loader: Loader, classes: int
 ) -> tuple[dict, torch.Tensor]:
-    """Accuracies and mean loss, each image counted once; and (images, 2) true and predicted classes."""
+    """Measure accuracies and the mean loss. Also returns the true and predicted classes (images, 2)."""
     model.eval()
     sums, answers = torch.zeros(4, device=accelerator.device), []
     for batch in loader:
         labels = batch["labels"]
-        with accelerator.autocast():  # an average of the weights has not been prepared for it
+        with accelerator.autocast():  # accelerator.prepare has not wrapped the averaged model in autocast
             logits = model(pixel_values=batch["pixel_values"]).logits.float()
         counts = labels != IGNORED
         best = logits.topk(min(5, classes)).indices
@@ -253,7 +261,7 @@ def evaluate(
         answers.append(torch.stack([labels, best[:, 0]], 1)[counts].cpu())
     correct, among_five, images, loss = accelerator.reduce(sums, "sum").tolist()
     if not images:
-        raise Problem("Not one of the validation images can be read.")
+        raise Problem("None of the validation images can be read.")
     measured = {
         "accuracy": correct / images,
         "top5_accuracy": among_five / images,
@@ -272,7 +280,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not may_begin(args, accelerator):
         return
 
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         if args.streaming:
             train_data, validation_data, images, names = read_streams(args)
         else:
@@ -336,14 +344,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def prepare_model(args: argparse.Namespace, model: PreTrainedModel) -> torch.nn.Module:
-    """What options change in it."""
+    """Apply the options that change the model or its trainable parameters."""
     if args.freeze:
         freeze(model, args.freeze)
     if args.layer_decay != 1:
         stages_of(model, "--layer-decay")
     if args.lora:
         model = add_adapters(model, args.lora)
-    apply_speed_options(args, model)  # after that: peft would ask patches, which are tuples, for gradients
+    # After peft, which would otherwise require gradients of the patches, which are tuples.
+    apply_speed_options(args, model)
     return model
 
 

@@ -1,6 +1,6 @@
-"""Pre-train Focal, or Swin, on images without labels: parts of them are hidden, and it learns to fill them in (SimMIM).
+"""Pre-train Focal or Swin on images without labels: it learns to reconstruct hidden parts of the images (SimMIM).
 
-Xie et al. 2021, https://arxiv.org/abs/2111.09886. What it saves is what finetune.py starts from. See `--help` and
+Xie et al. 2021, https://arxiv.org/abs/2111.09886. finetune.py can start from the saved model. See `--help` and
 examples/README.md.
 """
 
@@ -53,7 +53,7 @@ examples:
     accelerate launch examples/pretrain_mim.py --config my_config.json --data all_my_images --output pretrained
     accelerate launch examples/finetune.py --model pretrained --data my_images --output my_model
 
-  go on after it was stopped, as if it had not been:
+  continue a run that was stopped, with the same result:
     accelerate launch examples/pretrain_mim.py --config my_config.json --data all_my_images --output pretrained --resume
 
   small pictures, of 32 pixels with patches of 2:
@@ -65,7 +65,7 @@ examples:
         --data imagenet --output pretrained --batch-size 256 --learning-rate 8e-4
 """
 
-# The paper's, but for the learning rate: its 8e-4 are for steps of 2048 images.
+# The paper's settings, except the learning rate: the paper has 8e-4 for steps of 2048 images.
 PRE_TRAINING = {
     "epochs": 100,
     "learning_rate": 5e-4,
@@ -92,10 +92,14 @@ def parse_arguments() -> argparse.Namespace:
         type=positive(int),
         default=32,
         metavar="PIXELS",
-        help="side of the squares that are hidden, in whole patches of the model (default: 32)",
+        help="side of the hidden squares in pixels, a multiple of the model's patch size (default: 32)",
     )
     group.add_argument(
-        "--mask-ratio", type=fraction, default=0.6, metavar="F", help="share of them that is hidden (default: 0.6)"
+        "--mask-ratio",
+        type=fraction,
+        default=0.6,
+        metavar="F",
+        help="share of the squares that is hidden (default: 0.6)",
     )
 
     training_options(parser.add_argument_group("training"), told)
@@ -108,17 +112,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def hidden_squares(args: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
-    """How many squares of an image are hidden, and how many there are."""
+    """The number of hidden squares of an image, and the number of all its squares."""
     squares = (height // args.mask_patch) * (width // args.mask_patch)
     return math.ceil(args.mask_ratio * squares), squares
 
 
 def check_masks(args: argparse.Namespace, config: PreTrainedConfig, height: int, width: int) -> None:
-    """Refuse squares that do not fit, or that leave nothing to see."""
+    """Raise an error if the squares do not tile the image, or if all squares are hidden."""
     patch, sizes = config.patch_size, f"images of {height} x {width} pixels in patches of {config.patch_size}"
     fitting = [side for side in range(patch, min(height, width) + 1, patch) if not (height % side or width % side)]
     if args.mask_patch not in fitting:
-        advice = f"choose one of {', '.join(map(str, fitting))}" if fitting else "no size does; use another image_size"
+        advice = (
+            f"choose one of {', '.join(map(str, fitting))}"
+            if fitting
+            else "no size divides them; use another image_size"
+        )
         raise Problem(f"--mask-patch {args.mask_patch} does not divide {sizes}: {advice}.")
     hidden, squares = hidden_squares(args, height, width)
     if hidden == squares:
@@ -131,7 +139,7 @@ def check_masks(args: argparse.Namespace, config: PreTrainedConfig, height: int,
 def with_mask(
     args: argparse.Namespace, patch: int, view: Callable, image: Image.Image, draw: random.Random
 ) -> dict[str, torch.Tensor]:
-    """A view, and which of its patches are hidden: the same in either from the same draw."""
+    """A view of the image, and the mask of its hidden patches. Both are drawn from `draw`."""
     inputs = view(image, draw)
     height, width = inputs["pixel_values"].shape[-2:]
     hidden, squares = hidden_squares(args, height, width)
@@ -164,17 +172,17 @@ def unlabelled(row: tuple[dict, str]) -> tuple[dict, int]:
 
 
 def reconstruct(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss over the images of a batch, and their reconstructions. One that does not count has no loss."""
+    """The mean loss over the images of a batch, and their reconstructions. The loss of an ignored image is 0."""
     counts = batch["labels"] != IGNORED
     outputs = model(pixel_values=batch["pixel_values"], bool_masked_pos=batch["bool_masked_pos"] & counts[:, None])
     return outputs.loss * counts.float().mean(), outputs.reconstruction
 
 
-@torch.no_grad()  # not inference_mode: tensors that a model caches there could not be used in training later
+@torch.no_grad()  # not inference_mode: training cannot use tensors that a model caches in inference mode
 def evaluate(
     accelerator: Accelerator, model: torch.nn.Module, loader: Loader
 ) -> tuple[dict, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Mean loss, each image counted once; and pixel values, mask and reconstruction of some that this process has."""
+    """Measure the mean loss. Also returns pixel values, mask and reconstruction of some images of this process."""
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     shown = []
@@ -186,12 +194,12 @@ def evaluate(
         shown += zip(*(tensor[counts][: SHOWN - len(shown)].cpu() for tensor in of_batch), strict=True)
     loss, images = accelerator.reduce(sums, "sum").tolist()
     if not images:
-        raise Problem("Not one of the validation images can be read.")
+        raise Problem("None of the validation images can be read.")
     return {"loss": loss / images, "images": int(images)}, shown
 
 
 def set_stride(config: PreTrainedConfig) -> None:
-    """The decoder's pixels per token, which follow from the network; a classifier's config may say something else."""
+    """Set the decoder's pixels per token, since the config of a classifier may have another value."""
     if hasattr(config, "depths"):
         config.encoder_stride = config.patch_size * 2 ** (len(config.depths) - 1)
 
@@ -204,7 +212,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         return
 
     set_seed(args.seed)
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, _ = load_model(
             *(args, AutoModelForMaskedImageModeling, "a model for masked images", ("decoder.",)), say, set_stride
         )
@@ -233,7 +241,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if accelerator.is_local_main_process:
             report_unreadable(args, (train_data, validation_data), say)
         keys = shuffled(images, args.seed)
-        # In one order for all times, but not that of the folders, so that the first ones are of all kinds.
+        # A fixed order, but not that of the folders, so that the first images, which are drawn, are of all kinds.
         in_turn = functools.partial(shuffled(len(validation_data["labels"]), 0), 0)
         fetchers = [
             listed(data["rows"], [0] * len(data["labels"]), args.image_column) for data in (train_data, validation_data)

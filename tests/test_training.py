@@ -342,8 +342,11 @@ def test_balanced_weights_are_those_of_scikit_learn():
 
 
 CONTRADICTIONS = {
-    "--lora fixes all weights of the model by itself: leave out --freeze.": ("--lora", 2, "--freeze", 1),
-    "--freeze keeps weights as they are, and --config starts from random ones: use --model.": ("--freeze", 1),
+    "--lora already freezes the weights of the model: leave out --freeze.": ("--lora", 2, "--freeze", 1),
+    "--freeze keeps the weights of a checkpoint, but --config starts from random weights: use --model.": (
+        "--freeze",
+        1,
+    ),
     "--warmup-epochs 20 is above --epochs 5: lower one or raise the other.": ("--recipe", "paper", "--epochs", 5),
     "--min-learning-rate 0.1 is above --learning-rate 0.01: lower one or raise the other.": (
         "--min-learning-rate",
@@ -351,9 +354,9 @@ CONTRADICTIONS = {
         "--learning-rate",
         0.01,
     ),
-    "--rand-augment 10 is too much: it must be below 10.": ("--rand-augment", 10),
+    "--rand-augment 10 is too large: it must be below 10.": ("--rand-augment", 10),
     "--train-images needs --streaming: add --streaming, or leave out --train-images.": ("--train-images", 9),
-    "--class-weights counts the images of each class, which --streaming cannot": (
+    "--class-weights counts the images of each class, which --streaming cannot do": (
         *("--streaming", "--class-weights", "balanced"),
     ),
     "No such file: --classes missing.txt.": ("--streaming", "--classes", "missing.txt"),

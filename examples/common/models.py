@@ -197,7 +197,9 @@ def resize_views(processor: BaseImageProcessor, pixels: int) -> None:
 
 
 @torch.no_grad()
-def try_out(model: PreTrainedModel, processor: BaseImageProcessor, name: str) -> tuple[ModelOutput, list[int]]:
+def run_on_plain_images(
+    model: PreTrainedModel, processor: BaseImageProcessor, name: str
+) -> tuple[ModelOutput, list[int]]:
     """Run the model on two plain images, one wide and one high. Returns its output and the input size."""
     images = [Image.new("RGB", size) for size in ((300, 200), (200, 300))]
     views = [processor(image, return_tensors="pt")["pixel_values"][0].to(model.device) for image in images]
