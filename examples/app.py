@@ -101,7 +101,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class View:
-    """What one model makes of a visitor's picture. All that a click shows is read from it."""
+    """The attention record of one model for a visitor's picture. Clicks are answered from it."""
 
     name: str
     labels: list[str]
@@ -147,7 +147,7 @@ def read_picture(file: str) -> Image.Image:
 
 
 class Views:
-    """What models make of visitors' pictures. The last of them are kept; others are computed again when needed."""
+    """A cache of [`View`]s. The least recently used views are dropped and computed again when needed."""
 
     def __init__(self, classifiers: dict[str, Classifier]):
         self.classifiers = classifiers
@@ -175,7 +175,7 @@ class Views:
 
 
 def enlargement(image_size: tuple[int, int], least: int) -> int:
-    """The whole number of times that what a model sees is enlarged on the page."""
+    """The integer factor by which the input of a model is enlarged on the page."""
     return max(1, -(-least // max(image_size)))
 
 
@@ -184,8 +184,8 @@ def enlarged(pixels: np.ndarray, least: int) -> Image.Image:
     return Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
 
 
-def marked(pixels: np.ndarray, seen: QueryAttention, least: int) -> Image.Image:
-    """Cut to the image, with frames around the query's token and its window."""
+def draw_frames(pixels: np.ndarray, seen: QueryAttention, least: int) -> Image.Image:
+    """The image with frames around the query token and its window."""
     height, width = seen.image_size
     picture = enlarged(pixels[:height, :width], least)
     side, draw = seen.stride * enlargement(seen.image_size, least), ImageDraw.Draw(picture)
@@ -200,7 +200,7 @@ def marked(pixels: np.ndarray, seen: QueryAttention, least: int) -> Image.Image:
 
 def clickable(view: View, at: tuple[float, float], stage: int) -> Image.Image:
     seen = query_attention(view.record, at, min(stage, len(view.record.stages) - 1))
-    return marked(view.image, seen, CLICKED)
+    return draw_frames(view.image, seen, CLICKED)
 
 
 def figure(picture: Image.Image, caption: str) -> str:
@@ -212,13 +212,13 @@ def figure(picture: Image.Image, caption: str) -> str:
     return f'<figure><img src="{address}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def looks(view: View, at: tuple[float, float], stage: int, layer: int, levels: list[int]) -> str:
+def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, levels: list[int]) -> str:
     """Where a point looks, in each stage and in each head of one of them."""
 
     def look(stage: int, layer: int, head: int | None = None) -> tuple[Image.Image, QueryAttention]:
         seen = query_attention(view.record, at, stage, layer, head)
         drawn = [level for level in levels if level < len(seen.levels)]
-        return marked(shaded(view.image, seen, drawn), seen, SHOWN), seen
+        return draw_frames(shaded(view.image, seen, drawn), seen, SHOWN), seen
 
     parts = [
         f"<h3>{html.escape(view.name)}: each stage</h3><p>The last layer of each, the mean of its heads.</p>"
@@ -239,7 +239,7 @@ def looks(view: View, at: tuple[float, float], stage: int, layer: int, levels: l
     return "".join([*parts, "</div>"])
 
 
-def saliency(view: View, label: str) -> str:
+def saliency_html(view: View, label: str) -> str:
     """What in the picture speaks for a class."""
     if label not in [THE_ANSWER, *view.labels]:
         return f"<p>This model has no class {html.escape(label)}.</p>"
@@ -253,7 +253,7 @@ def saliency(view: View, label: str) -> str:
     return figure(enlarged(pixels.round().astype(np.uint8), SHOWN), f"What speaks for {name} (attention rollout)")
 
 
-def answers(view: View) -> dict[str, float]:
+def top_answers(view: View) -> dict[str, float]:
     scores = np.exp(view.record.logits - view.record.logits.max())
     scores /= scores.sum()
     return {view.labels[number]: float(scores[number]) for number in np.argsort(-scores)[:5]}
@@ -276,7 +276,7 @@ def level_choices(views: list[View]) -> list[tuple[str, int]]:
 
 def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Blocks:
     names, views_of = list(classifiers), Views(classifiers)
-    # A choice is refused that is not among those of the page as it was loaded, if it is not known what a visitor sees.
+    # Gradio refuses choices that the page did not have when it was loaded, unless it knows the current choices.
     configs = [classifier.model.config for classifier in classifiers.values()]
     most_stages = max(len(config.depths) for config in configs)
     most_layers = max(max(config.depths) for config in configs)
@@ -346,8 +346,8 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                 gr.update(choices=list(range(stages)), value=min(stage or 0, stages - 1)),
                 gr.update(choices=levels, value=[level for _, level in levels]),
                 gr.update(choices=[THE_ANSWER, *views[0].labels], value=THE_ANSWER),
-                *in_columns([gr.update(value=answers(view), label=view.name) for view in views]),
-                *in_columns([saliency(view, THE_ANSWER) for view in views]),
+                *pad_to_two_columns([gr.update(value=top_answers(view), label=view.name) for view in views]),
+                *pad_to_two_columns([saliency_html(view, THE_ANSWER) for view in views]),
                 *visible,
                 *visible,
             ]
@@ -366,7 +366,7 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
             return [
                 clickable(views[0], at, stage),
                 gr.update(choices=[LAST, *range(layers)], value=layer),
-                *in_columns([looks(view, at, stage, number, levels) for view in views]),
+                *pad_to_two_columns([attention_html(view, at, stage, number, levels) for view in views]),
             ]
 
         def click(
@@ -387,7 +387,7 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
             point = min((across + 0.5) / (width * scale), 1), min((down + 0.5) / (height * scale), 1)
             return [point, *drawn(views, point, stage, layer, levels)]
 
-        def take(file: str) -> str:
+        def accept_upload(file: str) -> str:
             try:
                 read_picture(file)
             except Problem as problem:
@@ -398,10 +398,10 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
         def choose(event: gr.SelectData) -> str:
             return str(examples[event.index])
 
-        def weigh(file: str | None, first: str, second: str, label: str) -> list:
-            return in_columns([saliency(view, label) for view in views_of(file, first, second)])
+        def update_saliency(file: str | None, first: str, second: str, label: str) -> list:
+            return pad_to_two_columns([saliency_html(view, label) for view in views_of(file, first, second)])
 
-        upload.upload(take, upload, file)
+        upload.upload(accept_upload, upload, file)
         gallery.select(choose, None, file)
         # A choice made while an earlier one is drawn is drawn after it.
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
@@ -417,12 +417,12 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
         ).success(**drawing)
         gr.on([stage.input, layer.input, levels.input], **drawing)
         picture.select(click, [*seen, stage, layer, levels], [at, picture, layer, *look], **quick)
-        label.input(weigh, [*seen, label], heat, **quick)
+        label.input(update_saliency, [*seen, label], heat, **quick)
     return page
 
 
-def in_columns(parts: list) -> list:
-    """For the columns of two models, of which one may be empty."""
+def pad_to_two_columns(parts: list) -> list:
+    """Pad the outputs to the two columns of models. The second may be unused."""
     return [*parts, gr.skip(), gr.skip()][:2]
 
 

@@ -35,7 +35,7 @@ from common.options import (
     training_options,
     view_options,
 )
-from common.recipe import complete, told_defaults
+from common.recipe import complete, default_help_of
 from common.runs import (
     begin,
     check_training,
@@ -85,7 +85,7 @@ DETECTION = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    told = told_defaults(DETECTION)
+    default_help = default_help_of(DETECTION)
     parser = script_parser(__doc__, EXAMPLES)
     model_options(parser)
     parser.add_argument(
@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     result_options(parser)
 
     group = parser.add_argument_group("training")
-    training_options(group, told)
+    training_options(group, default_help)
     group.set_defaults(batch_size=8)
     group.add_argument(
         "--backbone-rate",
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="in training the shorter side is drawn from N up to that (default: 0.6 of it)",
     )
-    view_options(group, told)
+    view_options(group, default_help)
     speed_options(parser)
     return parser.parse_args()
 

@@ -35,7 +35,7 @@ from common.options import (
     speed_options,
     training_options,
 )
-from common.recipe import complete, linear_schedule, told_defaults
+from common.recipe import complete, default_help_of, linear_schedule
 from common.runs import (
     begin,
     check_training,
@@ -91,7 +91,7 @@ SHOWN = 6  # validation images that are drawn
 
 
 def parse_arguments() -> argparse.Namespace:
-    told = told_defaults(SEGMENTATION, warmup="1500 of 160,000 parts of --epochs")
+    default_help = default_help_of(SEGMENTATION, warmup="1500 of 160,000 parts of --epochs")
     parser = script_parser(__doc__, EXAMPLES)
     not_negative, above_zero = positive(float, or_zero=True), positive(float)
 
@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     result_options(parser)
 
     group = parser.add_argument_group("training")
-    training_options(group, told, batch_size=16)
+    training_options(group, default_help, batch_size=16)
     group.add_argument(
         "--drop-path",
         type=not_negative,

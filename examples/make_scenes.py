@@ -26,7 +26,7 @@ what FOLDER then holds, the same for equal options:
 """
 
 NAMES = ["background", *map(str, range(10))]
-# Of a digit that others cover, at least this share can be seen.
+# The smallest visible share of a digit that other digits cover.
 VISIBLE = 0.7
 
 
@@ -75,7 +75,7 @@ def compose(
         after = front.copy()
         after[place][scans | (ink > 0.5)] = len(values) + 1
         if any((after == number).sum() < VISIBLE * area for number, area in enumerate(areas, 1)):
-            continue  # it would hide another
+            continue  # the new digit would hide too much of another
         if scans:
             pixels[place] = 255 * ink[..., None]
         else:

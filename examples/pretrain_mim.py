@@ -32,7 +32,7 @@ from common.options import (
     training_options,
     view_options,
 )
-from common.recipe import complete, told_defaults
+from common.recipe import complete, default_help_of
 from common.reports import draw_reconstructions, pretraining_card, to_picture
 from common.runs import (
     begin,
@@ -79,7 +79,7 @@ SHOWN = 8  # validation images whose reconstructions are drawn
 
 
 def parse_arguments() -> argparse.Namespace:
-    told = told_defaults(PRE_TRAINING)
+    default_help = default_help_of(PRE_TRAINING)
     parser = script_parser(__doc__, EXAMPLES)
     parser.set_defaults(label_column=None)
     model_options(parser)
@@ -102,8 +102,8 @@ def parse_arguments() -> argparse.Namespace:
         help="share of the squares that is hidden (default: 0.6)",
     )
 
-    training_options(parser.add_argument_group("training"), told)
-    view_options(parser.add_argument_group("images in training"), told)
+    training_options(parser.add_argument_group("training"), default_help)
+    view_options(parser.add_argument_group("images in training"), default_help)
     preparing_options(parser)
     return parser.parse_args()
 

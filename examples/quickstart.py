@@ -68,7 +68,7 @@ def small_config() -> FocalConfig:
 
 
 def train(folder: Path) -> None:
-    """What a user would type; the whole command is printed."""
+    """Print and run the command that a user would type."""
     command = [
         *("accelerate", "launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
         # One thread: layers as small as these gain little from two, and lose fifty-fold where another program is using
@@ -87,7 +87,7 @@ def train(folder: Path) -> None:
 
 
 def draw(file: Path, rows: list[dict], history: list[dict], summary: str) -> None:
-    """Test pictures with what the model makes of them, and how it got there."""
+    """Draw test pictures with the predictions of the model, and its learning curves."""
     figure = plt.figure(figsize=(12, 7.6), facecolor="white")
     outer = figure.add_gridspec(
         1, 2, width_ratios=(2.35, 1), left=0.03, right=0.965, top=0.83, bottom=0.09, wspace=0.12

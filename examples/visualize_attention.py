@@ -42,7 +42,7 @@ examples:
 
 
 def point(text: str) -> tuple[float, float]:
-    """An argparse type: two fractions."""
+    """An argparse type: X,Y with both from 0 to 1."""
     try:
         across, down = map(float, text.split(","))
     except ValueError:
@@ -71,12 +71,20 @@ def parse_arguments() -> argparse.Namespace:
         help="the point that looks: fractions of the width, from the left, and of the height, from the top, of what "
         "the model sees of the picture (default: 0.5,0.5)",
     )
-    parser.add_argument("--stage", type=int, default=0, metavar="N", help="of attention.png, from 0 (default: 0)")
+    parser.add_argument("--stage", type=int, default=0, metavar="N", help="stage of attention.png, from 0 (default: 0)")
     parser.add_argument(
-        "--layer", type=int, default=-1, metavar="N", help="of that stage, from 0, or -1 for the last (default: -1)"
+        "--layer",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="layer of that stage, from 0, or -1 for the last (default: -1)",
     )
-    parser.add_argument("--head", type=int, metavar="N", help="of that layer, from 0 (default: the mean of all)")
-    parser.add_argument("--class", dest="label", metavar="NAME", help="of saliency.png (default: the model's answer)")
+    parser.add_argument(
+        "--head", type=int, metavar="N", help="head of that layer, from 0 (default: the mean of all heads)"
+    )
+    parser.add_argument(
+        "--class", dest="label", metavar="NAME", help="class of saliency.png (default: the model's answer)"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("attention"), metavar="FOLDER", help="where to write (default: attention)"
     )

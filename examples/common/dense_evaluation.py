@@ -1,4 +1,4 @@
-"""What detectors and segmentation models predict for whole images, and COCO's average precision."""
+"""Predictions of detectors and segmentation models for whole images, and the average precision of COCO."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ OF_BOXES = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of m
 
 
 def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
-    """The annotations as they are, crowds included, the images numbered in order."""
+    """The annotations, including crowds, as a COCO object. The ids of the images are their indices."""
     annotations = []
     for index, image in enumerate(images):
         for place, name in enumerate(image["name"]):
@@ -92,7 +92,7 @@ def predict(
     processor: BaseImageProcessor,
     loader: Loader,
 ) -> dict[int, dict]:
-    """For the number of each image that can be read, what all processes found in it."""
+    """The predictions of all processes for each readable image, by the index of the image."""
     model.eval()
     found = {}
     for batch in loader:
@@ -173,7 +173,7 @@ def found_in_image(
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover a length; the last one ends where it does."""
+    """The starts of windows that cover `length`. The last window ends at its end."""
     last = max(0, length - window)
     return [min(number * stride, last) for number in range(math.ceil(last / stride) + 1)]
 

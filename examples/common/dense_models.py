@@ -49,7 +49,7 @@ def patch_of(config: PreTrainedConfig) -> int:
 
 
 def stride_of(model: torch.nn.Module) -> int:
-    """What the sides of a batch must be multiples of, for maps that each have half the sides of the one before."""
+    """The stride of the coarsest feature map. The height and width of a batch must be multiples of it."""
     config = getattr(backbone_of(model), "config", model.config)
     return patch_of(config) * 2 ** (len(getattr(config, "depths", range(4))) - 1)
 
@@ -94,7 +94,7 @@ def build_on_backbone(
     def set_maps(config: PreTrainedConfig) -> None:
         config.out_features = inside.config.out_features
 
-    # Each map has a norm of its own in a backbone, which checkpoints of other models lack.
+    # A backbone has a norm for each feature map. Checkpoints of other models do not have these norms.
     backbone, _ = load_model(args, type(inside), "a backbone", ("hidden_states_norms.",), say, set_maps)
     inside.load_state_dict(backbone.state_dict())
     say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
@@ -102,7 +102,7 @@ def build_on_backbone(
 
 
 def kind_of(config: PreTrainedConfig) -> type | None:
-    """The Auto class of models that find objects by their masks, or by their boxes."""
+    """The Auto class of a model that predicts masks or boxes, or `None` for other models."""
     if type(config) in MASK_MODELS:
         return AutoModelForUniversalSegmentation
     return AutoModelForObjectDetection if type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING else None
@@ -158,7 +158,7 @@ def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: P
 
 
 def begin_anew(model: PreTrainedModel) -> None:
-    """Batch norms of a head start as their papers' do; transformers gives them weights near 0, which hardly learn."""
+    """Initialize the weights of batch norms to 1. transformers initializes them near 0, where they hardly learn."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
@@ -167,7 +167,7 @@ def begin_anew(model: PreTrainedModel) -> None:
 def build_detector(
     args: argparse.Namespace, names: list[str], say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The detector, its id2label being the data's classes, and the image processor that goes with it."""
+    """The detector, with the classes of the data as its id2label, and its image processor."""
     config, backbone = detector_config(args)
 
     def set_labels(config: PreTrainedConfig) -> None:
@@ -202,7 +202,7 @@ def build_detector(
 
 
 def rate_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
-    """Those of `decay_groups`, with a learning rate of its own for the backbone."""
+    """The groups of [`decay_groups`], divided into backbone and head, which have different learning rates."""
     backbone = backbone_of(model)
     inside = {id(parameter) for parameter in backbone.parameters()} if backbone is not None else set()
     groups = []
@@ -215,7 +215,7 @@ def rate_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
 
 
 def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """Of a batch, what goes into the model."""
+    """The names of the tensors of a batch that the model takes as inputs."""
     known = inspect.signature(model.forward).parameters
     return tuple(name for name in ("pixel_values", "pixel_mask") if name in known)
 

@@ -14,11 +14,11 @@ from .loading import Images, Item
 from .options import first_line
 from .pictures import in_colour, open_picture
 
-LEFT = 0.25  # an object of which a crop leaves less than this share is none any more
+LEFT = 0.25  # a crop drops objects of which less than this share is inside
 
 
 def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
-    """The image as its boxes have it; most annotators ignore that EXIF data may turn it, some do not."""
+    """Decode an image in the orientation of its annotations: most ignore the EXIF orientation, some do not."""
     image = open_picture(cell)
     if image.size != size:
         image = ImageOps.exif_transpose(image)
@@ -32,7 +32,7 @@ def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
 def random_part(
     image: Image.Image, boxes: np.ndarray, masks: np.ndarray | None, args: argparse.Namespace, draw: random.Random
 ) -> tuple[Image.Image, np.ndarray, np.ndarray | None, np.ndarray]:
-    """Half of the images cropped, half mirrored: the image, boxes, masks, and which of them are still there."""
+    """Crop and mirror, each with probability 1/2. Returns image, boxes, masks, and which objects are kept."""
 
     def extent() -> np.ndarray:
         return (boxes[:, 2:] - boxes[:, :2]).prod(1) if masks is None else masks.sum((1, 2))
@@ -161,7 +161,7 @@ class ObjectImages(Images):
 
 
 def resize(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Masks of another size, that have the pixels of which they have half at least."""
+    """Resize masks. A pixel belongs to a mask if the mask covers at least half of the pixel."""
     shape = (width, height)
     return (
         np.asarray(

@@ -71,14 +71,14 @@ def defaults_of(name: str) -> str:
     return f"(default: {values[0]:g}; paper: {values[1]:g})"
 
 
-def told_defaults(recipe: dict, warmup: str = "a tenth of --epochs") -> Callable[[str], str]:
-    """A function that gives the default of an option in a recipe, for its help. `warmup` is that of --warmup-epochs."""
+def default_help_of(recipe: dict, warmup: str = "a tenth of --epochs") -> Callable[[str], str]:
+    """A function from an option to the help text about its default. `warmup` is the default of --warmup-epochs."""
 
-    def tell(name: str) -> str:
+    def default_help(name: str) -> str:
         value = recipe[name]
         return f"(default: {warmup if value is None else 'none' if value == math.inf else f'{value:g}'})"
 
-    return tell
+    return default_help
 
 
 def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
