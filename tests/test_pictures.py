@@ -27,7 +27,7 @@ from common.options import Problem, run_script
 from common.pictures import UnreadablePicture, load_picture
 from common.segmentation_data import check_scenes, load_map
 from common.streams import read_streams
-from finetune import streamed
+from finetune import with_label_index
 
 LEVELS = np.linspace(0, 65535, 520).round().reshape(20, 26)  # 520 grey levels of 16 bits
 GREY = (LEVELS / 257).round()
@@ -206,7 +206,7 @@ def test_a_stream_skips_what_has_no_image_or_label(tmp_path, kind):
         }
     args = arguments(tmp_path / "data") if kind == "parquet" else tar_arguments(tmp_path / "data")
     train, validation, images, names = read_streams(args)
-    loaded = Images(functools.partial(streamed, {name: index for index, name in enumerate(names)}), fine)
+    loaded = Images(functools.partial(with_label_index, {name: index for index, name in enumerate(names)}), fine)
     for rows in (validation.once(), islice(train.epoch(0), images)):
         samples = [loaded[Item(row)] for row in rows]
         assert len(samples) == images
