@@ -58,7 +58,7 @@ def load_model(name: str) -> FocalPreTrainedModel:
             f"--model {name} holds {special[0].name}, which is neither a file nor a folder. Remove {special[0].name}."
         )
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         model_type = config.model_type
         if model_type == "focal":
             is_backbone = config.architectures == [FocalBackbone.__name__]

@@ -1,6 +1,7 @@
 """convert/: conversion in both directions, refused inputs, --overwrite, signals and uploads."""
 
 import base64
+import io
 import json
 import os
 import pickle
@@ -428,6 +429,19 @@ def test_unconvertible_models_are_refused(converted, tmp_path, kind, message, mo
     with pytest.raises(ConversionError, match=message):
         convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
     assert not list(tmp_path.glob("*back*"))
+
+
+def test_code_beside_a_model_is_not_executed(tmp_path, monkeypatch, capsys):
+    """transformers would ask the user whether to execute it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    config = {"model_type": "other", "auto_map": {"AutoConfig": "code.OtherConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(ConversionError, match="cannot be loaded"):
+        convert_hf_to_focal.main(["--model", str(tmp_path), "--output", str(tmp_path / "back.pth")])
+    assert "[y/N]" not in capsys.readouterr().out
+    assert not (tmp_path / "executed").exists()
 
 
 def test_checkpoint_name_must_end_in_pth(converted, tmp_path):
