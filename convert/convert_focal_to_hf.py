@@ -1,11 +1,13 @@
 """Convert a checkpoint of the original Focal Transformer to the format of transformers.
 
-The checkpoint may be a file of the authors, a PaddleViT copy, or a detector or segmenter with a Focal backbone.
+The checkpoint may be a file of the authors, a PaddleViT copy, or a detector or segmenter with a Focal backbone. Without
+--checkpoint, the PaddleViT copy of the released model is downloaded.
 """
 
 import argparse
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
+from download import KNOWN_SHA256, PUBLIC_COPIES, cached_checkpoint, check_sha256, download_checkpoint
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
-from messages import ConversionError, print_progress, wrap_errors
+from messages import ConversionError, print_progress, printable_line, wrap_errors
 from model_card import model_card
 from original import (
     RELEASED,
@@ -36,10 +39,11 @@ from output_files import check_output_folder, move_into_place, run_script, stagi
 from settings_files import read_settings
 
 EPILOG = f"""\
-The output folder holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card. With
---with-code it also holds the Python modules of the model. Before the folder appears, the converter loads the converted
-model, compares its logits with those of the checkpoint's weights, converts the weights back and compares them bit for
-bit. No code in the checkpoint is run. yacs, mmengine and Paddle are not needed. Only --push-to-hub needs a network.
+The output folder holds config.json, model.safetensors, preprocessor_config.json, README.md (a model card) and
+conversion.json (the source, size and SHA-256 of the checkpoint). With --with-code it also holds the Python modules of
+the model. Before the folder appears, the converter loads the converted model, compares its logits with those of the
+checkpoint's weights, converts the weights back and compares them bit for bit. No code in the checkpoint is run. yacs,
+mmengine and Paddle are not needed. Only downloads and --push-to-hub need a network.
 
 From a detector or segmenter (of mmdetection or mmsegmentation, with tensor names that begin with backbone. or norm0),
 only the backbone is converted. Load it with FocalBackbone.from_pretrained. It returns the feature maps of the stages
@@ -47,11 +51,14 @@ that have an output norm in the checkpoint. The converter then compares feature 
 preprocessor_config.json, because the detector or segmenter prepares the images.
 
 examples:
-  a released model:
+  a released model, downloaded from PaddleViT (needs gdown):
+    python convert/convert_focal_to_hf.py --config focal_tiny_patch4_window7_224 --output focal-tiny
+
+  a released model from a file of the authors:
     python convert/convert_focal_to_hf.py --checkpoint focal-tiny-is224-ws7.pth \\
         --config focal_tiny_patch4_window7_224 --output focal-tiny
 
-  a PaddleViT copy of a released model, in bfloat16:
+  a released model from a file of PaddleViT, in bfloat16:
     python convert/convert_focal_to_hf.py --checkpoint focal_tiny_patch4_window7_224.pdparams \\
         --config focal_tiny_patch4_window7_224 --output focal-tiny --dtype bfloat16
 
@@ -85,17 +92,23 @@ def repository_name(text: str) -> str:
     return text
 
 
+def sha256_digest(text: str) -> str:
+    """An argparse type: a SHA-256 in hexadecimal."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected 64 hexadecimal digits; got {text!r}")
+    return text.lower()
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--checkpoint",
-        required=True,
         type=Path,
         metavar="FILE",
         help="a .pth file of the original (a released model, a state dict or a training checkpoint), of a detector or "
-        "of a segmenter, or a .pdparams file of Paddle",
+        "of a segmenter, or a .pdparams file of Paddle (default: download the PaddleViT copy of the released model)",
     )
     parser.add_argument(
         "--config",
@@ -103,6 +116,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE|NAME",
         help="the YAML file that the checkpoint was trained with (its BASE files are read too), or the name of a "
         "released model",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for downloaded checkpoints (default: focal_hf in Hugging Face's folder for assets)",
+    )
+    parser.add_argument(
+        "--expect-sha256",
+        type=sha256_digest,
+        metavar="DIGEST",
+        help="SHA-256 of the checkpoint; another file is rejected",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="output folder")
     parser.add_argument(
@@ -139,6 +164,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="upload DIR to this repository on the Hub, which is created if it does not exist",
     )
     options = parser.parse_args(arguments)
+    if options.checkpoint is not None and options.cache_dir is not None:
+        parser.error("argument --cache-dir: only for downloads; leave it out, or leave out --checkpoint")
     if options.image_size is not None:
         if len(options.image_size) > 2 or min(options.image_size) < 1:
             given = " ".join(map(str, options.image_size))
@@ -243,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.disable_progress_bar()
     output, dtype = options.output.resolve(), DTYPES[options.dtype]
-    inputs = (options.checkpoint, Path(options.config))
+    path = options.checkpoint or cached_checkpoint(options.config, options.cache_dir)
+    inputs = (path, Path(options.config))
     check_output_folder(output, options.overwrite, inputs)
     if options.push_to_hub is not None and get_token() is None:
         raise ConversionError("--push-to-hub needs a login. Run `hf auth login`, or set HF_TOKEN.")
@@ -253,8 +281,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         FocalConfig.register_for_auto_class()
     name = options.config if options.config in RELEASED else Path(options.config).stem
 
-    print_progress(f"Reading {options.checkpoint}")
-    checkpoint = read_checkpoint(options.checkpoint)
+    expected_sha256, source = options.expect_sha256, {"source": "local file"}
+    if options.checkpoint is None:
+        expected_sha256 = expected_sha256 or KNOWN_SHA256.get(options.config)
+        download_checkpoint(options.config, path, expected_sha256)
+        public_copy = PUBLIC_COPIES[options.config]
+        source = {"source": public_copy.page, "file_id": public_copy.drive_id}
+    print_progress(f"Reading {path}")
+    checkpoint = read_checkpoint(path)
+    sha256 = check_sha256(path, expected_sha256)
+    source |= {"file": printable_line(path.name), "size": path.stat().st_size, "sha256": sha256}
     backbone = backbone_state_dict(checkpoint)
     is_backbone = backbone is not None
     if is_backbone:
@@ -293,14 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with staging_folder(output) as staging:
         print_progress(f"Writing {options.output}")
         folder = staging / output.name
-        from_paddle = options.checkpoint.suffix == ".pdparams"
         model_id = options.push_to_hub or output.name
-        card = model_card(name, config, released, from_paddle, model_id, options.with_code, is_backbone)
+        card = model_card(name, config, released, source, model_id, options.with_code, is_backbone)
         with wrap_errors(f"Writing {options.output}"):
             model.save_pretrained(folder)
             if not is_backbone:
                 image_processor(config).save_pretrained(folder)
             card.save(folder / "README.md")
+            (folder / "conversion.json").write_text(json.dumps(source, indent=2) + "\n")
         print_progress("Checking the written model")
         check_written_model(folder, model_class, expected_outputs, state)
         check_output_folder(output, options.overwrite, inputs)

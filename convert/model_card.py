@@ -1,5 +1,7 @@
 """Writes the model card of a converted checkpoint: usage, published accuracies, licence and origin."""
 
+from collections.abc import Mapping
+
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from focal_hf import FocalConfig
@@ -44,7 +46,7 @@ def model_card(
     name: str,
     config: FocalConfig,
     released: bool,
-    from_paddle: bool,
+    source: Mapping[str, str | int],
     model_id: str,
     with_code: bool = False,
     is_backbone: bool = False,
@@ -55,11 +57,12 @@ def model_card(
         name: Title of the card. If `released`, the name of the released model.
         config: The model's config.
         released: Whether the weights are released ones. The card gives accuracies only for those.
-        from_paddle: Whether the checkpoint was a file in Paddle's format.
+        source: Content of conversion.json: the source, name, size and SHA-256 of the checkpoint.
         model_id: The folder or the repository from which the examples load the model.
         with_code: Whether the model's folder holds its code.
         is_backbone: Whether the model is the backbone of a detector or segmenter, and not a classifier.
     """
+    from_paddle = source["file"].endswith(".pdparams")
     accuracies = []
     if released:
         accuracies.append(("published by the authors", PUBLISHED_ACCURACIES[name]))
@@ -73,10 +76,10 @@ def model_card(
             dataset_name="ImageNet-1K",
             dataset_split="validation",
             metric_type=metric,
-            metric_name=f"{label}, {source}",
+            metric_name=f"{label}, {publisher}",
             metric_value=value,
         )
-        for source, values in accuracies
+        for publisher, values in accuracies
         for metric, label, value in zip(("accuracy", "top_5_accuracy"), ("Top-1", "Top-5"), values, strict=True)
     ]
     data = ModelCardData(
@@ -93,7 +96,7 @@ def model_card(
         _summary(config, is_backbone),
         "## Use\n\n" + _use(config, model_id, with_code, is_backbone),
         "## Evaluation\n\n" + _evaluation(accuracies) if accuracies else "",
-        "## Licence and origin\n\n" + _origin(released, from_paddle, is_backbone),
+        "## Licence and origin\n\n" + _origin(released, source, from_paddle, is_backbone),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
@@ -166,7 +169,7 @@ print(model.config.id2label[logits.argmax(-1).item()])
 
 
 def _evaluation(accuracies: list[tuple[str, tuple[float, float]]]) -> str:
-    rows = "\n".join(f"| {source} | {top_1} | {top_5} |" for source, (top_1, top_5) in accuracies)
+    rows = "\n".join(f"| {publisher} | {top_1} | {top_5} |" for publisher, (top_1, top_5) in accuracies)
     return (
         "Accuracy on the validation split of ImageNet-1K, in per cent. The publishers of the released weights state "
         "these figures. They were not measured again on the converted model.\n\n"
@@ -174,15 +177,18 @@ def _evaluation(accuracies: list[tuple[str, tuple[float, float]]]) -> str:
     )
 
 
-def _origin(released: bool, from_paddle: bool, is_backbone: bool) -> str:
+def _origin(released: bool, source: Mapping[str, str | int], from_paddle: bool, is_backbone: bool) -> str:
+    file = source["file"].replace("`", "'")
+    download = f", downloaded from [Google Drive]({source['source']})" if "file_id" in source else ""
     paragraphs = [
+        f"The model was converted from `{file}`{download}: {source['size']:,} bytes, SHA-256 `{source['sha256']}`.",
         f"The original's code and released weights ([microsoft/Focal-Transformer]({ORIGINAL})) are under the "
-        f"[MIT License]({ORIGINAL}/blob/main/LICENSE), Copyright (c) Microsoft Corporation."
+        f"[MIT License]({ORIGINAL}/blob/main/LICENSE), Copyright (c) Microsoft Corporation.",
     ]
     if from_paddle:
         paragraphs.append(
-            f"This model was converted from a file in Paddle's format. [PaddleViT]({PADDLEVIT}), a repository under "
-            "the Apache License 2.0, publishes such files, which are conversions of the original's MIT weights."
+            f"The file is in Paddle's format. [PaddleViT]({PADDLEVIT}), a repository under the Apache License 2.0, "
+            "publishes such files, which are conversions of the original's MIT weights."
         )
     if is_backbone:
         paragraphs.append(

@@ -18,7 +18,7 @@ from messages import ConversionError, printable_line
 _staging_folders: dict[Path, tuple[Path, ...]] = {}  # staging folders in use, with their outputs
 
 # Files that the converter writes to a folder, with the modules of --with-code.
-_MODEL_FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+_MODEL_FILES = {"README.md", "config.json", "conversion.json", "model.safetensors", "preprocessor_config.json"}
 _MODEL_FILES |= {module.name for module in Path(focal_hf.__file__).parent.glob("*.py")}
 
 
@@ -77,15 +77,15 @@ def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...])
     Raises:
         ConversionError: if `output` is another file or folder.
     """
+    for path in inputs:
+        if output in path.resolve().parents:
+            raise ConversionError(f"--output {output} holds the input {path}. Choose another folder.")
     if not output.exists():
         return
     if not overwrite:
         raise ConversionError(f"--output {output} exists. Choose another folder, or add --overwrite to replace it.")
     if not output.is_dir():
         raise ConversionError(f"--output {output} is a file. Choose a folder.")
-    for path in inputs:
-        if output in path.resolve().parents:
-            raise ConversionError(f"--output {output} holds the input {path}. Choose another folder.")
     if output == Path.cwd():
         raise ConversionError(f"--output {output} is the working folder. Choose another folder.")
     entries = sorted(output.iterdir())

@@ -50,7 +50,7 @@ CHECKPOINTS = {
     )
 }
 RELEASED_PTH = CHECKPOINTS["base_released.pth"]
-MODEL_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+MODEL_FILES = ["README.md", "config.json", "conversion.json", "model.safetensors", "preprocessor_config.json"]
 CONVERT_TO_HF = [sys.executable, str(ROOT / "convert" / "convert_focal_to_hf.py")]
 
 
@@ -281,9 +281,13 @@ def accuracies(card: ModelCard) -> list[float]:
     return [result.metric_value for result in card.data.eval_results or []]
 
 
+def source(file: str) -> dict[str, str | int]:
+    return {"source": "local file", "file": file, "size": 12345, "sha256": "0" * 64}
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_card_of_a_released_model(name):
-    card = model_card.model_card(name, FocalConfig(), released=True, from_paddle=False, model_id="me/focal")
+    card = model_card.model_card(name, FocalConfig(), released=True, source=source("a.pth"), model_id="me/focal")
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
     assert accuracies(card) == list(model_card.PUBLISHED_ACCURACIES[name])
     assert "not measured again" in card.text
@@ -291,11 +295,12 @@ def test_card_of_a_released_model(name):
     assert 'from_pretrained("me/focal")' in card.text
     assert "yang2021focal" in card.text
     assert "Paddle" not in card.text
+    assert f"converted from `a.pth`: 12,345 bytes, SHA-256 `{'0' * 64}`" in card.text
 
 
 def test_card_of_a_released_model_from_paddle():
     name = "focal_base_useconv_patch4_window7_224"
-    card = model_card.model_card(name, FocalConfig(), released=True, from_paddle=True, model_id="x")
+    card = model_card.model_card(name, FocalConfig(), released=True, source=source("a.pdparams"), model_id="x")
     assert accuracies(card) == [84.2, 97.1, 84.18, 96.61]
     assert card.data.license == "mit"
     assert "Apache License 2.0" in card.text

@@ -1,0 +1,173 @@
+"""Downloads released models from PaddleViT's public copies on Google Drive, and computes checksums of checkpoints."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+from huggingface_hub import cached_assets_path, is_offline_mode
+from transformers.utils.versions import require_version
+
+from checkpoint_files import read_checkpoint
+from messages import ConversionError, print_progress, wrap_errors
+
+
+class PublicCopy(NamedTuple):
+    """Where PaddleViT published its copy of a released model."""
+
+    drive_id: str
+    baidu_share: str
+    baidu_password: str
+
+    @property
+    def page(self) -> str:
+        return f"https://drive.google.com/file/d/{self.drive_id}/view"
+
+
+# From image_classification/Focal_Transformer/README.md of BR-IDL/PaddleViT.
+PUBLIC_COPIES = {
+    "focal_tiny_patch4_window7_224": PublicCopy("1HzZJbYH_eIo94h0wLUhqTyJ6AYthNKRh", "1JCr2qIA-SZvTqbTO-m2OwA", "i8c2"),
+    "focal_tiny_useconv_patch4_window7_224": PublicCopy(
+        "1PS0-gdXHGl95LqH5k5DG62AH6D3i7v0D", "1tVztox4bVJuJEjkD1fLaHQ", "smrk"
+    ),
+    "focal_small_patch4_window7_224": PublicCopy(
+        "1HnVAYsI_hmiomyS4Ax3ccPE7gk4mlTU8", "1b7uugAY9RhrgTkUwYcvvow", "dwd8"
+    ),
+    "focal_small_useconv_patch4_window7_224": PublicCopy(
+        "1vcHjYiGNMayoSTPoM8z39XRH6h89TB9V", "174a2aZzCEt3teLuAnIzMtA", "nr7n"
+    ),
+    "focal_base_patch4_window7_224": PublicCopy("1bNMegxetWpwZNcmDEC3MHCal6SNXSgWR", "1piBslNhxWR78aQJIdoZjEw", "8akn"),
+    "focal_base_useconv_patch4_window7_224": PublicCopy(
+        "1-J2gDnKrvZGtasvsAYozrbMXR2LtIJ43", "1GTLfnTlt6I6drPdfSWB1Iw", "5nfi"
+    ),
+}
+
+# SHA-256 of the public copies, which PaddleViT does not publish. To add one, copy "sha256" from the conversion.json of
+# a model whose accuracy you measured:  "focal_tiny_patch4_window7_224": "0123…",
+KNOWN_SHA256: dict[str, str] = {}
+
+GDOWN = "gdown>=6.5"  # with `timeout` and `retries`
+TIMEOUT = 60  # seconds without an answer
+RETRIES = 3
+
+
+def cached_checkpoint(name: str, cache_dir: Path | None) -> Path:
+    """Returns the path of the public copy of the released model `name` in `cache_dir`, or in Hugging Face's cache.
+
+    Raises:
+        ConversionError: if no public copy is known.
+    """
+    if name.startswith("focalv2_"):
+        raise ConversionError(f"No public copy of {name} is known. {_other_sources(name)}")
+    if name not in PUBLIC_COPIES:
+        raise ConversionError(
+            f"Without --checkpoint, --config must be the name of a model that can be downloaded; got {name}. Give a "
+            f"file with --checkpoint, or one of these names: {', '.join(PUBLIC_COPIES)}."
+        )
+    folder = cache_dir or cached_assets_path("focal_hf", "PaddleViT", "Focal_Transformer")
+    return folder / f"{name}.pdparams"
+
+
+def download_checkpoint(name: str, path: Path, expected_sha256: str | None) -> None:
+    """Downloads the public copy of the released model `name` to `path`, unless it is there.
+
+    The file is first written to the folder `unchecked` beside `path`, and moved when it is complete and a checkpoint.
+    If the connection fails, the received part stays there, and the next call resumes the download.
+
+    Raises:
+        ConversionError: if the file cannot be downloaded, or is not a checkpoint with the hash `expected_sha256`.
+    """
+    if path.is_file():
+        print_progress(f"Found {path}")
+        with wrap_errors("Checking the downloaded file", f"To download it again, delete {path}."):
+            check_sha256(path, expected_sha256)
+            read_checkpoint(path)
+        return
+    if is_offline_mode():
+        raise ConversionError(
+            f"{path} does not exist, and HF_HUB_OFFLINE=1 forbids downloads. Unset HF_HUB_OFFLINE, or give a file with "
+            "--checkpoint."
+        )
+    try:
+        require_version(GDOWN)
+    except ImportError as error:
+        raise ConversionError(
+            f"To download a model, install gdown: pip install '{GDOWN}' ({error}). Or give a file with --checkpoint."
+        ) from None
+    unchecked = path.parent / "unchecked" / path.name
+    with wrap_errors(f"Creating {unchecked.parent}", "Choose another --cache-dir."):
+        unchecked.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(unchecked.with_suffix(".lock")):
+        if path.is_file():  # another process downloaded it
+            return
+        _download(name, unchecked)
+        try:
+            check_sha256(unchecked, expected_sha256)
+            read_checkpoint(unchecked)
+        except ConversionError as error:
+            unchecked.unlink()
+            raise ConversionError(f"{error} The file was deleted. {_other_sources(name)}") from None
+        unchecked.replace(path)
+
+
+def _download(name: str, path: Path) -> None:
+    import gdown
+    from requests import RequestException
+
+    copy = PUBLIC_COPIES[name]
+    print_progress(f"Downloading {copy.page}")
+    try:
+        # No cookies on the disk: gdown would write them to the user's home.
+        gdown.download(
+            id=copy.drive_id, output=str(path), resume=True, use_cookies=False, timeout=TIMEOUT, retries=RETRIES
+        )
+    except gdown.FileURLRetrievalError:
+        raise ConversionError(
+            f"Google Drive sent a web page instead of {path.name}: the file was removed, requires a sign-in, or was "
+            f"downloaded too often in the last 24 hours. {_other_sources(name)}"
+        ) from None
+    except Exception as error:
+        parts = list(path.parent.glob(f"{path.name}*.part"))
+        received = sum(part.stat().st_size for part in parts)
+        disk_failed = isinstance(error, OSError) and not isinstance(error, RequestException)
+        if disk_failed or not received:
+            for part in parts:
+                part.unlink()
+        if disk_failed:
+            raise ConversionError(
+                f"Writing to {path.parent} failed: {error}. Free some space, or choose another --cache-dir."
+            ) from None
+        reason = str(error).partition("\n")[0].rstrip(".")
+        advice = (
+            f"The received {received:,} bytes are kept. To resume, run the command again. To start again, delete "
+            f"{path.parent}."
+            if received
+            else "Check the network, and run the command again."
+        )
+        raise ConversionError(f"Downloading {copy.page} failed: {reason}. {advice} {_other_sources(name)}") from None
+
+
+def _other_sources(name: str) -> str:
+    """Returns advice on where else to get a released model."""
+    authors_file = f"{name.removesuffix('_patch4_window7_224').replace('_', '-')}-is224-ws7.pth"
+    private = f"a private copy of the authors' {authors_file}"
+    if name not in PUBLIC_COPIES:
+        return f"If you have {private}, give it with --checkpoint."
+    copy = PUBLIC_COPIES[name]
+    return (
+        f"Other sources: {copy.page} in a browser, https://pan.baidu.com/s/{copy.baidu_share} (password "
+        f"{copy.baidu_password}), or {private}. Give the file with --checkpoint."
+    )
+
+
+def check_sha256(path: Path, expected: str | None) -> str:
+    """Returns the SHA-256 of a file.
+
+    Raises:
+        ConversionError: if it differs from `expected`.
+    """
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected is not None and sha256 != expected:
+        raise ConversionError(f"{path} has the SHA-256 {sha256}; expected {expected}.")
+    return sha256
