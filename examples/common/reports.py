@@ -119,7 +119,7 @@ def pretraining_card(model_type: str, entry: dict) -> Card:
     kind = (
         f"A model ({model_type}) that reconstructs hidden parts of images ([SimMIM](https://arxiv.org/abs/2111.09886))"
     )
-    measures = {"mean_absolute_error": ("Mean absolute error of the hidden pixels (normalised)", entry["loss"])}
+    measures = {"mean_absolute_error": ("Mean absolute error of the hidden pixels, normalised", entry["loss"])}
     return Card(kind, "pretrain_mim.py", ["masked-image-modeling", "simmim", model_type], measures)
 
 
