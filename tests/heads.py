@@ -149,7 +149,8 @@ THREE_MAPS = '`out_features=["stage2", "stage3", "stage4"]`; `encoder_in_channel
 THIRD_MAP = 'reads one map of stride 16: `out_features=["stage3"]`; stage 4 gets no gradient'
 REASSEMBLY = (
     "set `model.neck.reassemble_stage = None` after building or loading, or the maps are read as the tokens of a ViT "
-    f"(Swin v2 is exempt by name); `neck_hidden_sizes` are the channels of the maps; {NO_LOSS}"
+    "(transformers skips this step only for the model type `swinv2`); `neck_hidden_sizes` are the channels of the "
+    f"maps; {NO_LOSS}"
 )
 READ = "in the backbone's config, where the head reads it"
 STAGE_CHANNELS = f"set `stage_out_channels`, the channels of the maps, {READ}"
@@ -260,8 +261,8 @@ HEADS = {
         ENCODER | {"num_frames": 2, "max_img_size": IMAGE, "visual_prompt_size": 8},
         frames,
         LAST | {"hidden_sizes": CHANNELS},
-        remark=f"set `hidden_sizes` {READ}, with the number of channels of the map as the last value; "
-        "reads only the first map",
+        remark="reads one feature map; set `hidden_sizes` in the backbone's config to a list whose last value is the "
+        "number of channels of this map",
     ),
     "UVDocModel": Head(remark=OWN),
     "SLANetForTableRecognition": Head(
