@@ -46,9 +46,8 @@ PUBLIC_COPIES = {
 # a model whose accuracy you measured:  "focal_tiny_patch4_window7_224": "0123…",
 KNOWN_SHA256: dict[str, str] = {}
 
-GDOWN = "gdown>=6.5"  # with `timeout` and `retries`
+GDOWN = "gdown>=6.5"  # has `timeout`
 TIMEOUT = 60  # seconds without an answer
-RETRIES = 3
 
 
 def cached_checkpoint(name: str, cache_dir: Path | None) -> Path:
@@ -118,9 +117,7 @@ def _download(name: str, path: Path) -> None:
     print_progress(f"Downloading {copy.page}")
     try:
         # No cookies on the disk: gdown would write them to the user's home.
-        gdown.download(
-            id=copy.drive_id, output=str(path), resume=True, use_cookies=False, timeout=TIMEOUT, retries=RETRIES
-        )
+        gdown.download(id=copy.drive_id, output=str(path), resume=True, use_cookies=False, timeout=TIMEOUT)
     except gdown.FileURLRetrievalError:
         raise ConversionError(
             f"Google Drive sent a web page instead of {path.name}: the file was removed, requires a sign-in, or was "

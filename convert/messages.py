@@ -47,4 +47,4 @@ def wrap_errors(action: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConversionError(f"{action} failed: {error} {advice}") from error
+        raise ConversionError(f"{action} failed: {str(error).rstrip('.')}. {advice}".rstrip()) from error

@@ -8,6 +8,7 @@ import resource
 import ssl
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +121,6 @@ def drive(certificate, checkpoint, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(download, "RETRIES", 0)
     model = golden_cases.case("base").config
     model = model | {"MODEL": model["MODEL"] | {"NUM_CLASSES": 1000}}
     monkeypatch.setitem(original.RELEASED, NAME, model)
@@ -226,6 +226,15 @@ def test_hashes(drive, convert, checkpoint, tmp_path, monkeypatch):
     folder = convert(*local, "--expect-sha256", sha256, cache=())
     source = {"source": "local file", "file": FILE, "size": len(checkpoint), "sha256": sha256}
     assert json.loads((folder / "conversion.json").read_text()) == source
+
+
+def test_two_downloads_at_once(drive, checkpoint, tmp_path):
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):
+            threads.submit(download.download_checkpoint, NAME, tmp_path / FILE, None)
+    assert files(tmp_path) == [FILE]
+    assert (tmp_path / FILE).read_bytes() == checkpoint
+    assert len(drive.requests) == 2  # of one download
 
 
 def test_a_full_disk(drive, convert, tmp_path):
