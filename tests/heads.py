@@ -156,7 +156,7 @@ READ = "in the backbone's config, where the head reads it"
 STAGE_CHANNELS = f"set `stage_out_channels`, the channels of the maps, {READ}"
 LINE_OF_TEXT = f"the images are 48 pixels high; {THIRD_MAP}; {NO_LOSS}"
 BLOCKS = f"set `block_configs=[[(0, 0, channels)]], scale=1, divisor=1` {READ}; {LINE_OF_TEXT}"
-TOKENS = "reads every map as the tokens of a ViT, with equal width and stride"
+TOKENS = "expects the tokens of a ViT: maps with the same number of channels and the same stride"
 CLASS_TOKEN = "also reads the class token of a ViT"
 OWN = "builds its own backbone and ignores the type of `backbone_config`"
 
@@ -204,8 +204,8 @@ HEADS = {
     ),
     "PPDocLayoutV3ForObjectDetection": Head(
         DOCUMENT | {"x4_feat_dim": CHANNELS[0]},
-        remark="`encoder_in_channels` are the channels of the last three maps, `x4_feat_dim` is that of the first; "
-        f"{NO_LOSS}",
+        remark="`encoder_in_channels` are the channels of the last three maps, `x4_feat_dim` is the number of channels "
+        f"of the first map; {NO_LOSS}",
     ),
     "PPDocLayoutV4ForObjectDetection": Head(DOCUMENT, images, LAST_THREE, remark=f"{THREE_MAPS}; {NO_LOSS}"),
     "GroundingDinoForObjectDetection": Head(GROUNDED, named_objects),
