@@ -160,12 +160,13 @@ def chunks(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
     padding = padded_length(keys) - keys
     if padding:
         index = torch.cat([index, index[..., :1].expand(-1, -1, padding)], dim=-1)
+    index = head_index(index, heads)
     columns = [*(part.columns for part in parts), padding]
     windows, bias, targets, written = 0, torch.empty(0), [], []
     # Consecutive chunks differ least when they go down the columns, and then from image to image.
     for some_cols in slices(cols, size):
         for some_rows in slices(rows, max(1, size // cols)):
-            of_image = head_index(index[some_rows, some_cols].flatten(0, 1), heads)
+            of_image = index[some_rows, some_cols].flatten(0, 1)
             if windows != len(of_image):
                 windows = len(of_image)
                 bias = key.new_empty(image_slices[0].stop, windows, heads, parts[0].queries, keys + padding)

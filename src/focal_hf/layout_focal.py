@@ -24,7 +24,8 @@ def head_index(index: torch.Tensor, heads: int) -> torch.Tensor:
     A token's heads are contiguous: [head 0 of token 0 | head 1 of token 0 | … | head 0 of token 1 | …]. Hidden keys
     (-1) become token 0, since their bias is -inf.
     """
-    return index.clamp(min=0)[..., None, :] * heads + torch.arange(heads, device=index.device)[:, None]
+    head = torch.arange(heads, dtype=index.dtype, device=index.device)[:, None]
+    return index.clamp(min=0)[..., None, :] * heads + head
 
 
 def gather_heads(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -67,10 +67,10 @@ class BiasPart(NamedTuple):
         if not self.is_mask:
             target.copy_(self.bias(rows, cols))
             return
-        target.copy_(self.source)
         pattern = self.pattern[rows, cols].flatten(0, 1)
-        if pattern.any():  # most windows are not at an edge
-            target.masked_fill_(pattern[:, None], -torch.inf)
+        # An addition is the only pass over the bias. A copy and a mask would be two.
+        mask = self.source.new_zeros(pattern.shape).masked_fill_(pattern, -torch.inf)
+        torch.add(self.source, mask[:, None].expand(len(target), -1, -1, -1, -1), out=target)
 
     def source_gradient(self, gradient: torch.Tensor, rows: slice, cols: slice) -> torch.Tensor:
         """Gradient of `source`, from that of the bias of these windows, in one image or several."""
