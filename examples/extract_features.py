@@ -190,12 +190,12 @@ def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), type=field.type))
         else:
             columns.append(pa.array(rows[field.name], type=field.type))
-    aside = file.with_name(f".{file.name}.part")
+    temporary = file.with_name(f".{file.name}.part")
     try:
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), aside)
-        aside.replace(file)
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary)
+        temporary.replace(file)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise Problem(f"Cannot write {file}: {first_line(error)}. Run the same command again to continue.") from error
 
 

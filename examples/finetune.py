@@ -18,7 +18,7 @@ from transformers import BitImageProcessorPil, PreTrainedConfig, PreTrainedModel
 
 from common.data import central_view, random_view, read_data, read_names, report_unreadable
 from common.engine import refuse_sharding
-from common.loading import IGNORED, Loader, Order, listed, shuffled
+from common.loading import IGNORED, Loader, TrainingBatches, row_fetcher, shuffled
 from common.models import add_adapters, apply_speed_options, build_model, freeze, input_size, stages_of
 from common.options import (
     Problem,
@@ -37,8 +37,8 @@ from common.recipe import (
     Augmentation,
     balanced_weights,
     classification_loss,
-    complete,
     defaults_of,
+    fill_defaults,
     set_drop_path,
 )
 from common.reports import classification_card, draw_confusion
@@ -47,8 +47,8 @@ from common.runs import (
     check_training,
     make_loaders,
     may_begin,
+    result_settings,
     run_training,
-    settings_of,
     train_and_keep,
     upload,
 )
@@ -219,24 +219,25 @@ def labelled_loaders(
     images: int,
     config: PreTrainedConfig,
     processor: BitImageProcessorPil,
-) -> tuple[Order, Loader, Loader]:
+) -> tuple[TrainingBatches, Loader, Loader]:
     """The batch sampler of training, the training loader and the validation loader.
 
     `data` is the training and the validation data.
     """
     if args.streaming:
-        keys, in_turn = data[0].epoch, data[1].once
+        keys, validation_keys = data[0].epoch, data[1].once
         fetchers = [functools.partial(with_label_index, config.label2id)] * 2
     else:
-        keys, in_turn = shuffled(images, args.seed), functools.partial(range, len(data[1]["labels"]))
+        keys, validation_keys = shuffled(images, args.seed), functools.partial(range, len(data[1]["labels"]))
         fetchers = [
-            listed(part["rows"], [config.label2id[name] for name in part["labels"]], args.image_column) for part in data
+            row_fetcher(part["rows"], [config.label2id[name] for name in part["labels"]], args.image_column)
+            for part in data
         ]
     views = (
         functools.partial(training_view, input_size(config, processor), args, processor.resample),
         functools.partial(central_view, processor),
     )
-    return make_loaders(args, accelerator, keys, images, in_turn, fetchers, views)
+    return make_loaders(args, accelerator, keys, images, validation_keys, fetchers, views)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -274,7 +275,7 @@ def evaluate(
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
-    complete(args, RECIPES[args.recipe], args.batch_size * args.accumulate * accelerator.num_processes)
+    fill_defaults(args, RECIPES[args.recipe], args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
     check_options(args, accelerator)
     if not may_begin(args, accelerator):
@@ -295,12 +296,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     config = model.config
     model = prepare_model(args, model)
 
-    order, train_loader, validation_loader = labelled_loaders(
+    train_batches, train_loader, validation_loader = labelled_loaders(
         *(args, accelerator, (train_data, validation_data), images, config, processor)
     )
-    settings = settings_of(args, accelerator, images, (train_data, validation_data))
+    settings = result_settings(args, accelerator, images, (train_data, validation_data))
     training = begin(
-        *(args, accelerator, model, order, train_loader, settings),
+        *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"{len(names)} classes",
         pixels="{} x {}".format(*input_size(config, processor)),
         ema=args.ema,

@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from common.coco import inside, read_objects
+from common.coco import clipped_boxes, read_objects
 from common.data import report_unreadable
-from common.dense_evaluation import OF_BOXES, average_precision, ground_truth, predict
+from common.dense_evaluation import BOX_METRICS, average_precision, ground_truth, predict
 from common.dense_losses import detection_loss
 from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
 from common.dense_reports import detection_card, draw_detections
 from common.detection_views import ObjectImages, View, sides, training_sizes
 from common.engine import NEEDS_WHOLE_MODEL, refuse_sharding
-from common.loading import listed, shuffled
+from common.loading import row_fetcher, shuffled
 from common.models import apply_speed_options
 from common.options import (
     Problem,
@@ -35,14 +35,14 @@ from common.options import (
     training_options,
     view_options,
 )
-from common.recipe import complete, default_help_of
+from common.recipe import default_help_of, fill_defaults
 from common.runs import (
     begin,
     check_training,
     make_loaders,
     may_begin,
+    result_settings,
     run_training,
-    settings_of,
     train_and_keep,
     upload,
 )
@@ -127,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
     refuse_sharding(accelerator, NEEDS_WHOLE_MODEL)
-    complete(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
+    fill_defaults(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
     if args.backbone_rate is None:
         args.backbone_rate = 0.1 if args.model else 1.0
     check_training(args)
@@ -157,17 +157,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         View(processor, config.label2id, sizes, args),
         View(processor, config.label2id, [sides(processor)]),
     )
-    order, train_loader, validation_loader = make_loaders(
+    train_batches, train_loader, validation_loader = make_loaders(
         *(args, accelerator, shuffled(images, args.seed), images),
         functools.partial(range, len(validation_data["labels"])),
-        [listed(data["rows"], data["labels"], args.image_column) for data in (train_data, validation_data)],
+        [row_fetcher(data["rows"], data["labels"], args.image_column) for data in (train_data, validation_data)],
         views,
         kind,
     )
-    objects = sum(int(inside(image)[1].sum()) for image in train_data["labels"])
-    settings = settings_of(args, accelerator, images, (train_data, validation_data))
+    objects = sum(int(clipped_boxes(image)[1].sum()) for image in train_data["labels"])
+    settings = result_settings(args, accelerator, images, (train_data, validation_data))
     training = begin(
-        *(args, accelerator, model, order, train_loader, settings),
+        *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"{len(names)} classes, {objects} objects",
         groups=rate_groups(model, args),
         pixels=f"{smallest} to {side}" if smallest < side else str(side),
@@ -184,7 +184,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             return average_precision(truth, predictions, config.id2label)
         boxes = average_precision(truth, predictions, config.id2label)
         measured = average_precision(truth, predictions, config.id2label, "segm")
-        return measured | {name: boxes[key] for name, key in OF_BOXES.items()}
+        return measured | {name: boxes[key] for name, key in BOX_METRICS.items()}
 
     def draw(folder: Path) -> None:
         draw_detections(folder / "detections.png", validation_data, args.image_column, predictions, config.id2label)

@@ -18,11 +18,11 @@ from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor
 
 from common.dense_evaluation import probabilities
 from common.dense_losses import segmentation_loss
-from common.dense_models import build_segmenter, fix_unused, segmentation_processor, set_size
+from common.dense_models import build_segmenter, freeze_unused_parameters, segmentation_processor, set_size
 from common.dense_reports import draw_scenes, segmentation_card
 from common.engine import NEEDS_WHOLE_MODEL, refuse_sharding
 from common.files import check_new, write_results
-from common.loading import InTurn, Loader, Order, shuffled
+from common.loading import EvaluationBatches, Loader, TrainingBatches, shuffled
 from common.models import apply_speed_options, load_trained
 from common.options import (
     Problem,
@@ -35,13 +35,13 @@ from common.options import (
     speed_options,
     training_options,
 )
-from common.recipe import complete, default_help_of, linear_schedule
+from common.recipe import default_help_of, fill_defaults, linear_schedule
 from common.runs import (
     begin,
     check_training,
     may_begin,
+    result_settings,
     run_training,
-    settings_of,
     train_and_keep,
     upload,
 )
@@ -198,19 +198,21 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def training_loader(
     args: argparse.Namespace, accelerator: Accelerator, rows: datasets.Dataset, processor: BaseImageProcessor
-) -> tuple[Order, Loader]:
+) -> tuple[TrainingBatches, Loader]:
     """Images are seen in whole steps, since batch normalization goes astray in a batch of few; the rest waits."""
     place = accelerator.num_processes, accelerator.process_index
     step_size = args.batch_size * args.accumulate * accelerator.num_processes
     images = max(len(rows) // step_size * step_size, min(len(rows), step_size))
-    order = Order(shuffled(len(rows), args.seed), images, args.batch_size, args.accumulate, *place, args.seed)
-    if args.batch_size == 1 or order.share(0) % args.batch_size == 1:
+    train_batches = TrainingBatches(
+        shuffled(len(rows), args.seed), images, args.batch_size, args.accumulate, *place, args.seed
+    )
+    if args.batch_size == 1 or train_batches.share(0) % args.batch_size == 1:
         raise Problem(
             f"Batch normalization needs two images, and with --batch-size {args.batch_size} and {len(rows)} training "
             "images a batch would have one: choose another."
         )
     scenes = Scenes(rows, args, functools.partial(training_view, args, processor))
-    return order, Loader(scenes, order, args.workers, accelerator.device, args.strict)
+    return train_batches, Loader(scenes, train_batches, args.workers, accelerator.device, args.strict)
 
 
 def validation_loader(
@@ -218,7 +220,7 @@ def validation_loader(
 ) -> Loader:
     """One image in a batch: they have all sizes."""
     place = accelerator.num_processes, accelerator.process_index
-    batches = InTurn(functools.partial(range, len(rows)), 1, *place)
+    batches = EvaluationBatches(functools.partial(range, len(rows)), 1, *place)
     scenes = Scenes(rows, args, functools.partial(whole_view, args.scales, processor))
     return Loader(scenes, batches, args.workers, accelerator.device, args.strict)
 
@@ -259,7 +261,7 @@ def evaluate(
                 window=args.window,
                 stride=args.stride or max(1, 2 * (args.window or 0) // 3),
                 flip=args.flip_test,
-                together=args.batch_size,
+                batch_size=args.batch_size,
             )
         predicted = answer.argmax(0, keepdim=True)
         metrics.update(predicted, truth)
@@ -333,7 +335,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.evaluate_only:
         return measure_finished(args, accelerator)
     warmup = {"warmup_epochs": (args.epochs or SEGMENTATION["epochs"]) * WARMUP}
-    complete(args, SEGMENTATION | warmup, args.batch_size * args.accumulate * accelerator.num_processes)
+    fill_defaults(args, SEGMENTATION | warmup, args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
     if not may_begin(args, accelerator):
         return None
@@ -349,17 +351,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     with accelerator.local_main_process_first():
         model = build_segmenter(args, names, say)
         processor = segmentation_processor(args, say)
-    fix_unused(model, args.crop_size)
+    freeze_unused_parameters(model, args.crop_size)
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # for which PyTorch has none
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     apply_speed_options(args, model, model.backbone)
 
-    order, train_loader = training_loader(args, accelerator, train_rows, processor)
+    train_batches, train_loader = training_loader(args, accelerator, train_rows, processor)
     loader = validation_loader(args, accelerator, validation_rows, processor)
-    settings = settings_of(args, accelerator, len(train_rows), (train_rows, validation_rows))
+    settings = result_settings(args, accelerator, len(train_rows), (train_rows, validation_rows))
     backbone = model.config.backbone_config.model_type
     training = begin(
-        *(args, accelerator, model, order, train_loader, settings),
+        *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"on {backbone}, {len(names)} classes",
         pixels=f"{args.crop_size} x {args.crop_size}",
         decay=linear_schedule,

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForMaskedImageModeling, BitImageProcessorPil, PreTrainedConfig
 
 from common.data import central_view, random_view, read_data, report_unreadable
-from common.loading import IGNORED, Loader, listed, shuffled
+from common.loading import IGNORED, Loader, row_fetcher, shuffled
 from common.models import apply_speed_options, input_size, load_model, load_processor
 from common.options import (
     Problem,
@@ -32,15 +32,15 @@ from common.options import (
     training_options,
     view_options,
 )
-from common.recipe import complete, default_help_of
+from common.recipe import default_help_of, fill_defaults
 from common.reports import draw_reconstructions, pretraining_card, to_picture
 from common.runs import (
     begin,
     check_training,
     make_loaders,
     may_begin,
+    result_settings,
     run_training,
-    settings_of,
     train_and_keep,
     upload,
 )
@@ -206,7 +206,7 @@ def set_stride(config: PreTrainedConfig) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     say = accelerator.print
-    complete(args, PRE_TRAINING, args.batch_size * args.accumulate * accelerator.num_processes)
+    fill_defaults(args, PRE_TRAINING, args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
     if not may_begin(args, accelerator):
         return
@@ -236,23 +236,26 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             train_data, validation_data, _ = read_data(args, say)
             images = len(train_data["labels"])
     if args.streaming:
-        keys, in_turn, fetchers = train_data.epoch, validation_data.once, [unlabelled] * 2
+        keys, validation_keys, fetchers = train_data.epoch, validation_data.once, [unlabelled] * 2
     else:
         if accelerator.is_local_main_process:
             report_unreadable(args, (train_data, validation_data), say)
         keys = shuffled(images, args.seed)
         # A fixed order, but not that of the folders, so that the first images, which are drawn, are of all kinds.
-        in_turn = functools.partial(shuffled(len(validation_data["labels"]), 0), 0)
+        validation_keys = functools.partial(shuffled(len(validation_data["labels"]), 0), 0)
         fetchers = [
-            listed(data["rows"], [0] * len(data["labels"]), args.image_column) for data in (train_data, validation_data)
+            row_fetcher(data["rows"], [0] * len(data["labels"]), args.image_column)
+            for data in (train_data, validation_data)
         ]
-    order, train_loader, validation_loader = make_loaders(args, accelerator, keys, images, in_turn, fetchers, views)
+    train_batches, train_loader, validation_loader = make_loaders(
+        args, accelerator, keys, images, validation_keys, fetchers, views
+    )
 
-    settings = settings_of(args, accelerator, images, (train_data, validation_data))
+    settings = result_settings(args, accelerator, images, (train_data, validation_data))
     hidden, squares = hidden_squares(args, *size)
     about = f"{hidden} of {squares} squares of {args.mask_patch} pixels hidden"
     pixels = "{} x {}".format(*size)
-    training = begin(args, accelerator, model, order, train_loader, settings, about, pixels)
+    training = begin(args, accelerator, model, train_batches, train_loader, settings, about, pixels)
     shown = None
 
     def measure(model: torch.nn.Module) -> dict:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from common.checkpoints import collect_tensors, restore_tensors, separate
+from common.checkpoints import collect_tensors, restore_tensors, unshare_memory
 from focal_hf import FocalForImageClassification
 from small_models import tiny
 
@@ -73,7 +73,7 @@ def main(folder: Path, attention_type: str) -> None:
 
     ours = collect_tensors(model, optimizer)
     if dist.get_rank() == 0:
-        save_file(separate(ours), folder / "ours.safetensors")
+        save_file(unshare_memory(ours), folder / "ours.safetensors")
     dist.barrier()
 
     model, optimizer = sharded(attention_type)

@@ -22,7 +22,7 @@ from common.batches import Batches, load_batches, load_split
 from common.coco import picture_size, read_objects
 from common.data import check_columns, read_data, report_unreadable, unreadable_pictures
 from common.detection_views import picture
-from common.loading import IGNORED, Images, Item, listed
+from common.loading import IGNORED, Images, Item, row_fetcher
 from common.options import Problem, run_script
 from common.pictures import UnreadablePicture, load_picture
 from common.segmentation_data import check_scenes, load_map
@@ -171,7 +171,7 @@ def test_rows_without_image_or_label_are_skipped_and_told(tmp_path):
         samples = []
         for data in (train, validation):
             classes = [names.index(label) for label in data["labels"]]
-            loaded = Images(listed(data["rows"], classes, "image"), fine)
+            loaded = Images(row_fetcher(data["rows"], classes, "image"), fine)
             samples += [loaded[Item(row)] for row in range(len(classes))]
         assert len(samples) == 8
         told.append(skipped(samples))

@@ -236,7 +236,7 @@ def test_windows_cover_an_image_once(window, stride):
     pixels = torch.randn(1, 3, 19, 30)
     expected = probabilities(Pointwise(), [pixels], (19, 30))
     torch.testing.assert_close(expected.sum(0), torch.ones(19, 30))
-    answer = probabilities(Pointwise(), [pixels], (19, 30), window=window, stride=stride, flip=True, together=3)
+    answer = probabilities(Pointwise(), [pixels], (19, 30), window=window, stride=stride, flip=True, batch_size=3)
     torch.testing.assert_close(answer, expected)
 
 

@@ -18,7 +18,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from common.loading import IGNORED, Order, shuffled
+from common.loading import IGNORED, TrainingBatches, shuffled
 from common.models import decay_groups, default_processor, freeze
 from common.options import Problem
 from common.recipe import Augmentation, balanced_weights
@@ -403,7 +403,7 @@ def numbered_stream(labels: list[int]) -> Stream:
     "keys", [shuffled(23, seed=1), numbered_stream([0, 1] * 11 + [0]).epoch], ids=["list", "stream"]
 )
 def test_order_shows_every_image_once_and_starts_anywhere(keys):
-    orders = [Order(keys, 23, batch_size=3, accumulate=2, processes=2, rank=rank, seed=1) for rank in (0, 1)]
+    orders = [TrainingBatches(keys, 23, batch_size=3, accumulate=2, processes=2, rank=rank, seed=1) for rank in (0, 1)]
     passes = [list(order) for order in orders]
     for batches in passes:
         assert [len(batch) for batch in batches] == [3, 3, 3, 2]

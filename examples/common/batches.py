@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from .data import load_splits, streamed, with_features
 from .options import Problem, not_readable, run_script
-from .pictures import UnreadablePicture, load_picture, named
+from .pictures import UnreadablePicture, load_picture, with_path
 
 
 def run_inference(args: argparse.Namespace, act: Callable[[argparse.Namespace, Accelerator], None]) -> None:
@@ -110,7 +110,7 @@ class Batches(torch.utils.data.IterableDataset):
     def batch(self, piece: int, start: int, rows: dict, last: bool = False) -> dict:
         names, views, labels, unreadable = [], [], [], []
         for row, cell in enumerate(rows[self.image_column]):
-            cell = named(cell, f"{piece}:{start + row}")
+            cell = with_path(cell, f"{piece}:{start + row}")
             label = rows[self.label_column][row] if self.label_column else None
             try:
                 image = load_picture(cell)

@@ -67,7 +67,7 @@ def shard_like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
-def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unshare_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Clone tensors that share memory, which safetensors refuses to save."""
     seen, separated = set(), {}
     for name, value in tensors.items():
@@ -115,18 +115,18 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, torch.Tensor], values: dict) -> None:
         """Write to a temporary folder, the checksums last, and rename it. Then remove all but the latest two states."""
         if self.accelerator.is_main_process:
-            aside, place = self.folder / "part", self.folder / f"step_{step:09}"
+            temporary, place = self.folder / "part", self.folder / f"step_{step:09}"
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                save_file(separate(tensors), aside / TENSORS)
-                (aside / VALUES).write_text(json.dumps({"settings": self.settings} | values, indent=2) + "\n")
-                sums = {name: checksum(aside / name) for name in (TENSORS, VALUES)}
-                (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-                for path in (aside / TENSORS, aside / VALUES, aside / CHECKSUMS, aside):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                save_file(unshare_memory(tensors), temporary / TENSORS)
+                (temporary / VALUES).write_text(json.dumps({"settings": self.settings} | values, indent=2) + "\n")
+                sums = {name: checksum(temporary / name) for name in (TENSORS, VALUES)}
+                (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+                for path in (temporary / TENSORS, temporary / VALUES, temporary / CHECKSUMS, temporary):
                     sync(path)
                 remove_folder(place, self.folder / "old")  # a damaged state, if any
-                aside.rename(place)
+                temporary.rename(place)
                 sync(self.folder)
                 for state in states_in(self.output):
                     if state not in (place, self.latest):

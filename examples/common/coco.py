@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .data import check_columns, choose, hold_out_rows, load_splits
+from .data import check_columns, hold_out_rows, load_splits, select_rows
 from .options import Problem, first_line
-from .pictures import named, open_picture
+from .pictures import open_picture, with_path
 
 NOTHING = {"size": [0, 0], "counts": b""}  # the mask of an object in a picture that cannot be read
 
@@ -44,7 +44,7 @@ def read_json(file: Path) -> dict:
     return lists
 
 
-def unique(values: list, what: str, file: Path) -> None:
+def check_unique(values: list, what: str, file: Path) -> None:
     seen = set()
     for value in values:
         if value in seen:
@@ -71,10 +71,10 @@ def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datas
     file = folder / "annotations" / f"instances_{split}.json"
     content = read_json(file)
     categories = {category["id"]: str(category["name"]) for category in content["categories"]}
-    unique([category["id"] for category in content["categories"]], "categories with the id", file)
-    unique([*categories.values()], "categories called", file)
-    unique([image["id"] for image in content["images"]], "images with the id", file)
-    unique([image["file_name"] for image in content["images"]], "images with the file", file)
+    check_unique([category["id"] for category in content["categories"]], "categories with the id", file)
+    check_unique([*categories.values()], "categories called", file)
+    check_unique([image["id"] for image in content["images"]], "images with the id", file)
+    check_unique([image["file_name"] for image in content["images"]], "images with the file", file)
 
     found = {}
     for image in content["images"]:
@@ -106,14 +106,14 @@ def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datas
         raise Problem(f"{file} lists no images.")
     images = [*found.values()]
     for image in images:
-        known = zip(image["area"], extents(image), strict=True)
+        known = zip(image["area"], object_areas(image), strict=True)
         image["area"] = [extent if area is None else area for area, extent in known]
     rows = datasets.Dataset.from_dict({column: [image.pop("path") for image in images]})
     names = [categories[number] for number in sorted(categories)]
     return rows.cast_column(column, datasets.Image()), images, names
 
 
-def extents(image: dict) -> list[float]:
+def object_areas(image: dict) -> list[float]:
     """The areas of an image's objects, those of their boxes if they have no masks."""
     return areas(image["masks"]) if "masks" in image else [box[2] * box[3] for box in image["bbox"]]
 
@@ -130,7 +130,7 @@ def field_names(feature: object) -> dict:
 def picture_size(cell: dict) -> tuple[int, int]:
     """Width and height, by a look at no more than the header. Those of a picture that cannot be read are 0."""
     try:
-        with open_picture(named(cell, "")) as image:
+        with open_picture(with_path(cell, "")) as image:
             return image.size
     except Exception:  # whatever a decoder says to damaged bytes
         return 0, 0
@@ -179,7 +179,7 @@ def read_rows(
                 run_lengths(segmentation, image["size"], where) if any(image["size"]) else NOTHING
                 for segmentation in objects["segmentation"]
             ]
-        images.append(image | {"area": objects.get("area") or extents(image)})
+        images.append(image | {"area": objects.get("area") or object_areas(image)})
     seen = {name for image in images for name in image["name"]}
     names = category.names if isinstance(category, datasets.ClassLabel) else sorted(seen)
     return split, images, names
@@ -223,15 +223,15 @@ def read_objects(
     else:
         others = [split for split in splits if split != args.train_split]
         train, valid = hold_out_rows(args, [""] * len(images), others, say)
-        held_rows, held = choose(rows, valid), [images[row] for row in valid]
-        rows, images = choose(rows, train), [images[row] for row in train]
+        held_rows, held = select_rows(rows, valid), [images[row] for row in valid]
+        rows, images = select_rows(rows, train), [images[row] for row in train]
     report_objects(images, say)
     if not any(image["name"] for image in images):
         raise Problem(f"--data {args.data} has no objects to train on.")
     return {"rows": rows, "labels": images}, {"rows": held_rows, "labels": held}, names
 
 
-def inside(image: dict) -> tuple[np.ndarray, np.ndarray]:
+def clipped_boxes(image: dict) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [left, top, right, bottom] as far as they are in the image, and which of them are to be found in it."""
     boxes = np.asarray(image["bbox"], np.float32).reshape(-1, 4)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -246,7 +246,7 @@ def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
     crowds = sum(sum(image["iscrowd"]) for image in images)
     without = sum(not image["name"] for image in images)
     for image in images:
-        corners, kept = inside(image)
+        corners, kept = clipped_boxes(image)
         boxes = np.asarray(image["bbox"], np.float32).reshape(-1, 4)
         sizes = corners[:, 2:] - corners[:, :2]
         clipped += int((kept & (boxes[:, 2:] - sizes > 0.5).any(1)).sum())  # what is below is rounding

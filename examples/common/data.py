@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil
 
-from .options import Problem, few, first_line, not_readable
+from .options import Problem, first_line, format_names, not_readable
 from .pictures import open_picture
 
 ROW = "number of the row"  # a column with the original row numbers, added when rows are left out
@@ -118,7 +118,7 @@ def streamed(name: str, rows: Iterable) -> Iterator:
         raise unreadable_data(name, "as a stream", error) from error
 
 
-def choose(rows: datasets.Dataset, numbers: list[int]) -> datasets.Dataset:
+def select_rows(rows: datasets.Dataset, numbers: list[int]) -> datasets.Dataset:
     """Some rows of a data set, with their original row numbers in the column `ROW`."""
     if ROW not in rows.column_names:
         rows = rows.add_column(ROW, range(len(rows)))
@@ -164,9 +164,9 @@ def labelled_rows(
         return rows, labels
     if args.strict:
         raise Problem(f"Row {without[0]} of the {split} split has no label. Add or remove it, or leave out --strict.")
-    say(f"Skipping rows of the {split} split that have no label ({len(without)}): {few(map(str, without))}")
+    say(f"Skipping rows of the {split} split that have no label ({len(without)}): {format_names(map(str, without))}")
     kept = [row for row, label in enumerate(labels) if label is not None]
-    return choose(rows, kept), [labels[row] for row in kept]
+    return select_rows(rows, kept), [labels[row] for row in kept]
 
 
 def read_names(file: Path, option: str = "") -> list[str]:
@@ -238,7 +238,7 @@ def skip_unreadable(args: argparse.Namespace, names: list[str], say: Callable[[s
     if names and args.strict:
         raise not_readable(names[0])
     if names:
-        say(f"Skipping {len(names)} images that cannot be read: {few(names)}")
+        say(f"Skipping {len(names)} images that cannot be read: {format_names(names)}")
 
 
 def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:
@@ -281,8 +281,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
             )
     else:
         rows, held = hold_out_rows(args, labels, [split for split in splits if split != "train"], say)
-        validation, validation_labels = choose(train, held), [labels[row] for row in held]
-        train, labels = choose(train, rows), [labels[row] for row in rows]
+        validation, validation_labels = select_rows(train, held), [labels[row] for row in held]
+        train, labels = select_rows(train, rows), [labels[row] for row in rows]
     return {"rows": train, "labels": labels}, {"rows": validation, "labels": validation_labels}, names
 
 

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .loading import Loader
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-OF_BOXES = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of masks
+BOX_METRICS = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of masks
 
 
 def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
@@ -100,7 +100,7 @@ def predict(
             outputs = model(**{name: batch[name] for name in names})
         padded, shapes, sizes = batch["pixel_values"].shape[-2:], batch["shapes"], batch["sizes"]
         if "masks_queries_logits" in outputs:
-            answers = found_masks(outputs, padded, shapes.tolist(), sizes.tolist())
+            answers = find_masks(outputs, padded, shapes.tolist(), sizes.tolist())
         else:
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             sizes = sizes * sizes.new_tensor(padded) / shapes  # what the padded batch is in the files' pixels
@@ -113,7 +113,7 @@ def predict(
     return {index: answer for part in everything for index, answer in part.items()}
 
 
-def found_masks(
+def find_masks(
     outputs: ModelOutput, padded: tuple[int, int], shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]
 ) -> list[dict]:
     """What a model found in each image of a batch: `masks` as run lengths, their `boxes`, `scores` and `labels`.
@@ -124,10 +124,12 @@ def found_masks(
         sizes: heights and widths of the masks.
     """
     logits = zip(outputs.class_queries_logits.float(), outputs.masks_queries_logits.float(), strict=True)
-    return [found_in_image(*both, padded, shape, size) for both, shape, size in zip(logits, shapes, sizes, strict=True)]
+    return [
+        find_masks_in_image(*both, padded, shape, size) for both, shape, size in zip(logits, shapes, sizes, strict=True)
+    ]
 
 
-def found_in_image(
+def find_masks_in_image(
     classes: torch.Tensor,
     maps: torch.Tensor,
     padded: tuple[int, int],
@@ -148,7 +150,7 @@ def found_in_image(
     scores, places = probabilities.flatten().topk(len(probabilities))
     queries, labels = (places // probabilities.shape[1]).tolist(), (places % probabilities.shape[1]).tolist()
     codes = {}
-    for query in set(queries):  # one after the other: of large images, all together are gigabytes
+    for query in set(queries):  # one at a time, since all masks of a large image would need gigabytes
         logits = torch.nn.functional.interpolate(maps[query][None, None], padded, mode="bilinear")
         logits = logits[..., : shape[0], : shape[1]]
         logits = torch.nn.functional.interpolate(logits, size, mode="bilinear")[0, 0]
@@ -172,23 +174,25 @@ def found_in_image(
     }
 
 
-def starts(length: int, window: int, stride: int) -> list[int]:
+def window_starts(length: int, window: int, stride: int) -> list[int]:
     """The starts of windows that cover `length`. The last window ends at its end."""
     last = max(0, length - window)
     return [min(number * stride, last) for number in range(math.ceil(last / stride) + 1)]
 
 
 def window_logits(
-    model: torch.nn.Module, pixel_values: torch.Tensor, window: int | None, stride: int, together: int
+    model: torch.nn.Module, pixel_values: torch.Tensor, window: int | None, stride: int, batch_size: int
 ) -> torch.Tensor:
     """Logits (1, classes, height, width) of one image: its windows' mean where they overlap; or of it as a whole."""
     height, width = pixel_values.shape[-2:]
     if not window or window >= max(height, width):
         return model(pixel_values=pixel_values).logits.float()
-    corners = [(top, left) for top in starts(height, window, stride) for left in starts(width, window, stride)]
+    corners = [
+        (top, left) for top in window_starts(height, window, stride) for left in window_starts(width, window, stride)
+    ]
     total, covered = 0, torch.zeros(height, width, device=pixel_values.device)
-    for start in range(0, len(corners), together):
-        some = corners[start : start + together]
+    for start in range(0, len(corners), batch_size):
+        some = corners[start : start + batch_size]
         parts = [pixel_values[..., top : top + window, left : left + window] for top, left in some]
         logits = model(pixel_values=torch.cat(parts)).logits.float()
         if start == 0:
@@ -207,7 +211,7 @@ def probabilities(
     window: int | None = None,
     stride: int = 1,
     flip: bool = False,
-    together: int = 1,
+    batch_size: int = 1,
 ) -> torch.Tensor:
     """The probability (classes, height, width) of each class at each pixel of an image of a size.
 
@@ -215,13 +219,13 @@ def probabilities(
         views: the image (1, channels, height, width) at each scale, over which the answer is the mean.
         window, stride: side and distance of windows, in pixels of a view; without them a view is seen as a whole.
         flip: whether mirrored views are seen, too.
-        together: windows in a batch.
+        batch_size: windows in a batch.
     """
 
     def answers() -> Iterator[torch.Tensor]:
         for view in views:
             for mirrored in (False, True)[: 1 + flip]:
-                logits = window_logits(model, view.flip(-1) if mirrored else view, window, stride, together)
+                logits = window_logits(model, view.flip(-1) if mirrored else view, window, stride, batch_size)
                 logits = logits.flip(-1) if mirrored else logits
                 logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
                 yield logits[0].softmax(0)

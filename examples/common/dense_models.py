@@ -86,17 +86,17 @@ def build_on_backbone(
         model = kind.from_config(config)
     except Exception as error:
         raise Problem(f"Cannot put {source} into a new {config.model_type}: {first_line(error)}") from error
-    begin_anew(model)
+    reset_batch_norms(model)
     if not args.model:
         return model
-    inside = backbone_of(model)
+    new_backbone = backbone_of(model)
 
     def set_maps(config: PreTrainedConfig) -> None:
-        config.out_features = inside.config.out_features
+        config.out_features = new_backbone.config.out_features
 
     # A backbone has a norm for each feature map. Checkpoints of other models do not have these norms.
-    backbone, _ = load_model(args, type(inside), "a backbone", ("hidden_states_norms.",), say, set_maps)
-    inside.load_state_dict(backbone.state_dict())
+    backbone, _ = load_model(args, type(new_backbone), "a backbone", ("hidden_states_norms.",), say, set_maps)
+    new_backbone.load_state_dict(backbone.state_dict())
     say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
     return model
 
@@ -157,7 +157,7 @@ def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: P
         config.feature_strides, config.common_stride = strides, strides[0]
 
 
-def begin_anew(model: PreTrainedModel) -> None:
+def reset_batch_norms(model: PreTrainedModel) -> None:
     """Initialize the weights of batch norms to 1. transformers initializes them near 0, where they hardly learn."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -182,7 +182,7 @@ def build_detector(
     if backbone is None:
         model, _ = load_model(args, kind_of(config), "a detector", (), say, set_labels)
         if args.config:
-            begin_anew(model)
+            reset_batch_norms(model)
     else:
         add_backbone(args, config, backbone)
         config.id2label = dict(enumerate(names))
@@ -204,10 +204,10 @@ def build_detector(
 def rate_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
     """The groups of [`decay_groups`], divided into backbone and head, which have different learning rates."""
     backbone = backbone_of(model)
-    inside = {id(parameter) for parameter in backbone.parameters()} if backbone is not None else set()
+    in_backbone = {id(parameter) for parameter in backbone.parameters()} if backbone is not None else set()
     groups = []
     for group, within in itertools.product(decay_groups(model, args.weight_decay), (True, False)):
-        parameters = [parameter for parameter in group["params"] if (id(parameter) in inside) == within]
+        parameters = [parameter for parameter in group["params"] if (id(parameter) in in_backbone) == within]
         rate = args.learning_rate * (args.backbone_rate if within else 1)
         if parameters:
             groups.append(group | {"params": parameters, "lr": rate})
@@ -266,7 +266,7 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
     return build_on_backbone(args, AutoModelForSemanticSegmentation, config, say)
 
 
-def fix_unused(model: PreTrainedModel, side: int) -> None:
+def freeze_unused_parameters(model: PreTrainedModel, side: int) -> None:
     """Fix parameters that get no gradient, such as the last norm of Swin's backbone: with them, DDP would stop."""
     model.eval()
     try:

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from transformers import BaseImageProcessor
 
-from .coco import decode, inside
-from .dense_evaluation import METRICS, OF_BOXES
+from .coco import clipped_boxes, decode
+from .dense_evaluation import BOX_METRICS, METRICS
 from .detection_views import picture
 from .reports import Card, to_picture
 from .segmentation_data import NO_CLASS
 
-SHOWN, SURE = 6, 0.5  # images that are drawn, and the score above which predictions are
+SHOWN, SCORE_THRESHOLD = 6, 0.5  # images that are drawn, and the score above which predictions are
 LEGEND = 24  # classes of which a picture tells the colours
 
 
@@ -50,7 +50,7 @@ def draw_masks(axes, masks: np.ndarray, colours: list[str]) -> None:
 
 
 def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, dict], names: dict[int, str]) -> None:
-    """The first images, with what is in them above, and below what was found with a score above SURE."""
+    """The first images, with what is in them above, and below what was found with a score above SCORE_THRESHOLD."""
     label2id = {name: label for label, name in names.items()}
     shown = sorted(predictions)[:SHOWN]
     if not shown:
@@ -64,24 +64,24 @@ def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, 
         for axes in (upper, lower):
             axes.imshow(image)
             axes.set(xticks=[], yticks=[])
-        boxes, kept = inside(target)
+        boxes, kept = clipped_boxes(target)
         truth = [name for name, keep in zip(target["name"], kept, strict=True) if keep]
         masks = [*itertools.compress(target["masks"], kept)] if "masks" in target else None
         draw_objects(upper, boxes[kept], masks, [label2id[name] for name in truth], truth, image.size)
-        sure = found["scores"] > SURE
+        sure = found["scores"] > SCORE_THRESHOLD
         labels = found["labels"][sure].tolist()
         texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found["scores"][sure], strict=True)]
         boxes = found["boxes"][sure].clip(0, np.tile(np.float32(image.size), 2))
         masks = [*itertools.compress(found["masks"], sure)] if "masks" in found else None
         draw_objects(lower, boxes, masks, labels, texts, image.size)
     grid[0, 0].set_ylabel("truth")
-    grid[1, 0].set_ylabel(f"found, score > {SURE}")
+    grid[1, 0].set_ylabel(f"found, score > {SCORE_THRESHOLD}")
     figure.savefig(file, dpi=100)
 
 
 def detection_card(model_type: str, entry: dict) -> Card:
     titles = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AP of boxes", "AP50 of boxes")
-    titles = dict(zip((*METRICS, *OF_BOXES), titles, strict=True))
+    titles = dict(zip((*METRICS, *BOX_METRICS), titles, strict=True))
     measures = {key: (title, entry[key]) for key, title in titles.items() if entry.get(key) is not None}
     settings = {"tags": [model_type], "measures": measures, "classes": ("AP", entry["classes"])}
     if "box_ap" in entry:

@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageOps
 from transformers import BaseImageProcessor
 
-from .coco import decode, inside
+from .coco import clipped_boxes, decode
 from .loading import Images, Item
 from .options import first_line
 from .pictures import in_colour, open_picture
 
-LEFT = 0.25  # a crop drops objects of which less than this share is inside
+SMALLEST_SHARE = 0.25  # a crop drops objects of which less than this share is inside
 
 
 def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
@@ -48,7 +48,7 @@ def random_part(
         before = extent()
         boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([width, height, width, height]))
         masks = None if masks is None else masks[:, top : top + height, left : left + width]
-        left_over = extent() >= LEFT * before
+        left_over = extent() >= SMALLEST_SHARE * before
     if args.flip and draw.random() < 0.5:
         image = ImageOps.mirror(image)
         boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
@@ -78,7 +78,7 @@ class View:
         self.processor, self.label2id, self.sizes, self.args = processor, label2id, sizes, args
 
     def __call__(self, image: Image.Image, target: dict, draw: random.Random) -> dict:
-        boxes, kept = inside(target)
+        boxes, kept = clipped_boxes(target)
         classes = np.asarray([self.label2id[name] for name in target["name"]], np.int64)
         boxes, classes = boxes[kept], classes[kept]
         masks = decode(target["masks"], target["size"])[kept] if "masks" in target else None

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .checkpoints import Checkpoints, collect_tensors, keeps_states, restore_tensors
-from .loading import Loader, Order, seed_of
-from .options import Problem, few
+from .loading import Loader, TrainingBatches, seed_of
+from .options import Problem, format_names
 
 # The reason for which detection and segmentation refuse sharding.
 NEEDS_WHOLE_MODEL = "this script needs the whole model in each process: use DDP"
@@ -70,7 +70,7 @@ class Training:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable,
-        order: Order,
+        train_batches: TrainingBatches,
         loader: Loader,
         *,
         epochs: int,
@@ -87,12 +87,12 @@ class Training:
             refuse_sharding(accelerator, unsharded)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # DeepSpeed would ask a loader of Accelerate
             settings_of_deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-            settings_of_deepspeed["train_micro_batch_size_per_gpu"] = order.batch_size
-        self.accelerator, self.order, self.loader = accelerator, order, loader
+            settings_of_deepspeed["train_micro_batch_size_per_gpu"] = train_batches.batch_size
+        self.accelerator, self.train_batches, self.loader = accelerator, train_batches, loader
         self.epochs, self.clip, self.save_every = epochs, clip, save_every
         self.progress, self.reported = Progress(), set()
         # Not prepared: Accelerate would step the schedule once per process in each step.
-        self.scheduler = schedule(optimizer, order.steps * epochs)
+        self.scheduler = schedule(optimizer, train_batches.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if unsharded:
@@ -109,7 +109,7 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }
-        step = self.progress.epoch * self.order.steps + self.progress.step
+        step = self.progress.epoch * self.train_batches.steps + self.progress.step
         self.checkpoints.save(step, collect_tensors(self.model, self.optimizer.optimizer, self.average), values)
 
     def load_state(self) -> bool:
@@ -161,8 +161,8 @@ class Training:
         """
         accelerator, progress = self.accelerator, self.progress
         with tqdm(
-            total=self.order.steps * self.epochs,
-            initial=progress.epoch * self.order.steps + progress.step,
+            total=self.train_batches.steps * self.epochs,
+            initial=progress.epoch * self.train_batches.steps + progress.step,
             unit="step",
             disable=not accelerator.is_main_process,
             smoothing=0.05,
@@ -187,7 +187,7 @@ class Training:
                 )
                 rate = self.scheduler.get_last_lr()[-1]
                 numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-                accelerator.log({"learning_rate": rate, **numbers}, step=entry["epoch"] * self.order.steps)
+                accelerator.log({"learning_rate": rate, **numbers}, step=entry["epoch"] * self.train_batches.steps)
                 if accelerator.is_main_process:
                     bar.write(
                         f"epoch {entry['epoch']:3}/{self.epochs}  train loss {train_loss:.3f}  {describe(measured)}  "
@@ -203,15 +203,15 @@ class Training:
 
     def train_epoch(self, loss_function: Callable, bar: tqdm) -> tuple[float, float]:
         """Train to the end of the epoch. Returns the mean loss and the mean gradient norm."""
-        accelerator, progress, order = self.accelerator, self.progress, self.order
+        accelerator, progress, train_batches = self.accelerator, self.progress, self.train_batches
         self.model.train()
-        order.start(progress.epoch, progress.step)
+        train_batches.start(progress.epoch, progress.step)
         batches = iter(self.loader)
         loss_sum, norm_sum = torch.tensor(progress.sums, device=accelerator.device)
-        for step in range(progress.step, order.steps):
+        for step in range(progress.step, train_batches.steps):
             # A seed for each step: all random choices depend on it, so checkpoints need no random state.
-            set_seed(seed_of(order.seed, "step", progress.epoch, step, accelerator.process_index))
-            share, seen = order.share(step), 0
+            set_seed(seed_of(train_batches.seed, "step", progress.epoch, step, accelerator.process_index))
+            share, seen = train_batches.share(step), 0
             while seen < share:
                 batch = next(batches)
                 images = len(batch["pixel_values"])
@@ -236,17 +236,17 @@ class Training:
                     self.average.update_parameters(accelerator.unwrap_model(self.model))
             bar.update()
             progress.step = step + 1
-            done = progress.epoch * order.steps + progress.step
-            if self.save_every and done % self.save_every == 0 and progress.step < order.steps:
+            done = progress.epoch * train_batches.steps + progress.step
+            if self.save_every and done % self.save_every == 0 and progress.step < train_batches.steps:
                 # The sum is local, and the checkpoint is shared by all processes.
                 loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
                 progress.sums = loss_sum.item(), norm_sum.item()
                 self.save_state()
-        return accelerator.reduce(loss_sum, "sum").item() / order.images, norm_sum.item() / order.steps
+        return accelerator.reduce(loss_sum, "sum").item() / train_batches.images, norm_sum.item() / train_batches.steps
 
     def report_new_unreadable(self) -> None:
         """Print the unreadable training images of all processes that have not been printed yet."""
         new = [name for name in sorted(set(gather_object(self.loader.broken))) if name not in self.reported]
         if new:
             self.reported.update(new)
-            self.accelerator.print(f"Skipped {len(new)} training images that cannot be read: {few(new)}")
+            self.accelerator.print(f"Skipped {len(new)} training images that cannot be read: {format_names(new)}")

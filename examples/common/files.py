@@ -149,12 +149,12 @@ def clear_output(folder: Path) -> None:
         raise Problem(f"Cannot replace what --output {folder} holds: {first_line(error)}.") from error
 
 
-def remove_folder(folder: Path, aside: Path) -> None:
-    """Delete a folder atomically: it is renamed to `aside` before its files are deleted."""
-    shutil.rmtree(aside, ignore_errors=True)
+def remove_folder(folder: Path, temporary: Path) -> None:
+    """Delete a folder atomically: it is renamed to `temporary` before its files are deleted."""
+    shutil.rmtree(temporary, ignore_errors=True)
     if folder.is_dir():
-        folder.rename(aside)
-        shutil.rmtree(aside)
+        folder.rename(temporary)
+        shutil.rmtree(temporary)
 
 
 def sync(path: Path) -> None:
@@ -167,9 +167,9 @@ def sync(path: Path) -> None:
 
 
 def write_results(folder: Path, results: dict) -> None:
-    aside = folder / "results.json.part"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(folder / "results.json")
+    temporary = folder / "results.json.part"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(folder / "results.json")
 
 
 def save_model(
@@ -185,24 +185,24 @@ def save_model(
     The folder can be loaded even if the move is interrupted: within a run, only the weights differ between the models
     that are saved.
     """
-    aside = folder / ".part"  # inside the folder, since its parent may be on another disk
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder / ".part"  # inside the folder, since its parent may be on another disk
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        model.save_pretrained(aside, state_dict=weights)
-        processor.save_pretrained(aside)
-        add(aside)
-        write_results(aside, results)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        processor.save_pretrained(temporary)
+        add(temporary)
+        write_results(temporary, results)
         files = sorted(
-            (file for file in aside.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json"
+            (file for file in temporary.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json"
         )
         for file in files:
             sync(file)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise Problem(f"Cannot save the model ({first_line(error)}); the files in {folder} are unchanged.") from error
     for file in files:
-        place = folder / file.relative_to(aside)
+        place = folder / file.relative_to(temporary)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
-    shutil.rmtree(aside)
+    shutil.rmtree(temporary)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .data import ROW
 from .options import Problem, not_readable
-from .pictures import UnreadablePicture, load_picture, named
+from .pictures import UnreadablePicture, load_picture, with_path
 
 IGNORED = -100  # the label of an ignored image: the default ignore_index of PyTorch's losses
 
@@ -43,7 +43,7 @@ class Item(NamedTuple):
     counts: bool = True
 
 
-class Order:
+class TrainingBatches:
     """The batches of this process in an epoch of training, as a batch sampler.
 
     A step has `batch_size * accumulate` images for each of `processes`. The last step of an epoch has the remaining
@@ -95,7 +95,7 @@ class Order:
                 yield share[start : start + self.batch_size]
 
 
-class InTurn:
+class EvaluationBatches:
     """The batches of this process in an evaluation, as a batch sampler.
 
     Each image is in one batch of one process. All processes have the same number of batches.
@@ -106,9 +106,9 @@ class InTurn:
 
     def __iter__(self) -> Iterator[list[Item]]:
         keys = enumerate(self.keys())
-        while together := list(itertools.islice(keys, self.batch_size * self.processes)):
-            share = [Item(key, seed_of(place)) for place, key in together[self.rank :: self.processes]]
-            yield share or [Item(together[0][1], counts=False)]
+        while items := list(itertools.islice(keys, self.batch_size * self.processes)):
+            share = [Item(key, seed_of(place)) for place, key in items[self.rank :: self.processes]]
+            yield share or [Item(items[0][1], counts=False)]
 
 
 def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
@@ -121,14 +121,14 @@ def shuffled(images: int, seed: int) -> Callable[[int], Iterator[int]]:
     return keys
 
 
-def listed(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[int], tuple[dict, int]]:
+def row_fetcher(rows: datasets.Dataset, labels: list[int], column: str) -> Callable[[int], tuple[dict, int]]:
     """A function that returns the undecoded image and the class index of a row."""
     return functools.partial(_row, rows.cast_column(column, datasets.Image(decode=False)), labels, column)
 
 
 def _row(rows: datasets.Dataset, labels: list[int], column: str, index: int) -> tuple[dict, int]:
     row = rows[index]
-    return named(row[column], f"row {row.get(ROW, index)}"), labels[index]
+    return with_path(row[column], f"row {row.get(ROW, index)}"), labels[index]
 
 
 class Images(torch.utils.data.Dataset):
@@ -172,7 +172,14 @@ class Images(torch.utils.data.Dataset):
 class Loader:
     """A DataLoader that moves batches to the device and lists unreadable images in `broken`."""
 
-    def __init__(self, images: Images, batches: Order | InTurn, workers: int, device: torch.device, strict: bool):
+    def __init__(
+        self,
+        images: Images,
+        batches: TrainingBatches | EvaluationBatches,
+        workers: int,
+        device: torch.device,
+        strict: bool,
+    ):
         self.device, self.strict, self.broken = device, strict, []
         self.loader = torch.utils.data.DataLoader(
             images,

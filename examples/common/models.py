@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, logging
 
 from focal_hf import FocalForImageClassification
 
-from .options import Problem, few, first_line
+from .options import Problem, first_line, format_names
 
 
 def check_config(args: argparse.Namespace) -> None:
@@ -89,7 +89,7 @@ def load_model(
         (loading.get("unexpected_keys", ()), "has weights that the model does not use"),
     ):
         if names:
-            say(f"{source} {said}: {few(sorted(names))}.")
+            say(f"{source} {said}: {format_names(sorted(names))}.")
     return model, loading
 
 

@@ -246,7 +246,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def few(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """The first five names, printable, with an ellipsis if there are more."""
     first = [printable(name) for name in itertools.islice(names, 6)]
     return ", ".join(first[:5]) + (" …" if first[5:] else "")
@@ -257,7 +257,7 @@ def not_readable(name: str) -> Problem:
 
 
 def no_readable_images(data: str, unreadable: list[str]) -> Problem:
-    return Problem(f"No readable images in --data {data}: {few(unreadable) or 'it is empty'}.")
+    return Problem(f"No readable images in --data {data}: {format_names(unreadable) or 'it is empty'}.")
 
 
 def first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ class UnreadablePicture(Exception):
     """A picture that cannot be read. The message is the name of the picture and the reason."""
 
 
-def named(cell: dict | None, name: str) -> dict:
+def with_path(cell: dict | None, name: str) -> dict:
     """Use `name` as the path of an undecoded picture, `{"path": …, "bytes": …}`, if it has no path.
 
     A missing picture, `None`, becomes a picture without bytes.

@@ -81,7 +81,7 @@ def default_help_of(recipe: dict, warmup: str = "a tenth of --epochs") -> Callab
     return default_help
 
 
-def complete(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
+def fill_defaults(args: argparse.Namespace, recipe: dict, step_size: int) -> None:
     """Set the options that the command line does not give to the defaults of a recipe.
 
     `step_size` is the number of images in a step.

@@ -20,14 +20,14 @@ from .checkpoints import keeps_states
 from .engine import Training
 from .files import check_output, clear_output, is_complete, save_model, write_results
 from .fingerprint import fingerprint
-from .loading import Images, InTurn, Loader, Order
+from .loading import EvaluationBatches, Images, Loader, TrainingBatches
 from .models import decay_groups
 from .options import Problem, first_line, run_script
 from .recipe import schedule
 from .reports import Card, draw_curves, write_card
 
 # Options that may change when a run is resumed, since the result does not depend on them.
-FREE = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
+CHANGEABLE_OPTIONS = ("output", "overwrite", "resume", "save_every", "workers", "report_to", "push_to_hub", "strict")
 
 
 def run_training(args: argparse.Namespace, train: Callable[[argparse.Namespace, Accelerator], None]) -> None:
@@ -87,31 +87,33 @@ def make_loaders(
     accelerator: Accelerator,
     keys: Callable,
     images: int,
-    in_turn: Callable,
+    validation_keys: Callable,
     fetchers: Sequence[Callable],
     views: Sequence[Callable],
     kind: type[Images] = Images,
-) -> tuple[Order, Loader, Loader]:
+) -> tuple[TrainingBatches, Loader, Loader]:
     """The batch sampler of training, the training loader and the validation loader.
 
     Args:
-        keys, images: as in [`Order`], for training.
-        in_turn: as in [`InTurn`], for validation.
+        keys, images: as in [`TrainingBatches`], for training.
+        validation_keys: as in [`EvaluationBatches`], for validation.
         fetchers, views: as in [`Images`], for training and for validation.
         kind: the class that loads images.
     """
     place = accelerator.num_processes, accelerator.process_index
-    order = Order(keys, images, args.batch_size, args.accumulate, *place, args.seed)
-    batches = order, InTurn(in_turn, args.batch_size, *place)
-    return order, *(
+    train_batches = TrainingBatches(keys, images, args.batch_size, args.accumulate, *place, args.seed)
+    batches = train_batches, EvaluationBatches(validation_keys, args.batch_size, *place)
+    return train_batches, *(
         Loader(kind(fetch, view), parts, args.workers, accelerator.device, args.strict)
         for fetch, view, parts in zip(fetchers, views, batches, strict=True)
     )
 
 
-def settings_of(args: argparse.Namespace, accelerator: Accelerator, images: int, data: Iterable) -> dict:
+def result_settings(args: argparse.Namespace, accelerator: Accelerator, images: int, data: Iterable) -> dict:
     """The settings that determine the result, by option name. `data` is as for [`fingerprint`]."""
-    options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    options = {
+        f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in CHANGEABLE_OPTIONS
+    }
     return options | {
         "the number of processes": accelerator.num_processes,
         "the precision": accelerator.mixed_precision,
@@ -124,7 +126,7 @@ def begin(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    order: Order,
+    train_batches: TrainingBatches,
     loader: Loader,
     settings: dict,
     about: str,
@@ -148,7 +150,7 @@ def begin(
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     training = Training(
-        *(accelerator, model, optimizer, functools.partial(decay, args), order, loader),
+        *(accelerator, model, optimizer, functools.partial(decay, args), train_batches, loader),
         epochs=args.epochs,
         output=args.output,
         settings=settings,
@@ -177,7 +179,7 @@ def begin(
         + (f" ({learning / 1e6:.2f} M trainable)" if learning < parameters else "")
         + f", {about}; {settings['the number of training images']} training images of {pixels} pixels; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}{engine}, "
-        f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {order.steps * args.epochs} steps."
+        f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {train_batches.steps * args.epochs} steps."
     )
     if resumed:
         accelerator.print(f"Resuming after step {training.progress.step} of epoch {training.progress.epoch + 1}.")

@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from .data import ROW, check_columns, choose, hold_out_rows, load_splits, read_names, skip_unreadable
+from .data import ROW, check_columns, hold_out_rows, load_splits, read_names, select_rows, skip_unreadable
 from .loading import Images, Item
 from .options import Problem, first_line
-from .pictures import named, open_picture
+from .pictures import open_picture, with_path
 
 NO_CLASS = 255  # what maps have at pixels that do not count
 LARGEST_SHARE = 0.75  # of a crop's pixels, that one class may have
@@ -86,7 +86,7 @@ def choose_splits(
         return train, splits[args.validation_split]
     others = [split for split in splits if split != "train"]
     rows, held = hold_out_rows(args, [""] * len(train), others, say)
-    return choose(train, rows), choose(train, held)
+    return select_rows(train, rows), select_rows(train, held)
 
 
 def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
@@ -94,7 +94,7 @@ def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
 
     With `reduce_labels`, 0 becomes `NO_CLASS` and other classes count from 0, as in transformers' image processors.
     """
-    with open_picture(named(cell, "")) as picture:
+    with open_picture(with_path(cell, "")) as picture:
         classes = np.asarray(ImageOps.exif_transpose(picture))
     if classes.ndim != 2:
         raise ValueError(f"expected one number for each pixel, not {classes.shape[-1]}")
@@ -112,7 +112,7 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
     unreadable = []
 
     def wrong(row: int) -> str | None:
-        name = named(rows[row][args.map_column], f"The map of row {row}")["path"]
+        name = with_path(rows[row][args.map_column], f"The map of row {row}")["path"]
         try:
             scene = scenes[Item(row)]
         except Exception as error:  # whatever a decoder says to damaged bytes
@@ -158,7 +158,7 @@ class Scenes(Images):
     def __getitem__(self, item: Item) -> dict:
         row = self.rows[item.key]
         image, classes = (row[column] for column in self.columns)
-        image, broken = self.decode(named(image, f"row {row.get(ROW, item.key)}"))
+        image, broken = self.decode(with_path(image, f"row {row.get(ROW, item.key)}"))
         if broken or not item.counts:
             classes = np.full((image.height, image.width), NO_CLASS, "uint8")
         else:

@@ -11,7 +11,7 @@ import datasets
 from .data import check_columns, load_splits, read_names, streamed, with_features
 from .loading import seed_of
 from .options import Problem
-from .pictures import named
+from .pictures import with_path
 
 SHUFFLE_BUFFER = 1000  # images
 
@@ -39,7 +39,7 @@ class Stream:
             if value is not None and value not in self.names:
                 raise Problem(f"The stream has a label that its classes do not include: {value}. See --classes.")
             content = (row[image] and row[image]["bytes"]) or b""
-            yield named(row[image], row.get("__key__") or f"image with the CRC-32 {zlib.crc32(content):08x}"), value
+            yield with_path(row[image], row.get("__key__") or f"image with the CRC-32 {zlib.crc32(content):08x}"), value
 
     def once(self) -> Iterator[tuple[dict, str | None]]:
         return self.labelled(self.rows)
