@@ -1,4 +1,4 @@
-"""A page in the browser on which to see where a Focal Transformer looks: choose a picture, click on a point of it.
+"""A web page that shows where a Focal Transformer looks: choose a picture, then click on a point of it.
 
 With several models, two can be compared side by side. The same file is what a Space on the Hub runs.
 See `--help` and docs/visualization.md.
@@ -49,24 +49,24 @@ examples:
     python examples/app.py --model focal-tiny my_model
 """
 DEFAULT_MODEL = "quickstart/model"
-LONGEST = 8  # times the shorter side: the work of models that see the whole picture grows with it
-MOST_VIEWS = 40  # that are kept for all visitors together, of 30 MB each for Focal-Tiny
-MOST_VISITORS = 1000  # whose choices are kept; with more, those who were there longest have to load the page again
-SHOWN, CLICKED = 224, 480  # pixels at least; what a model sees in fewer is enlarged
+LONGEST = 8  # longest side in shorter sides, since models that take the whole picture need more time for longer ones
+MOST_VIEWS = 40  # views in the cache of all visitors, of 30 MB each for Focal-Tiny
+MOST_VISITORS = 1000  # visitors with stored choices; with more, the earliest must load the page again
+SHOWN, CLICKED = 224, 480  # least size in pixels; smaller inputs are enlarged
 NOTHING, THE_ANSWER, LAST = "none", "the model's answer", "last"
 HEAT_COLOUR = (255, 96, 32)
 
 TEXT = """\
 # Where a Focal Transformer looks
 
-Every point of a picture looks at what is near **finely**, token by token, and at what is far **coarsely**, in cells
-that sum up many tokens. Click on the picture to see where that point looks.
+Every point of a picture attends to near tokens **finely**, one by one, and to far tokens **coarsely**, in cells that
+each pool many tokens. Click on the picture to see what that point attends to.
 """
 
 KEY = f"""\
-<div class="key"><i style="outline: 2px solid rgb{QUERY_COLOUR}"></i>the token that looks
-<i style="outline: 2px solid rgb{WINDOW_COLOUR}"></i>its window. The stronger a colour, the more weight is there, by the
-square root of its share of the level's highest.</div>
+<div class="key"><i style="outline: 2px solid rgb{QUERY_COLOUR}"></i>the query token
+<i style="outline: 2px solid rgb{WINDOW_COLOUR}"></i>its window. The strength of a colour is the
+square root of the attention weight, relative to the highest weight of the level.</div>
 """
 CSS = """\
 .looks {display: flex; flex-wrap: wrap; gap: 12px}
@@ -112,13 +112,13 @@ class View:
 def load_classifier(name: str) -> Classifier:
     model, processor = load_focal(name)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    # Of ImageNet's classes, two are called "crane", and two "maillot".
+    # Two classes of ImageNet have the name "crane", and two "maillot".
     labels = [label if names.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(names)]
     return Classifier(model, processor, labels)
 
 
 def example_pictures(labels: list[str], folder: Path) -> list[Path]:
-    """Pictures that come with scikit-learn, where that is installed: digits for who reads those, else photographs."""
+    """Pictures from scikit-learn, if it is installed: digits for models that classify digits, else photographs."""
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError:
@@ -160,14 +160,14 @@ class Views:
         return View(name, classifier.labels, image, record_attention(classifier.model, pixel_values))
 
     def __call__(self, file: str | None, *names: str) -> list[View]:
-        """What some models make of a picture; nothing, and a word to the visitor, where no picture is kept."""
+        """The views of a picture by some models. Without a picture, warns the visitor and returns none."""
         try:
             if file is None:
                 raise Problem("no picture")
             with self.lock:
                 return [self.kept(name, file) for name in names if name != NOTHING]
         except Problem:
-            gr.Warning("No picture is kept here for this page: upload one, or load the page again.")
+            gr.Warning("There is no stored picture for this page: upload one, or load the page again.")
             return []
 
 
@@ -204,7 +204,7 @@ def clickable(view: View, at: tuple[float, float], stage: int) -> Image.Image:
 
 
 def figure(picture: Image.Image, caption: str) -> str:
-    """As a part of the page: to fetch dozens of files for a click would take longer than to make them."""
+    """HTML with the picture inside, since fetching dozens of files for a click would take longer than drawing them."""
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=88, subsampling=0)
     address = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -213,7 +213,7 @@ def figure(picture: Image.Image, caption: str) -> str:
 
 
 def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, levels: list[int]) -> str:
-    """Where a point looks, in each stage and in each head of one of them."""
+    """HTML with the attention of a point in each stage, and in each head of one layer."""
 
     def look(stage: int, layer: int, head: int | None = None) -> tuple[Image.Image, QueryAttention]:
         seen = query_attention(view.record, at, stage, layer, head)
@@ -221,7 +221,7 @@ def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, 
         return draw_frames(shaded(view.image, seen, drawn), seen, SHOWN), seen
 
     parts = [
-        f"<h3>{html.escape(view.name)}: each stage</h3><p>The last layer of each, the mean of its heads.</p>"
+        f"<h3>{html.escape(view.name)}: each stage</h3><p>The mean over the heads of the last layer.</p>"
         "<div class='looks'>"
     ]
     for number in range(len(view.record.stages)):
@@ -240,17 +240,17 @@ def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, 
 
 
 def saliency_html(view: View, label: str) -> str:
-    """What in the picture speaks for a class."""
+    """HTML with the regions of the picture that support a class."""
     if label not in [THE_ANSWER, *view.labels]:
         return f"<p>This model has no class {html.escape(label)}.</p>"
     number = int(view.record.logits.argmax()) if label == THE_ANSWER else view.labels.index(label)
     name = view.labels[number]
     heat = to_pixels(attention_rollout(view.record, number), view.record.patch_size, view.record.image_size)
     if not heat.any():
-        return f"<p>Nothing in the picture speaks for {html.escape(name)}.</p>"
+        return f"<p>No region of the picture supports {html.escape(name)}.</p>"
     grey = 0.55 * view.image.mean(2, keepdims=True)
     pixels = grey + (heat / heat.max())[..., None] * (np.array(HEAT_COLOUR) - grey)
-    return figure(enlarged(pixels.round().astype(np.uint8), SHOWN), f"What speaks for {name} (attention rollout)")
+    return figure(enlarged(pixels.round().astype(np.uint8), SHOWN), f"Evidence for {name} (attention rollout)")
 
 
 def top_answers(view: View) -> dict[str, float]:
@@ -308,7 +308,7 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                         [NOTHING, *names], value=NOTHING, label="Compare with", min_width=150, visible=len(names) > 1
                     )
                     label = gr.Dropdown(
-                        [THE_ANSWER, *all_labels], value=THE_ANSWER, label="Show what speaks for", min_width=150
+                        [THE_ANSWER, *all_labels], value=THE_ANSWER, label="Show evidence for", min_width=150
                     )
                 with gr.Row():
                     facts, answer, heat = [], [], []
@@ -355,7 +355,7 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
         def draw(
             file: str | None, first: str, second: str, at: tuple, stage: int, layer: int | str, levels: list[int]
         ) -> list:
-            """What a choice changes."""
+            """Draw the figures again after a choice."""
             views = views_of(file, first, second)
             return drawn(views, at, stage, layer, levels) if views else gr.skip()
 

@@ -52,7 +52,7 @@ examples:
   a classifier, or a model pre-trained by pretrain_mim.py, becomes the backbone of a new RT-DETR:
     accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector
 
-  go on after it was stopped, as if it had not been:
+  continue a training that was interrupted, with the same result:
     accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector --resume
 
   COCO itself, with another head:
@@ -63,7 +63,7 @@ examples:
     accelerate launch examples/finetune_detection.py --model focal-tiny --head mask2former --data my_scenes \\
         --output my_segmenter
 
-  a detector, its sizes described by a config.json, from scratch; small images:
+  train a small detector from scratch, as a config.json describes it, on small images:
     accelerate launch examples/finetune_detection.py --config my_config.json --data my_scenes --output my_detector \\
         --image-size 128 --smallest-size 96
 
@@ -72,7 +72,7 @@ examples:
         --output my_detector
 """
 
-# Of DETR and those after it, but for the epochs: on COCO they take 50 to 72.
+# The recipe of DETR and its successors, except for the epochs: on COCO they train for 50 to 72.
 DETECTION = {
     "epochs": 50,
     "learning_rate": 1e-4,
@@ -92,13 +92,15 @@ def parse_arguments() -> argparse.Namespace:
         "--head",
         default="rt_detr",
         metavar="NAME",
-        help="where --model is no detector: the type of the new head, or a config.json of a detector, whose backbone "
-        "is replaced (default: rt_detr); mask2former and maskformer learn masks, the others boxes",
+        help="if --model is not a detector: type of the new head, or a config.json of a detector, whose backbone is "
+        "replaced (default: rt_detr); mask2former and maskformer predict masks, the others boxes",
     )
     pictures = "with FOLDER/annotations/instances_SPLIT.json in COCO's format and FOLDER/SPLIT/*.png"
     group = data_options(parser, pictures, streaming=False)
-    group.add_argument("--objects-column", default="objects", metavar="NAME", help="default: objects")
-    group.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
+    group.add_argument(
+        "--objects-column", default="objects", metavar="NAME", help="column of the objects (default: objects)"
+    )
+    group.add_argument("--train-split", default="train", metavar="NAME", help="split to train on (default: train)")
     result_options(parser)
 
     group = parser.add_argument_group("training")
@@ -117,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
         "--smallest-size",
         type=positive(int),
         metavar="N",
-        help="in training the shorter side is drawn from N up to that (default: 0.6 of it)",
+        help="in training, the shorter side is drawn from N to --image-size (default: 0.6 of --image-size)",
     )
     view_options(group, default_help)
     speed_options(parser)
@@ -134,7 +136,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not may_begin(args, accelerator):
         return
 
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloaded files
         masks = finds_masks(args)
         train_data, validation_data, names = read_objects(args, say, masks)
     if accelerator.is_local_main_process:
@@ -179,7 +181,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         nonlocal predictions
         predictions = predict(accelerator, model, inputs, processor, validation_loader)
         if not predictions:
-            raise Problem("Not one of the validation images can be read.")
+            raise Problem("None of the validation images can be read.")
         if not masks:
             return average_precision(truth, predictions, config.id2label)
         boxes = average_precision(truth, predictions, config.id2label)

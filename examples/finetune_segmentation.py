@@ -1,4 +1,4 @@
-"""Train UperNet on Focal, or another backbone of transformers, to tell the class of every pixel.
+"""Train UperNet with Focal, or another backbone of transformers, to predict the class of every pixel.
 
 Plain Accelerate and PyTorch, the same file on a laptop, one GPU or several. See `--help` and docs/segmentation.md.
 """
@@ -77,7 +77,7 @@ examples:
         --output report --window 512 --stride 341 --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip-test
 """
 
-# The paper's, as Swin's in mmsegmentation: 160,000 steps of 16 images are 127 epochs of ADE20K's 20,210.
+# The recipe of the paper, Swin's in mmsegmentation: 160,000 steps of 16 images are 127 epochs of ADE20K's 20,210.
 SEGMENTATION = {
     "epochs": 127,
     "learning_rate": 6e-5,
@@ -86,7 +86,7 @@ SEGMENTATION = {
     "weight_decay": 0.01,
     "clip": math.inf,
 }
-WARMUP = 1500 / 160_000  # of all epochs
+WARMUP = 1500 / 160_000  # share of all epochs
 SHOWN = 6  # validation images that are drawn
 
 
@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
         "--map-column",
         default="annotation",
         metavar="NAME",
-        help="of a data set that is no folder of images (default: annotation)",
+        help="column of the maps, in a data set that is not a folder of images (default: annotation)",
     )
     group.add_argument(
         "--classes",
@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--reduce-labels",
         action="store_true",
-        help="0 in maps is no class, 1 the first, as in ADE20K; 255 is no class in any case",
+        help="ignore 0 in maps, and let 1 be the first class, as in ADE20K; 255 is always ignored",
     )
     result_options(parser)
 
@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
         type=positive(int),
         default=512,
         metavar="N",
-        help="of a new UperNet; its auxiliary head has half as many (default: 512)",
+        help="channels of a new UperNet head; its auxiliary head has half as many (default: 512)",
     )
 
     group = parser.add_argument_group("images in training")
@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
         type=above_zero,
         default=[0.5, 2.0],
         metavar="F",
-        help="shortest side before cropping, in crop sizes: the least and the most (default: 0.5 2)",
+        help="smallest and largest shorter side before cropping, relative to --crop-size (default: 0.5 2)",
     )
     flip_option(group)
     group.add_argument(
@@ -157,39 +157,47 @@ def parse_arguments() -> argparse.Namespace:
         "--image-size",
         type=positive(int),
         metavar="N",
-        help="shorter side of what the model sees, in pixels (default: --crop-size, or what a finished model says)",
+        help="shorter side of the model's input in pixels (default: --crop-size, or that of a finished model)",
     )
     group.add_argument(
-        "--window", type=positive(int), metavar="N", help="side of sliding windows (default: the image as a whole)"
+        "--window", type=positive(int), metavar="N", help="side of sliding windows in pixels (default: whole images)"
     )
     group.add_argument(
-        "--stride", type=positive(int), metavar="N", help="from window to window (default: two thirds of --window)"
+        "--stride",
+        type=positive(int),
+        metavar="N",
+        help="step from window to window in pixels (default: two thirds of --window)",
     )
     group.add_argument(
-        "--scales", nargs="+", type=above_zero, default=[1.0], metavar="F", help="all are seen (default: 1)"
+        "--scales",
+        nargs="+",
+        type=above_zero,
+        default=[1.0],
+        metavar="F",
+        help="average over images resized by these factors (default: 1)",
     )
-    group.add_argument("--flip-test", action="store_true", help="see the mirrored image, too")
+    group.add_argument("--flip-test", action="store_true", help="average over mirrored images, too")
     group.add_argument(
         "--evaluate-only",
         action="store_true",
-        help="measure --model, which is a finished one, on the validation images; FOLDER gets results and pictures",
+        help="evaluate the finished --model on the validation images, and write results and pictures to --output",
     )
     speed_options(parser)
     return parser.parse_args()
 
 
 def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Refuse what contradicts itself, before anything is read."""
+    """Raise an error if options contradict each other, before anything is read."""
     if args.evaluate_only and not args.model:
-        raise Problem("--evaluate-only measures a finished model: name it by --model.")
+        raise Problem("--evaluate-only measures a finished model: add --model.")
     if args.resize[0] > args.resize[1]:
-        raise Problem(f"--resize {args.resize[0]:g} {args.resize[1]:g}: the least comes first.")
+        raise Problem(f"--resize {args.resize[0]:g} {args.resize[1]:g}: the smaller factor comes first.")
     if args.drop_path is not None and args.drop_path >= 1:
-        raise Problem(f"--drop-path {args.drop_path:g} is too much: it must be below 1.")
+        raise Problem(f"--drop-path {args.drop_path:g} is too large: it must be below 1.")
     if args.stride and not args.window:
-        raise Problem("--stride is for --window: leave it out, or add that.")
+        raise Problem("--stride is for --window: leave out --stride, or add --window.")
     if args.stride and args.stride > args.window:
-        raise Problem(f"--stride {args.stride} leaves gaps between windows of {args.window} pixels.")
+        raise Problem(f"--stride {args.stride} leaves gaps between windows of {args.window} pixels: reduce it.")
     refuse_sharding(accelerator, NEEDS_WHOLE_MODEL)
 
 
@@ -199,7 +207,7 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def training_loader(
     args: argparse.Namespace, accelerator: Accelerator, rows: datasets.Dataset, processor: BaseImageProcessor
 ) -> tuple[TrainingBatches, Loader]:
-    """Images are seen in whole steps, since batch normalization goes astray in a batch of few; the rest waits."""
+    """The training loader. An epoch has only whole steps, since batch normalization needs many images in a batch."""
     place = accelerator.num_processes, accelerator.process_index
     step_size = args.batch_size * args.accumulate * accelerator.num_processes
     images = max(len(rows) // step_size * step_size, min(len(rows), step_size))
@@ -209,7 +217,7 @@ def training_loader(
     if args.batch_size == 1 or train_batches.share(0) % args.batch_size == 1:
         raise Problem(
             f"Batch normalization needs two images, and with --batch-size {args.batch_size} and {len(rows)} training "
-            "images a batch would have one: choose another."
+            "images a batch would have one: change --batch-size."
         )
     scenes = Scenes(rows, args, functools.partial(training_view, args, processor))
     return train_batches, Loader(scenes, train_batches, args.workers, accelerator.device, args.strict)
@@ -218,7 +226,7 @@ def training_loader(
 def validation_loader(
     args: argparse.Namespace, accelerator: Accelerator, rows: datasets.Dataset, processor: BaseImageProcessor
 ) -> Loader:
-    """One image in a batch: they have all sizes."""
+    """The loader of validation, with one image in a batch, since image sizes differ."""
     place = accelerator.num_processes, accelerator.process_index
     batches = EvaluationBatches(functools.partial(range, len(rows)), 1, *place)
     scenes = Scenes(rows, args, functools.partial(whole_view, args.scales, processor))
@@ -232,12 +240,12 @@ def validation_loader(
 def evaluate(
     args: argparse.Namespace, accelerator: Accelerator, model: torch.nn.Module, loader: Loader, names: list[str]
 ) -> tuple[dict, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Measures of all pixels of all images together, each image counted once.
+    """The measures over all pixels of all images, each image counted once.
 
     Returns:
-        The measures; and pixel values, true and predicted classes of some images that this process has.
+        The measures; and the pixel values, true classes and predicted classes of some images of this process.
     """
-    # Processes see different numbers of windows, so they must not wait for each other in every one.
+    # Processes have different numbers of windows, so their forward passes must not wait for each other.
     model = accelerator.unwrap_model(model)
     for statistics in model.buffers():
         broadcast(statistics)
@@ -271,7 +279,7 @@ def evaluate(
             shown.append((views[len(views) // 2][0].cpu(), truth[0].cpu(), predicted[0].cpu()))
     loss, images = accelerator.reduce(sums, "sum").tolist()
     if not images:
-        raise Problem("Not one of the validation images can be read, or none has a pixel with a class.")
+        raise Problem("None of the validation images can be read, or all their pixels are ignored.")
     result = metrics.compute()
     of_class = result["confusion"].sum(1)
     pixels = of_class.sum().item()
@@ -299,7 +307,7 @@ def describe(measured: dict) -> str:
 
 
 def measure_finished(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """What `--evaluate-only` does."""
+    """Evaluate a finished model, for --evaluate-only."""
     check_new("--output", args.output)
     model, processor = load_trained(args.model, AutoModelForSemanticSegmentation)
     splits, names = read_pairs(args)
@@ -307,9 +315,9 @@ def measure_finished(args: argparse.Namespace, accelerator: Accelerator) -> None
         raise Problem(f"--data {args.data} has no split {args.validation_split}, only {', '.join(splits)}.")
     known = list(model.config.id2label.values())
     if len(known) != len(names):
-        raise Problem(f"--model {args.model} knows {len(known)} classes, and --data {args.data} has {len(names)}.")
+        raise Problem(f"--model {args.model} has {len(known)} classes, but --data {args.data} has {len(names)}.")
     if known != names:
-        accelerator.print(f"--model {args.model} calls the classes otherwise: their numbers are taken for the same.")
+        accelerator.print(f"--model {args.model} has other names for the classes: classes are matched by number.")
     rows = splits[args.validation_split]
     if accelerator.is_local_main_process:
         check_scenes(args, rows, names, accelerator.print, show=True)
@@ -340,7 +348,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not may_begin(args, accelerator):
         return None
 
-    with accelerator.local_main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.local_main_process_first():  # the other processes use its downloaded files
         splits, names = read_pairs(args)
         train_rows, validation_rows = choose_splits(args, splits, say)
     if accelerator.is_local_main_process:
@@ -352,7 +360,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         model = build_segmenter(args, names, say)
         processor = segmentation_processor(args, say)
     freeze_unused_parameters(model, args.crop_size)
-    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # for which PyTorch has none
+    if (
+        accelerator.num_processes > 1 and accelerator.device.type != "cpu"
+    ):  # PyTorch has no synchronized batch norm for CPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     apply_speed_options(args, model, model.backbone)
 

@@ -177,7 +177,7 @@ def test_upload_click_levels_heads_and_comparison(page, space, tmp_path):
     assert page.locator(".looks.heads img").count() == 1
     changes(page, ".looks.heads img", lambda: page.get_by_label("1", exact=True).check())
     assert page.locator(".looks.heads img").count() == 2
-    changes(page, ".saliency img", lambda: choose(page, "Show what speaks for", best[-1]))
+    changes(page, ".saliency img", lambda: choose(page, "Show evidence for", best[-1]))
 
     choose(page, "Compare with", NAMES[1])
     page.get_by_role("heading", name=f"{NAMES[1]}: each stage").wait_for()
@@ -239,7 +239,7 @@ def test_many_visitors_can_click(address):
 def test_expired_session_asks_to_reload_the_page(address):
     answer, warned = Visitor(address).send("select", levels=[0, 1])
     assert answer["success"], answer
-    assert warned == ["No picture is kept here for this page: upload one, or load the page again."]
+    assert warned == ["There is no stored picture for this page: upload one, or load the page again."]
 
 
 def test_unusual_and_invalid_uploads(page, space, tmp_path):
@@ -296,7 +296,7 @@ def test_unsupported_models_are_refused(tmp_path, monkeypatch):
     default_processor(tiny_config(), crop=1.0).save_pretrained(tmp_path / "vit")
     wanted = {
         (): "error: There is no quickstart/model here: run `make quickstart`, or name a model with --model.",
-        ("--model", "vit"): "error: --model vit is a vit; this script shows Focal's attention.",
+        ("--model", "vit"): "error: --model vit is a vit; this script shows Focal's attention: use a Focal model.",
         ("--model", "nowhere"): "error: Cannot load --model nowhere and its image processor: ",
     }
     monkeypatch.delenv("FOCAL_MODELS", raising=False)

@@ -135,8 +135,8 @@ def test_average_precision_equals_pycocotools(place, tmp_path):
     (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
     draw_scenes(tmp_path, "validation", 2)
     data, _, names, said = read(tmp_path)
-    assert said[0] == "Training data: 1 boxes stick out of their images: cut off there."
-    assert said[1] == "Training data: 1 boxes are of crowds: not trained on."
+    assert said[0] == "Training data: 1 box(es) extend beyond the image: clipped."
+    assert said[1] == "Training data: 1 box(es) mark crowds: left out."
     id2label = dict(enumerate(names))
     truth = ground_truth(data["labels"], {name: label for label, name in id2label.items()})
 
@@ -236,7 +236,7 @@ def test_classifier_becomes_the_backbone(place, tmp_path, kind):
     assert said[0].startswith(
         f"{args.model} has weights that the model does not use: classifier.bias, classifier.weight"
     )
-    assert said[1:] == [f"{args.model} is the backbone; the head (rt_detr) starts anew, with the data's classes."]
+    assert said[1:] == [f"{args.model} is the backbone. The head (rt_detr) is new, for the classes of the data."]
     assert (model.config.id2label, dict(processor.size)["height"]) == (dict(enumerate(NAMES)), 96)
     weights, backbone = classifier.base_model.state_dict(), backbone_of(model).state_dict()
     same = [name for name in backbone if any(name.endswith(other) for other in weights)]
@@ -306,10 +306,10 @@ def change(content: dict, kind: str) -> None:
 
 WRONG = {
     "lost": "lists lost.png, and there is no ",
-    "category": "has category 99, which is not listed.",
+    "category": "has category_id 99, which is not in categories.",
     "nan": ", nan, ",
     "twice": "has two images with the file 3.png: remove one.",
-    "unlisted": "is of image 77, which is not listed.",
+    "unlisted": "has image_id 77, which is not in images.",
     "three": "expected four numbers, [left, top, width, height].",
     "boxless": "has no bbox, or a wrong one, in entry 2 of annotations: {",
     "unnamed": "has no id, or a wrong one, in entry 0 of categories: 1. Each needs id, name.",

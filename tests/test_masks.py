@@ -139,7 +139,7 @@ def test_classifier_becomes_the_backbone(place, tmp_path, head):
     assert said[0].startswith(
         f"{args.model} has weights that the model does not use: classifier.bias, classifier.weight"
     )
-    assert said[1:] == [f"{args.model} is the backbone; the head ({head}) starts anew, with the data's classes."]
+    assert said[1:] == [f"{args.model} is the backbone. The head ({head}) is new, for the classes of the data."]
     assert dict(processor.size)["shortest_edge"] == 96
     weights, backbone = classifier.state_dict(), backbone_of(model).state_dict()
     assert {name.partition(".")[0] for name in backbone.keys() - weights.keys()} == {"hidden_states_norms"}
@@ -287,11 +287,11 @@ WRONG = {
     "none": (None, "(it has none)"),
     "box": ([[5, 7, 20, 30]], "(it has a polygon of 4 numbers)"),
     "empty": ([], "(it has no polygon)"),
-    "nan": ([[5, 7, 20, float("nan"), 30, 30]], "not numbers, or far outside"),
-    "far": ([[5, 7, 20, 1e9, 30, 30]], "not numbers, or far outside"),
+    "nan": ([[5, 7, 20, float("nan"), 30, 30]], "not a number, or is far outside"),
+    "far": ([[5, 7, 20, 1e9, 30, 30]], "not a number, or is far outside"),
     "short": ({"size": [48, 64], "counts": LENGTHS[:-1]}, "do not add up to the image's pixels"),
     "other": ({"size": [64, 48], "counts": LENGTHS}, "it is for [64, 48], [height, width]"),
-    "garbage": ({"size": [48, 64], "counts": "garbage!"}, "characters that compressed run lengths have not"),
+    "garbage": ({"size": [48, 64], "counts": "garbage!"}, "characters that do not occur in compressed run lengths"),
     "cut": ({"size": [48, 64], "counts": rectangle(5, 7, 20, 30)[2]["counts"][:-3]}, "do not add up"),
     "words": ("polygon", "could not convert"),
 }

@@ -79,7 +79,7 @@ def test_16_bits_are_classes_in_a_map():
     """They are not brightnesses: 300 is class 300, which is none."""
     cell = cell_of(Image.fromarray(np.full((4, 5), 7, np.uint16)), "PNG")
     assert (load_map(cell, False) == 7).all()
-    with pytest.raises(ValueError, match="class 300, where 255 is for"):
+    with pytest.raises(ValueError, match="class 300, but the highest value is 255"):
         load_map(cell_of(Image.fromarray(np.full((4, 5), 300, np.uint16)), "PNG"), False)
 
 
@@ -373,7 +373,7 @@ def test_scenes_without_an_image_are_skipped_and_without_a_map_refused():
     rows = datasets.Dataset.from_dict({"image": [picture, None], "map": [classes, classes]}, features)
     said = []
     check_scenes(args, rows, ["a", "b"], said.append, show=False)
-    assert said == ["Skipping 1 images that cannot be read: row 1 (ValueError: there is no picture)"]
+    assert said == ["Skipping 1 image that cannot be read: row 1 (ValueError: there is no picture)"]
     rows = datasets.Dataset.from_dict({"image": [picture, picture], "map": [classes, None]}, features)
     with pytest.raises(Problem, match=r"The map of row 1 is not a readable map: ValueError: there is no picture\."):
         check_scenes(args, rows, ["a", "b"], said.append, show=False)

@@ -114,7 +114,7 @@ def test_trained_model_has_the_metrics_of_a_computation_by_hand(place, trained):
     folder, said = trained
     assert "upernet, " in said
     assert "on focal, 3 classes; 25 training images of 32 x 32 pixels" in said
-    assert "Skipping 1 images that cannot be read: " in said
+    assert "Skipping 1 image that cannot be read: " in said
     measured = results(folder)
     assert measured["best"]["mean_iou"] == max(entry["mean_iou"] for entry in measured["history"])
     assert measured["best"]["mean_iou"] > 0.65
@@ -311,16 +311,16 @@ def test_wrong_data_is_one_clear_line_before_training(place, trained):
     cases = {
         ("--data", "lacking", *start): "1 images in .*/validation have no map: 02.png needs .*/validation/02.png.",
         ("--data", "small", *start): r"/02.png has 9 x 7 pixels, and its image 48 x 36: a map must be as large",
-        ("--data", "unnamed", *start): r"/02.png has class 3, and the 3 named classes are 0 to 2: name it, too",
+        ("--data", "unnamed", *start): r"/02.png has class 3, and the 3 named classes are 0 to 2: add a name for it",
         ("--data", "coloured", *start): r"02.png is not a readable map: .*expected one number for each pixel, not 3",
         ("--data", "nameless", *start): r"No such file: .*/annotations/classes.txt. It holds the classes' names",
         ("--data", "mapless", *start): r"--data mapless has no maps: expected FOLDER/train/",
         ("--data", "good", *start, "--batch-size", 1): "Batch normalization needs two images, .* --batch-size 1 and 4",
-        ("--data", "good", *start, "--resize", 2, 1): "--resize 2 1: the least comes first",
+        ("--data", "good", *start, "--resize", 2, 1): "--resize 2 1: the smaller factor comes first",
         ("--data", "good", *start, "--evaluate-only"): "--evaluate-only measures a finished model",
         ("--data", "good", *start, "--stride", 9): "--stride is for --window",
         ("--data", "good", *finished, "--window", 9, "--stride", 10): "--stride 10 leaves gaps between windows of 9",
-        ("--data", "good", *finished, "--classes", "other/names.txt"): r"knows 3 classes, and --data good has 4\.",
+        ("--data", "good", *finished, "--classes", "other/names.txt"): r"has 3 classes, but --data good has 4\.",
     }  # fmt: skip
     runs = run_examples_in_turn(SCRIPT, [list(case) for case in cases], folder=place)
     for (case, expected), (status, _, complained) in zip(cases.items(), runs, strict=True):

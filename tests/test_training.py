@@ -230,7 +230,7 @@ def paper_run(place) -> tuple[Path, str]:
 
 def test_unreadable_images_are_skipped_and_told(paper_run):
     folder, said = paper_run
-    assert re.search(r"Skipping 1 images that cannot be read: \S*green/none.png\n", said)
+    assert re.search(r"Skipping 1 image that cannot be read: \S*green/none.png\n", said)
     assert len(re.findall(r"Skipped 1 training images that cannot be read: \S*red/0.png \(OSError: .*", said)) == 1
     assert [entry["images"] for entry in results(folder)["history"]] == [6, 6, 6]
 

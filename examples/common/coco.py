@@ -1,4 +1,4 @@
-"""Images with objects: reading them from files in COCO's format, or from columns of a data set."""
+"""Read images with objects, from files in COCO's format or from columns of a data set."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ from .pictures import open_picture, with_path
 
 NOTHING = {"size": [0, 0], "counts": b""}  # the mask of an object in a picture that cannot be read
 
-# What each list of a file of COCO's must tell about each thing that it lists, and in which types.
+# The fields that each entry of a list in a COCO file must have, with their types.
 FIELDS = {
     "images": {"id": int | str, "file_name": str, "width": int | float, "height": int | float},
     "annotations": {"image_id": int | str, "category_id": int | str, "bbox": list},
@@ -53,7 +53,7 @@ def check_unique(values: list, what: str, file: Path) -> None:
 
 
 def check_objects(objects: dict, where: str) -> None:
-    """Refuse boxes that are none. `objects` has the lists `bbox` and `name`, and may have others."""
+    """Raise an error if a box is not four finite numbers. `objects` has a list `bbox`, and may have others."""
     for box in objects["bbox"]:
         if (
             box is None
@@ -64,9 +64,9 @@ def check_objects(objects: dict, where: str) -> None:
 
 
 def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datasets.Dataset, list[dict], list[str]]:
-    """Of FOLDER/annotations/instances_SPLIT.json the images, what is in each, and the classes' names in order.
+    """Read the images, their objects and the names of the classes from FOLDER/annotations/instances_SPLIT.json.
 
-    `column` is the name that the images' column gets. With `masks`, the objects' masks are part of it, as run lengths.
+    The images are in column `column` of the returned data set. With `masks`, objects have masks, as run lengths.
     """
     file = folder / "annotations" / f"instances_{split}.json"
     content = read_json(file)
@@ -91,9 +91,9 @@ def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datas
     for annotation in content["annotations"]:
         where = f"Annotation {annotation.get('id')} of {file}"
         if annotation["image_id"] not in found:
-            raise Problem(f"{where} is of image {annotation['image_id']}, which is not listed.")
+            raise Problem(f"{where} has image_id {annotation['image_id']}, which is not in images.")
         if annotation["category_id"] not in categories:
-            raise Problem(f"{where} has category {annotation['category_id']}, which is not listed.")
+            raise Problem(f"{where} has category_id {annotation['category_id']}, which is not in categories.")
         image = found[annotation["image_id"]]
         check_objects({"bbox": [annotation["bbox"]]}, where)
         image["bbox"].append(annotation["bbox"])
@@ -114,12 +114,12 @@ def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datas
 
 
 def object_areas(image: dict) -> list[float]:
-    """The areas of an image's objects, those of their boxes if they have no masks."""
+    """The areas of an image's masks, or of its boxes if there are no masks."""
     return areas(image["masks"]) if "masks" in image else [box[2] * box[3] for box in image["bbox"]]
 
 
 def field_names(feature: object) -> dict:
-    """What a column of objects has for each of them: a list of records, or a record of lists."""
+    """The fields of an object, and their types, in a column of lists of records or records of lists."""
     while not isinstance(feature, dict):
         feature = getattr(feature, "feature", None)
         if feature is None:
@@ -128,7 +128,7 @@ def field_names(feature: object) -> dict:
 
 
 def picture_size(cell: dict) -> tuple[int, int]:
-    """Width and height, by a look at no more than the header. Those of a picture that cannot be read are 0."""
+    """Width and height, read from the header of a picture. Both are 0 if it cannot be read."""
     try:
         with open_picture(with_path(cell, "")) as image:
             return image.size
@@ -139,7 +139,7 @@ def picture_size(cell: dict) -> tuple[int, int]:
 def read_rows(
     args: argparse.Namespace, masks: bool, split: datasets.Dataset
 ) -> tuple[datasets.Dataset, list[dict], list[str]]:
-    """The same of a split of a data set that has a column of objects."""
+    """The same as [`read_coco`], from a split of a data set that has a column of objects."""
     check_columns(args, split.features, others=("objects",))
     fields = field_names(split.features[args.objects_column])
     if not {"bbox", "category"} <= fields.keys():
@@ -148,8 +148,8 @@ def read_rows(
         )
     if masks and "segmentation" not in fields:
         raise Problem(
-            f"Column {args.objects_column} of --data {args.data} has no segmentation, from which to learn masks: add "
-            "it, or train a detector of boxes (--head rt_detr)."
+            f"Column {args.objects_column} of --data {args.data} has no segmentation, which masks are "
+            "trained on: add it, or train a detector of boxes (--head rt_detr)."
         )
     cells = split.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
     images = []
@@ -158,10 +158,12 @@ def read_rows(
             objects = {name: [one[name] for one in objects] for name in fields}
         where = f"Row {row} of --data {args.data}"
         if not objects or None in (objects["bbox"], objects["category"]):
-            raise Problem(f"{where} has nothing in column {args.objects_column}: expected a list, empty or of objects.")
+            raise Problem(
+                f"{where} has nothing in column {args.objects_column}: expected a list of objects, which may be empty."
+            )
         check_objects(objects, where)
         category = fields["category"]
-        # Of classes, `datasets` has -1 where there is none.
+        # `datasets` has -1 for a missing class.
         if None in objects["category"] or (isinstance(category, datasets.ClassLabel) and -1 in objects["category"]):
             raise Problem(f"{where} has an object without a category: add it, or remove the object.")
         image = {
@@ -188,9 +190,9 @@ def read_rows(
 def read_objects(
     args: argparse.Namespace, say: Callable[[str], None], masks: bool = False
 ) -> tuple[dict, dict, list[str]]:
-    """The rows and, as "labels", the objects to train on, the same to validate on, and the classes' names in order.
+    """The training data, the validation data, and the names of the classes in order.
 
-    With `masks`, every object has one.
+    Both are a dict with the images as "rows" and their objects as "labels". With `masks`, every object has a mask.
     """
     folder = Path(args.data).expanduser()
     if (folder / "annotations").is_dir():
@@ -217,8 +219,8 @@ def read_objects(
         unknown = [name for name in held_names if name not in names]
         if unknown:
             raise Problem(
-                f"The {args.validation_split} split has classes that the {args.train_split} split has not: "
-                f"{', '.join(unknown[:5])}. Spell the classes alike in both, or remove them."
+                f"The {args.validation_split} split has classes that are missing in the {args.train_split} split: "
+                f"{', '.join(unknown[:5])}. Use the same names in both splits, or remove these classes."
             )
     else:
         others = [split for split in splits if split != args.train_split]
@@ -232,7 +234,7 @@ def read_objects(
 
 
 def clipped_boxes(image: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [left, top, right, bottom] as far as they are in the image, and which of them are to be found in it."""
+    """Boxes [left, top, right, bottom] clipped to the image, and which of them have an area and are no crowds."""
     boxes = np.asarray(image["bbox"], np.float32).reshape(-1, 4)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     clipped = corners.clip(0, np.tile(np.asarray(image["size"], np.float32), 2))
@@ -241,7 +243,7 @@ def clipped_boxes(image: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
-    """Say what of the annotations is not trained on as it is."""
+    """Print how many annotations are changed or left out in training."""
     clipped = empty = 0
     crowds = sum(sum(image["iscrowd"]) for image in images)
     without = sum(not image["name"] for image in images)
@@ -249,13 +251,13 @@ def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
         corners, kept = clipped_boxes(image)
         boxes = np.asarray(image["bbox"], np.float32).reshape(-1, 4)
         sizes = corners[:, 2:] - corners[:, :2]
-        clipped += int((kept & (boxes[:, 2:] - sizes > 0.5).any(1)).sum())  # what is below is rounding
+        clipped += int((kept & (boxes[:, 2:] - sizes > 0.5).any(1)).sum())  # smaller differences are rounding
         empty += int((~kept & ~np.asarray(image["iscrowd"], bool)).sum())
     for count, what in (
-        (clipped, "boxes stick out of their images: cut off there"),
-        (empty, "boxes or masks have no area within their images: left out"),
-        (crowds, "boxes are of crowds: not trained on"),
-        (without, "images have no objects: they are background"),
+        (clipped, "box(es) extend beyond the image: clipped"),
+        (empty, "box(es) or mask(s) have no area within the image: left out"),
+        (crowds, "box(es) mark crowds: left out"),
+        (without, "image(s) have no objects: used as background"),
     ):
         if count:
             say(f"Training data: {count} {what}.")
@@ -264,12 +266,12 @@ def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
 def run_lengths(segmentation: object, size: tuple[int, int], where: str) -> dict:
     """COCO's polygons or run lengths, compressed or not, as compressed run lengths.
 
-    What is not right is refused here: pycocotools may take a polygon for a box, or run lengths that end too early for
-    those of whatever is in memory.
+    Invalid input raises an error here, since pycocotools may take a polygon for a box, or read beyond the end of run
+    lengths that are too short.
 
     Args:
         size: width and height of the image.
-        where: the annotation, for the error that says what is wrong with it.
+        where: the name of the annotation in error messages.
     """
     width, height = size
     try:
@@ -289,7 +291,7 @@ def run_lengths(segmentation: object, size: tuple[int, int], where: str) -> dict
                 raise ValueError(f"it has a polygon of {len(polygon)} numbers")
             for values, side in ((polygon[::2], width), (polygon[1::2], height)):
                 if not all(-side <= value <= 2 * side for value in values):
-                    raise ValueError("it has a polygon with points that are not numbers, or far outside of the image")
+                    raise ValueError("it has a polygon with a point that is not a number, or is far outside the image")
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         what = "it has none" if segmentation is None else str(error)
@@ -301,12 +303,12 @@ def run_lengths(segmentation: object, size: tuple[int, int], where: str) -> dict
 
 
 def decompressed(counts: str | bytes) -> list[int]:
-    """Run lengths of COCO's compressed ones: six bits a character, each number less the one two before it."""
+    """Decode COCO's compressed run lengths: six bits a character, as differences from the number two before."""
     numbers, value, shift = [], 0, 0
     for character in counts.encode() if isinstance(counts, str) else counts:
         bits = character - 48
         if not 0 <= bits < 64:
-            raise ValueError("it has characters that compressed run lengths have not")
+            raise ValueError("it has characters that do not occur in compressed run lengths")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -321,7 +323,7 @@ def areas(codes: list[dict]) -> list[int]:
 
 
 def decode(codes: list[dict], size: tuple[int, int]) -> np.ndarray:
-    """Masks (objects, height, width) of run lengths; `size` is the image's width and height."""
+    """Decode run lengths to masks (objects, height, width). `size` is the width and height of the image."""
     if not codes:
         return np.zeros((0, *size[::-1]), bool)
     return coco_mask.decode(codes).transpose(2, 0, 1).astype(bool)

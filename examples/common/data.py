@@ -238,7 +238,7 @@ def skip_unreadable(args: argparse.Namespace, names: list[str], say: Callable[[s
     if names and args.strict:
         raise not_readable(names[0])
     if names:
-        say(f"Skipping {len(names)} images that cannot be read: {format_names(names)}")
+        say(f"Skipping {len(names)} image{'s' * (len(names) > 1)} that cannot be read: {format_names(names)}")
 
 
 def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .loading import Loader
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-BOX_METRICS = {f"box_{name}": name for name in ("ap", "ap50")}  # beside those of masks
+BOX_METRICS = {f"box_{name}": name for name in ("ap", "ap50")}  # metrics of boxes, for models with masks
 
 
 def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
@@ -45,15 +45,15 @@ def ground_truth(images: list[dict], label2id: dict[str, int]) -> COCO:
 
 
 def average_precision(truth: COCO, predictions: dict[int, dict], names: dict[int, str], kind: str = "bbox") -> dict:
-    """COCO's average precisions, of all and of each class, on the images that have predictions.
+    """COCO's average precision of all classes and of each class, on the images that have predictions.
 
     Args:
-        predictions: for the number of an image `boxes` [left, top, right, bottom], `scores` and `labels`; and `masks`,
-            as run lengths.
-        kind: of boxes, or of masks: "segm".
+        predictions: by the index of an image, a dict with `boxes` [left, top, right, bottom], `scores`, `labels` and,
+            for masks, `masks` as run lengths.
+        kind: "bbox" for boxes, "segm" for masks.
 
     Returns:
-        By name; a number without an object to find is None.
+        The metrics by name. A metric is `None` if there is no object.
     """
     results = []
     for index, found in predictions.items():
@@ -76,7 +76,7 @@ def average_precision(truth: COCO, predictions: dict[int, dict], names: dict[int
     def mean(values: np.ndarray) -> float | None:
         return float(values[values > -1].mean()) if (values > -1).any() else None
 
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # of thresholds, recalls, classes
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes)
     classes = {names[label]: mean(precision[:, :, place]) for place, label in enumerate(evaluation.params.catIds)}
     measured = {
         name: value if value > -1 else None for name, value in zip(METRICS, evaluation.stats[:6].tolist(), strict=True)
@@ -103,7 +103,7 @@ def predict(
             answers = find_masks(outputs, padded, shapes.tolist(), sizes.tolist())
         else:
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-            sizes = sizes * sizes.new_tensor(padded) / shapes  # what the padded batch is in the files' pixels
+            sizes = sizes * sizes.new_tensor(padded) / shapes  # size of the padded batch, in pixels of the files
             answers = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
             answers = [{name: value.cpu().numpy() for name, value in answer.items()} for answer in answers]
         for index, answer in zip(batch["indices"].tolist(), answers, strict=True):
@@ -116,7 +116,7 @@ def predict(
 def find_masks(
     outputs: ModelOutput, padded: tuple[int, int], shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]
 ) -> list[dict]:
-    """What a model found in each image of a batch: `masks` as run lengths, their `boxes`, `scores` and `labels`.
+    """The predictions for each image of a batch: `masks` as run lengths, their `boxes`, `scores` and `labels`.
 
     Args:
         padded: height and width of the batch.
@@ -136,14 +136,14 @@ def find_masks_in_image(
     shape: tuple[int, int],
     size: tuple[int, int],
 ) -> dict:
-    """The same of one image, as Mask2Former's authors evaluate it.
+    """The predictions for one image, as Mask2Former's authors evaluate it.
 
-    Of all pairs of a query and a class the likeliest, as many as there are queries. Masks may overlap. A score is the
-    class's probability times the mean probability of the mask's pixels. transformers' own post-processing does the same
-    on masks of 384 x 384 pixels, whatever an image's size.
+    Keeps the most probable pairs of a query and a class, as many as there are queries. Masks may overlap. A score is
+    the probability of the class times the mean probability of the pixels of the mask. The post-processing of
+    transformers does the same, but with masks of 384 x 384 pixels for images of all sizes.
 
     Args:
-        classes: logits (queries, classes and none).
+        classes: logits (queries, classes + 1). The last one is "no object".
         maps: logits (queries, height, width) of the masks.
     """
     probabilities = classes.softmax(-1)[:, :-1]
@@ -175,7 +175,7 @@ def find_masks_in_image(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """The starts of windows that cover `length`. The last window ends at its end."""
+    """The starts of windows that cover `length`. The last window ends at `length`."""
     last = max(0, length - window)
     return [min(number * stride, last) for number in range(math.ceil(last / stride) + 1)]
 
@@ -183,7 +183,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 def window_logits(
     model: torch.nn.Module, pixel_values: torch.Tensor, window: int | None, stride: int, batch_size: int
 ) -> torch.Tensor:
-    """Logits (1, classes, height, width) of one image: its windows' mean where they overlap; or of it as a whole."""
+    """Logits (1, classes, height, width) of one image, as the mean of overlapping windows or of the whole image."""
     height, width = pixel_values.shape[-2:]
     if not window or window >= max(height, width):
         return model(pixel_values=pixel_values).logits.float()
@@ -213,13 +213,14 @@ def probabilities(
     flip: bool = False,
     batch_size: int = 1,
 ) -> torch.Tensor:
-    """The probability (classes, height, width) of each class at each pixel of an image of a size.
+    """The probability (classes, height, width) of each class at each pixel of an image of `size`.
 
     Args:
-        views: the image (1, channels, height, width) at each scale, over which the answer is the mean.
-        window, stride: side and distance of windows, in pixels of a view; without them a view is seen as a whole.
-        flip: whether mirrored views are seen, too.
-        batch_size: windows in a batch.
+        views: the image (1, channels, height, width) at each scale. Their probabilities are averaged.
+        window, stride: side and step of the sliding window, in pixels of a view. Without a window, the model gets the
+            whole view.
+        flip: whether to average over mirrored views, too.
+        batch_size: the number of windows in a batch.
     """
 
     def answers() -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Losses of detection and segmentation that do not depend on how a step's images are shared out."""
+"""Losses of detection and segmentation that do not depend on how the images of a step are divided into batches."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ OBJECT_COUNTERS = (ImageLoss.forward, Mask2FormerLoss.get_num_masks, MaskFormerL
 
 
 def divide_by_own_objects() -> None:
-    """Have DETR and its like, Mask2Former and MaskFormer divide their loss by the objects of their own batch.
+    """Make DETR-like models, Mask2Former and MaskFormer divide their loss by the objects of their own batch.
 
     RT-DETR does so. With several processes, transformers divides the mean number of objects of all processes by the
     number of processes once more, so that the loss grows with that number. Without Accelerate, it does neither.
@@ -36,10 +36,10 @@ def divide_by_own_objects() -> None:
 
 
 def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
-    """The model's own loss, such that a step does not depend on how its images are shared out.
+    """The model's own loss, scaled so that a step does not depend on how its images are divided into batches.
 
-    The model divides by the objects of a batch. Here a batch counts by its objects, so that they are divided by those
-    that its images have on average, `objects` an image.
+    The model divides its loss by the objects of a batch. Scaling by their number replaces this divisor by the expected
+    number: `objects`, the average of an image, times the images of the batch.
     """
     names = inputs_of(model)
     divide_by_own_objects()
@@ -59,13 +59,13 @@ def detection_loss(model: PreTrainedModel, objects: float) -> Callable[[torch.nn
 
 
 def mask_loss(model: PreTrainedModel, outputs: ModelOutput, labels: list[dict], objects: float) -> torch.Tensor:
-    """The model's own loss, divided by what images have on average, where the model divides by what these have.
+    """The model's own loss, divided by averages over all images instead of sums over the batch.
 
-    The losses of masks are divided by the number of objects, and that of classes by the queries' weights, which are 1
-    for those with an object and less for the others.
+    The model divides mask losses by the number of objects, and the class loss by the sum of the queries' weights. The
+    weight is 1 for a query with an object, and less for the others.
 
     Args:
-        objects: the average number of an image.
+        objects: the average number of objects in an image.
     """
     losses = model.get_loss_dict(
         *(outputs.masks_queries_logits, outputs.class_queries_logits),
@@ -83,9 +83,10 @@ def mask_loss(model: PreTrainedModel, outputs: ModelOutput, labels: list[dict], 
 def segmentation_loss(
     processor: BaseImageProcessor, distortion: bool
 ) -> Callable[[torch.nn.Module, dict], torch.Tensor]:
-    """The mean loss over all pixels of a batch, those that do not count having none.
+    """The mean loss over all pixels of a batch, where ignored pixels have loss 0.
 
-    So it is the mean over images, too, whatever counts in each. Colours are distorted as in mmsegmentation's recipes.
+    It is also the mean over images, whose numbers of ignored pixels may differ. Colours are distorted as in
+    mmsegmentation's recipes.
     """
     operations = torch.nn.Sequential(
         augment.RandomBrightness((1 - 32 / 255, 1 + 32 / 255), p=0.5),  # which adds up to 32 of 255
@@ -99,7 +100,7 @@ def segmentation_loss(
         with torch.no_grad():
             pixels = normalize(processor, operations(pixels) if distortion else pixels)
         counts = labels != NO_CLASS
-        # Of no pixel at all, the model's mean would not be a number.
+        # If all pixels were ignored, the mean of the model would be NaN.
         labels = labels.where(counts.any(), 0)
         return model(pixel_values=pixels, labels=labels).loss * counts.float().mean()
 

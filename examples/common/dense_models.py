@@ -1,4 +1,4 @@
-"""Models for detection and segmentation: heads with backbones, and their image processors."""
+"""Build models for detection and segmentation, and their image processors."""
 
 import argparse
 import contextlib
@@ -97,7 +97,7 @@ def build_on_backbone(
     # A backbone has a norm for each feature map. Checkpoints of other models do not have these norms.
     backbone, _ = load_model(args, type(new_backbone), "a backbone", ("hidden_states_norms.",), say, set_maps)
     new_backbone.load_state_dict(backbone.state_dict())
-    say(f"{args.model} is the backbone; the head ({config.model_type}) starts anew, with the data's classes.")
+    say(f"{args.model} is the backbone. The head ({config.model_type}) is new, for the classes of the data.")
     return model
 
 
@@ -117,7 +117,7 @@ def detector_config(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrai
     try:
         config = AutoConfig.from_pretrained(args.head) if described else AutoConfig.for_model(args.head)
     except Exception as error:
-        why = f" ({first_line(error)})" if described else ""  # of a name, it lists hundreds of others
+        why = f" ({first_line(error)})" if described else ""  # for a name, the error lists hundreds of other names
         raise Problem(
             f"No such detector: --head {args.head}{why}. Name a type that transformers knows, such as "
             "rt_detr, d_fine or mask2former, or a config.json."
@@ -135,13 +135,13 @@ def add_backbone(args: argparse.Namespace, config: PreTrainedConfig, backbone: P
     """Put the config of --model into that of --head."""
     stages = stages_of_backbone(args.model, backbone)
     levels = len(getattr(config, "encoder_in_channels", ())) or min(3, len(stages))
-    if type(config) in MASK_MODELS:  # all, for masks as fine as the first
+    if type(config) in MASK_MODELS:  # all stages, since masks use the finest map
         levels = max(3, len(stages))
     if config.model_type in ("detr", "conditional_detr", "dab-detr"):  # they use the last map only
         levels = 1
     if levels > len(stages):
         raise Problem(
-            f"--head {args.head} takes {levels} maps, and {args.model} has {len(stages)} stages: choose another."
+            f"--head {args.head} takes {levels} feature maps, but {args.model} has {len(stages)} stages: change --head."
         )
     backbone.out_features = stages[-levels:]
     config.backbone_config = backbone
@@ -175,7 +175,7 @@ def build_detector(
             raise ValueError(f"{config.model_type} is no detector")
         if not args.model or set(config.id2label.values()) != set(names):
             if args.model:
-                say(f"{args.model} knows other classes: what scores them starts anew where their number differs.")
+                say(f"{args.model} has other classes: class layers whose size differs are newly initialized.")
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
 
@@ -193,7 +193,7 @@ def build_detector(
     if args.model and backbone is None:
         with contextlib.suppress(OSError):
             processor = stored_processor(args.model)
-    if processor is None:  # types without one of their own, such as D-FINE, use that of RT-DETR
+    if processor is None:  # types without an own processor, such as D-FINE, use that of RT-DETR
         kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
         processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)
     if args.image_size:
@@ -221,9 +221,9 @@ def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> PreTrainedModel:
-    """UperNet for these classes, of --config or --model.
+    """Build UperNet for these classes from --config or --model.
 
-    What a checkpoint for another task has goes into the backbone, and the heads are new.
+    The weights of a checkpoint for another task go into the backbone, and both heads are newly initialized.
     """
     source = args.config or args.model
     same_labels = False
@@ -248,8 +248,8 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
         what = "a segmentation model"
         model, loading = load_model(args, AutoModelForSemanticSegmentation, what, heads, say, set_labels)
         if args.model and not same_labels:
-            say(f"{source} knows other classes: its classifiers start anew, with the {len(names)} classes of the data.")
-            if not loading["mismatched_keys"]:  # as many, but other
+            say(f"{source} has other classes: new classifiers for the data's {len(names)} classes.")
+            if not loading["mismatched_keys"]:  # the same number of classes, but other names
                 for name, module in model.named_modules():
                     if name in heads:
                         torch.nn.init.normal_(module.weight, std=config.initializer_range)
@@ -267,19 +267,19 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
 
 
 def freeze_unused_parameters(model: PreTrainedModel, side: int) -> None:
-    """Fix parameters that get no gradient, such as the last norm of Swin's backbone: with them, DDP would stop."""
+    """Freeze parameters that get no gradient, such as the last norm of Swin's backbone: DDP would wait for them."""
     model.eval()
     try:
         loss = model(torch.zeros(1, 3, side, side), labels=torch.zeros(1, side, side, dtype=torch.long)).loss
     except Exception as error:
-        raise Problem(f"This model cannot take crops of {side} x {side} pixels: {first_line(error)}") from error
+        raise Problem(f"This model cannot process crops of {side} x {side} pixels: {first_line(error)}") from error
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
         parameter.requires_grad_(gradient is not None)
 
 
 def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None]) -> BaseImageProcessor:
-    """For whole images, with the colours' statistics of the checkpoint, or ImageNet's."""
+    """The image processor for whole images, with the mean and standard deviation of the checkpoint or of ImageNet."""
     statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if args.model:
         try:
@@ -287,8 +287,8 @@ def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None])
             names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
             statistics = {name: getattr(known, name) for name in names}
         except OSError:
-            say(f"{args.model} brings no image processor: using ImageNet's statistics.")
-    # Segformer's does the same, but in transformers 5.18 it asks for torchvision.
+            say(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
+    # Segformer's processor does the same, but requires torchvision in transformers 5.18.
     processor = BeitImageProcessorPil(
         **statistics,
         resample=Image.Resampling.BILINEAR,
@@ -300,5 +300,5 @@ def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None])
 
 
 def set_size(processor: BaseImageProcessor, side: int) -> None:
-    """Make the shorter side of whole images `side` pixels, as far as the longer one allows."""
+    """Resize whole images to `side` pixels on the shorter side, or fewer if the longer side would exceed its limit."""
     processor.size = {"shortest_edge": side, "longest_edge": LONGEST * side}

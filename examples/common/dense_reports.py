@@ -17,8 +17,8 @@ from .detection_views import picture
 from .reports import Card, to_picture
 from .segmentation_data import NO_CLASS
 
-SHOWN, SCORE_THRESHOLD = 6, 0.5  # images that are drawn, and the score above which predictions are
-LEGEND = 24  # classes of which a picture tells the colours
+SHOWN, SCORE_THRESHOLD = 6, 0.5  # images in a figure, and the score above which predictions are drawn
+LEGEND = 24  # largest number of classes for which a figure has a legend
 
 
 def colour_of(label: int) -> str:
@@ -39,7 +39,7 @@ def draw_objects(
 
 
 def draw_masks(axes, masks: np.ndarray, colours: list[str]) -> None:
-    """Half transparent, with their outlines."""
+    """Draw masks half transparent, with outlines."""
     limits = axes.axis()
     for mask, colour in zip(masks, colours, strict=True):
         axes.imshow(mask[..., None] * np.asarray(to_rgba(colour, 0.5)))
@@ -50,7 +50,7 @@ def draw_masks(axes, masks: np.ndarray, colours: list[str]) -> None:
 
 
 def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, dict], names: dict[int, str]) -> None:
-    """The first images, with what is in them above, and below what was found with a score above SCORE_THRESHOLD."""
+    """Draw the first images with their objects above, and with predictions that score above SCORE_THRESHOLD below."""
     label2id = {name: label for label, name in names.items()}
     shown = sorted(predictions)[:SHOWN]
     if not shown:
@@ -75,7 +75,7 @@ def draw_detections(file: Path, data: dict, column: str, predictions: dict[int, 
         masks = [*itertools.compress(found["masks"], sure)] if "masks" in found else None
         draw_objects(lower, boxes, masks, labels, texts, image.size)
     grid[0, 0].set_ylabel("truth")
-    grid[1, 0].set_ylabel(f"found, score > {SCORE_THRESHOLD}")
+    grid[1, 0].set_ylabel(f"predicted, score > {SCORE_THRESHOLD}")
     figure.savefig(file, dpi=100)
 
 
@@ -99,10 +99,10 @@ def draw_scenes(
     processor: BaseImageProcessor,
     names: list[str],
 ) -> None:
-    """Pixel values (channels, height, width) of some images above their true and their predicted classes."""
+    """Draw images, given as pixel values (channels, height, width), above their true and their predicted classes."""
     numbers = np.arange(len(names))
-    # Hues a golden section apart, so that no two classes with near numbers look alike; the first, which often is the
-    # background, is dark, and what is no class is white.
+    # Hues differ by the golden ratio, so that classes with similar numbers look different. The first class, which is
+    # often the background, is dark, and ignored pixels are white.
     colours = hsv_to_rgb(
         np.stack([numbers * 0.618 % 1, 0.9 - 0.3 * (numbers % 2), 0.95 - 0.25 * (numbers % 3 == 1)], 1)
     )

@@ -1,4 +1,4 @@
-"""Views of images with objects: crops, sizes and batches that keep boxes and masks with their pixels."""
+"""Crop, resize and batch images, with their boxes and masks."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from .loading import Images, Item
 from .options import first_line
 from .pictures import in_colour, open_picture
 
-SMALLEST_SHARE = 0.25  # a crop drops objects of which less than this share is inside
+SMALLEST_SHARE = 0.25  # objects with a smaller share inside a crop are dropped
 
 
 def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
@@ -23,9 +23,7 @@ def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
     if image.size != size:
         image = ImageOps.exif_transpose(image)
     if image.size != size:
-        raise ValueError(
-            f"it is {image.width} x {image.height} pixels, where the annotations have {size[0]} x {size[1]}"
-        )
+        raise ValueError(f"it has {image.width} x {image.height} pixels, but its annotations say {size[0]} x {size[1]}")
     return in_colour(image)
 
 
@@ -61,11 +59,11 @@ def sides(processor: BaseImageProcessor) -> dict[str, int]:
 
 
 class View:
-    """An image as a detector takes it, and its objects. In training a part of it, mirrored or not, in several sizes.
+    """The inputs of a detector for an image and its objects. In training, images are cropped, mirrored and resized.
 
     Args:
-        sizes: for the image processor, of which one is drawn.
-        args: the options of training; none for evaluation.
+        sizes: sizes for the image processor. One is drawn for each image.
+        args: the options of training, or `None` for evaluation.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class View:
         pixels = self.processor(image, size=draw.choice(self.sizes), do_pad=False, return_tensors="pt")["pixel_values"]
         if masks is not None:
             masks = resize(masks, *pixels.shape[-2:])
-            kept = masks.any((1, 2))  # of the smallest no pixel may be left
+            kept = masks.any((1, 2))  # resizing may remove all pixels of a small mask
             labels = {"class_labels": torch.from_numpy(classes[kept]), "masks": torch.from_numpy(masks[kept])}
             return {"pixel_values": pixels[0], "labels": labels}
         boxes = boxes / np.tile(np.float32(image.size), 2)
@@ -107,9 +105,9 @@ def training_sizes(processor: BaseImageProcessor, smallest: int, step: int) -> l
 
 
 class ObjectImages(Images):
-    """Images with their objects; one that cannot be read is a black one without any.
+    """Images with their objects. An unreadable image becomes a black image without objects.
 
-    `fetch` gives an image that is not decoded and its objects; `view` takes the image, the objects and a
+    `fetch` returns an undecoded image and its objects. `view` takes the image, the objects and a
     `random.Random`.
     """
 
@@ -120,7 +118,7 @@ class ObjectImages(Images):
         draw, broken = random.Random(item.seed), None
         try:
             image = picture(cell, target["size"])
-        except Exception as error:  # whatever a decoder says to damaged bytes
+        except Exception as error:  # damaged bytes may raise any error
             broken = f"{cell['path']} ({first_line(error)})"
             image = Image.new("RGB", (64, 64))
             lists = ("bbox", "name", "iscrowd", "masks")
@@ -130,9 +128,9 @@ class ObjectImages(Images):
         return self.view(image, target, draw) | {"size": size, "index": index, "broken": broken}
 
     def collate(self, samples: list[dict]) -> dict:
-        """A batch padded at right and bottom, with masks padded alike, and boxes relative to that.
+        """A batch of images and masks, padded at the right and bottom, with boxes relative to the padded size.
 
-        `shapes` are heights and widths of the images in it, `sizes` those of the images in their files.
+        `shapes` are the heights and widths of the images in the batch, `sizes` those in the files.
         """
         shapes = torch.tensor([sample["pixel_values"].shape[-2:] for sample in samples])
         height, width = (math.ceil(side / self.step) * self.step for side in shapes.amax(0).tolist())

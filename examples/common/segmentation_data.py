@@ -1,4 +1,4 @@
-"""Images with maps of classes: reading them, checking them, and views that keep both together."""
+"""Read and check images with maps of classes, and crop and resize both alike."""
 
 import argparse
 import random
@@ -18,10 +18,10 @@ from .loading import Images, Item
 from .options import Problem, first_line
 from .pictures import open_picture, with_path
 
-NO_CLASS = 255  # what maps have at pixels that do not count
-LARGEST_SHARE = 0.75  # of a crop's pixels, that one class may have
-TRIES = 10  # to find such a crop
-LONGEST = 4  # longest side of an image that the model sees, in shorter sides of its standard size: the paper's 2048:512
+NO_CLASS = 255  # the value of ignored pixels in maps
+LARGEST_SHARE = 0.75  # largest share of the pixels of a crop that one class may have
+TRIES = 10  # crops that are drawn to find such a one
+LONGEST = 4  # largest ratio of the longer side to the standard shorter side: 2048 to 512 in the paper
 
 
 def read_folder(args: argparse.Namespace, folder: Path) -> dict[str, datasets.Dataset]:
@@ -50,7 +50,7 @@ def read_folder(args: argparse.Namespace, folder: Path) -> dict[str, datasets.Da
 
 
 def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """The splits of what --data names, images beside maps, and the classes' names in the order of their numbers."""
+    """The splits of --data, with undecoded images and maps, and the names of the classes in order."""
     folder = Path(args.data).expanduser()
     names = Path(args.classes) if args.classes else folder / "annotations" / "classes.txt"
     if (folder / "annotations").is_dir():
@@ -63,7 +63,7 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
     else:
         splits = load_splits(args.data)
         if not args.classes:
-            raise Problem(f"--data {args.data} does not tell its classes: name a file of names, one a line: --classes.")
+            raise Problem(f"--data {args.data} does not name its classes: add --classes FILE, with one name a line.")
     names = read_names(names)
     for split, rows in splits.items():
         check_columns(args, rows.features, images=("image", "map"))
@@ -71,7 +71,7 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
         for column in (args.image_column, args.map_column):
             splits[split] = splits[split].cast_column(column, datasets.Image(decode=False))
     if not 2 <= len(names) < NO_CLASS:
-        raise Problem(f"{len(names)} classes are named: there must be at least 2 and at most {NO_CLASS - 1}.")
+        raise Problem(f"The file of classes has {len(names)} names: expected 2 to {NO_CLASS - 1}.")
     return splits, names
 
 
@@ -99,15 +99,13 @@ def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
     if classes.ndim != 2:
         raise ValueError(f"expected one number for each pixel, not {classes.shape[-1]}")
     if classes.max() > NO_CLASS:
-        raise ValueError(
-            f"class {classes.max()}, where {NO_CLASS} is for pixels that do not count and no class is above"
-        )
+        raise ValueError(f"it has class {classes.max()}, but the highest value is {NO_CLASS}, for ignored pixels")
     classes = classes.astype("uint8")
     return np.where(classes == NO_CLASS, classes, classes - 1) if reduce_labels else classes
 
 
 def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[str], say: Callable, show: bool) -> None:
-    """Refuse what training would come upon hours later: maps that are not readable, of another size or class."""
+    """Raise an error before training if a map is unreadable, or has another size or an unknown class."""
     scenes = Scenes(rows, args, lambda image, classes, draw: {"image": image, "map": classes})
     unreadable = []
 
@@ -115,7 +113,7 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
         name = with_path(rows[row][args.map_column], f"The map of row {row}")["path"]
         try:
             scene = scenes[Item(row)]
-        except Exception as error:  # whatever a decoder says to damaged bytes
+        except Exception as error:  # damaged bytes may raise any error
             return f"{name} is not a readable map: {first_line(error)}."
         if scene["broken"]:
             unreadable.append(scene["broken"])
@@ -129,7 +127,7 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
             reduced = " (after --reduce-labels)" if args.reduce_labels else ""
             return (
                 f"{name} has class {highest}{reduced}, and the {len(names)} named classes are 0 to {len(names) - 1}: "
-                "name it, too, or mend the map."
+                "add a name for it, or correct the map."
             )
         return None
 
@@ -143,12 +141,12 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
 
 
 class Scenes(Images):
-    """Images with their maps; one that cannot be read, or does not count, has a map without a class.
+    """Images with their maps. The map of an image that is unreadable or does not count has only ignored pixels.
 
     Args:
         rows: undecoded images and maps.
         view (`Callable`):
-            Given an image, its classes (height, width) and a `random.Random`, tensors for the model by their names.
+            Given an image, its classes (height, width) and a `random.Random`, returns a dict of tensors.
     """
 
     def __init__(self, rows: datasets.Dataset, args: argparse.Namespace, view: Callable):
@@ -173,9 +171,9 @@ def training_view(
     classes: np.ndarray,
     draw: random.Random,
 ) -> dict[str, torch.Tensor]:
-    """A crop of the image, resized at random, and the same crop of its map; whole numbers, to be normalised later.
+    """A random crop of the resized image, and the same crop of its map. Pixels are integers and not normalized yet.
 
-    The crop is drawn anew where one class has nearly all of it. What is outside the image has the mean colour.
+    A crop is drawn again if one class covers nearly all of it. Pixels outside the image have the mean colour.
     """
     side = args.crop_size
     shorter = side * draw.uniform(*args.resize)
@@ -208,7 +206,7 @@ def whole_view(
     classes: np.ndarray,
     draw: random.Random | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the model's image processor makes of the image, at each of some scales; and the map as it is."""
+    """The image as the image processor prepares it, at each of the scales, and the map unchanged."""
     views = {
         f"view{number}": processor(
             image, size={name: round(side * scale) for name, side in dict(processor.size).items()}, return_tensors="pt"
