@@ -1,8 +1,8 @@
-"""Show where a Focal Transformer looks: what one point of a picture attends to, and what speaks for the answer.
+"""Draws what one point of a picture attends to in a Focal Transformer, and the evidence for a predicted class.
 
 Writes three pictures into a folder: attention.png, one token with its window, its fine surroundings and its coarse
-cells, shaded by weight; grid.png, the same in every stage and head; saliency.png, what in the picture speaks for a
-class.
+cells, shaded by weight; grid.png, the same in every stage and head; saliency.png, the evidence for a class
+in the picture.
 See `--help` and docs/visualization.md.
 """
 
@@ -33,7 +33,7 @@ examples:
   the fifth head of the first block of the third stage (all are counted from 0):
     python examples/visualize_attention.py cat.jpg --model focal-tiny --at 0.4,0.6 --stage 2 --layer 0 --head 4
 
-  what speaks for another class than the model's answer:
+  the evidence for another class than the predicted one:
     python examples/visualize_attention.py cat.jpg --model focal-tiny --class "tabby, tabby cat"
 
   the model of `make quickstart`:
@@ -116,9 +116,9 @@ def look(args: argparse.Namespace) -> None:
         raise Problem(f"--model {args.model}: {error}") from error
     saliency = attention_rollout(record, label)
     if not saliency.any():
-        print(f"Nothing in {args.image} speaks for {labels[label]}: saliency.png is empty.")
+        print(f"No region of {args.image} supports {labels[label]}: saliency.png is empty.")
 
-    title = f"What speaks for {labels[label]!r} ({scores[label]:.0%})"
+    title = f"Evidence for {labels[label]!r} ({scores[label]:.0%})"
     figures = {
         "attention.png": plot_query(shown, seen),
         "grid.png": plot_grid(shown, record, args.at),

@@ -89,12 +89,10 @@ class Neighborhood:
             Numbers of the keys of each window in [map tokens | pooled tokens of level 1 | …]; -1 where a key is hidden
             from all queries of the window, which the parts mask as well.
         parts (`list[BiasPart]`):
-            The bias of the index's columns, in their order. The full bias (windows, heads, queries, keys) would be most
-            of a block's memory, so it is computed for some windows at a time where possible.
+            The bias of the index's columns, in order. The full bias would be most of a block's memory.
         squares (`list[Square]`, *optional*):
             Level by level, the squares around a window whose places the columns are: all places in order, or those that
-            the parts' integer patterns name. An attention that needs to know which windows see a token, such as the
-            Triton kernels, requires them.
+            the parts' integer patterns name. The Triton kernels require them.
         shift_size (`int`, *optional*, defaults to 0):
             Size in tokens of the shift of the map, whose masks are in the parts.
         forms (`dict`, *optional*):
