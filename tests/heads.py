@@ -152,10 +152,14 @@ REASSEMBLY = (
     "(transformers skips this step only for the model type `swinv2`); `neck_hidden_sizes` are the channels of the "
     f"maps; {NO_LOSS}"
 )
-READ = "in the backbone's config, where the head reads it"
-STAGE_CHANNELS = f"set `stage_out_channels`, the channels of the maps, {READ}"
+STAGE_CHANNELS = (
+    "the head reads `stage_out_channels`, the numbers of channels of the maps, from the backbone's config: set it there"
+)
 LINE_OF_TEXT = f"the images are 48 pixels high; {THIRD_MAP}; {NO_LOSS}"
-BLOCKS = f"set `block_configs=[[(0, 0, channels)]], scale=1, divisor=1` {READ}; {LINE_OF_TEXT}"
+BLOCKS = (
+    "the head reads `block_configs`, `scale` and `divisor` from the backbone's config: set them there to "
+    f"`[[(0, 0, channels)]]`, 1 and 1, with the number of channels of the map; {LINE_OF_TEXT}"
+)
 TOKENS = "expects the tokens of a ViT: maps with the same number of channels and the same stride"
 CLASS_TOKEN = "also reads the class token of a ViT"
 OWN = "builds its own backbone and ignores the type of `backbone_config`"
@@ -169,7 +173,7 @@ HEADS = {
     "MaskFormerForInstanceSegmentation": Head(
         {"fpn_feature_size": 32, "mask_feature_size": 32, "decoder_config": DetrConfig(**DETR)},
         segments,
-        remark=f"{WARNS}; for Swin, which it detects by name, it builds its own backbone",
+        remark=f"{WARNS}; for Swin, which it detects by name, MaskFormer builds a Swin backbone of its own",
     ),
     "Mask2FormerForUniversalSegmentation": Head(
         MASKED | {"feature_size": 32, "mask_feature_size": 32}, segments, remark=WARNS
