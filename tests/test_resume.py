@@ -270,7 +270,7 @@ def test_bad_values_are_told_in_one_line(place, runs):
             *("--learning-rate", 1e20, "--warmup-epochs", 0, "--batch-size", 12),
         ),
         "argument --push-to-hub: expected a repository name such as me/focal-tiny; got ''": ("--push-to-hub", ""),
-        "The default of --drop-path depends on depths and embed_dim, which the config (resnet) does not have: add --drop-path.": (
+        "depends on depths and embed_dim, which the config (resnet) does not have: add --drop-path.": (
             *("--recipe", "paper", "--config", "resnet", "--warmup-epochs", 1),
         ),
     }.items():
