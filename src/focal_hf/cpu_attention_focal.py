@@ -79,8 +79,8 @@ def reason_against_dense_attention(module: nn.Module, query: torch.Tensor, neigh
         return "it is for inference on a CPU, for maps of a known size"
     if neighborhood.squares is None or not all(part.is_mask for part in neighborhood.parts):
         return "the bias is not that of whole squares of tokens"
-    if neighborhood.shift_size:
-        return "a shift hides tokens from some queries of a window"
+    if any(part.pattern.shape[2] > 1 for part in neighborhood.parts):
+        return "a token is hidden from some queries of a window, as after a shift, which the index does not tell"
     if neighborhood.squares[0].side > neighborhood.window_size * min(rows, cols):
         return "a window has the same token in several columns"
     tokens = dense_tokens(neighborhood)
