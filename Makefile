@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help quickstart test browser conformance docs lint format clean
+.PHONY: help quickstart test browser conformance docs build lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -40,6 +40,11 @@ docs: $(READY)  ## build the documentation as a site, in ./docs/_build
 	@$(BIN)/sphinx-build -q -W -n --keep-going -c docs . docs/_build
 	@echo "Open docs/_build/index.html"
 
+build: $(READY)  ## build and check the source distribution and the wheel, in ./dist
+	@rm -rf dist
+	@$(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
+
 lint: $(READY)  ## check style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,8 +53,8 @@ format: $(READY)  ## format the code, and apply the linter's fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove the environment, the quickstart's output and the built documentation
-	rm -rf $(VENV) .venv-transformers-* quickstart docs/_build
+clean:  ## remove the environment, the quickstart's output, the built documentation and the built package
+	rm -rf $(VENV) .venv-transformers-* quickstart docs/_build build dist
 
 $(READY): Makefile setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \

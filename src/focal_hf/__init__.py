@@ -31,7 +31,7 @@ from .modeling_focal import (
     FocalPreTrainedModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(FocalConfig.model_type, FocalConfig)
 for _auto_class, _model_class in AUTO_CLASSES.items():
