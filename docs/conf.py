@@ -30,7 +30,7 @@ version = release = focal_hf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "README"
-include_patterns = ["README.md", "docs/*.md", "examples/README.md", "benchmarks/README.md"]
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md"]
 exclude_patterns = [".*", "build", "dist", "docs/_build", "quickstart", "src", "tests"]  # not searched for pages
 
 html_theme = "furo"
@@ -80,6 +80,8 @@ docs/torchvision
 benchmarks/README
 docs/layout
 docs/api
+CONTRIBUTING
+CHANGELOG
 ```
 """
 
