@@ -144,7 +144,7 @@ TEXT_REGIONS["intraclass_block_config"] = {name: [1, 1, 0] for name in ("reduce_
 
 NO_LOSS = "no loss"
 WARNS = "logs a warning that Focal is unknown"
-ONE_MAP = 'reads only the last map: set `out_features=["stage4"]`, or the norms of the other maps get no gradient'
+ONE_MAP = 'reads only the last map: set `out_features=["stage4"]`; the norms of other maps would get no gradient'
 THREE_MAPS = '`out_features=["stage2", "stage3", "stage4"]`; `encoder_in_channels` are the channels of these maps'
 THIRD_MAP = 'reads one map of stride 16: `out_features=["stage3"]`; stage 4 gets no gradient'
 REASSEMBLY = (

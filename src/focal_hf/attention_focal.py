@@ -5,10 +5,10 @@ Every implementation takes the queries of a map's tokens, the keys and values of
 
 | implementation | `attn_implementation` | where |
 |---|---|---|
-| gathered | any other, and `"sdpa"` elsewhere | everywhere, through transformers' `AttentionInterface` |
 | in chunks | `"sdpa"` | on a CPU |
 | dense | `"sdpa"` | on a CPU, in inference, on small maps |
 | Triton | `"triton"` | on NVIDIA GPUs, opt-in |
+| gathered | any other name; `"sdpa"` where no row above applies | everywhere, by transformers' `AttentionInterface` |
 """
 
 from collections.abc import Callable

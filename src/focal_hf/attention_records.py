@@ -173,8 +173,8 @@ class LevelAttention:
             The weight of each box. The weights of all levels sum to 1. Keys that are hidden from the query have no box:
             pooled tokens beyond the map's edge, and tokens that a shift has brought from the opposite edge.
         wrapped (`np.ndarray` of shape `(boxes,)`):
-            Whether a box lies across the map's edge: the query sees it next to its window, on the image it is at the
-            opposite edge, at the place that `boxes` gives.
+            Whether a box lies across the map's edge. The query attends to such a box as if it were next to the query's
+            window. On the image, the box is at the opposite edge, at the place in `boxes`.
         outside (`np.ndarray` of shape `(boxes,)`):
             Whether a box is padding, below or to the right of the image's tokens.
         plane (`np.ndarray` of shape `(rows, columns)` of the padded map):
@@ -203,7 +203,7 @@ class QueryAttention:
         window (`np.ndarray` of shape `(boxes, 4)`):
             The query's window, as boxes of [`LevelAttention`]: one, or up to four where a shift moves it across edges.
         levels (`list[LevelAttention]`):
-            The levels: 0 (the finest), then from 1 (the coarsest) on.
+            Level 0 has single tokens. Level 1 has the coarsest pooled tokens, and each level after it finer ones.
         map_size (`tuple[int, int]`):
             Rows and columns of the image's tokens. Planes may be larger, by the padding.
         stride (`int`):
@@ -239,9 +239,10 @@ class Run(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def runs(first: int, length: int, query: int, shift: int, padded: int, image: int) -> tuple[Run, ...]:
-    """The places on the map of `length` tokens of a rolled axis, relative to the token `query` of the rolled axis.
+    """Where `length` tokens of a rolled axis lie on the map.
 
     The axis is cyclic: the tokens may start below 0 and end beyond `padded`. `image` is the length without padding.
+    `query` is a token of the rolled axis. A run is `wrapped` if the map's edge lies between it and this token.
     """
     rolled = np.arange(first, first + length)
     place = (rolled + shift) % padded
@@ -255,7 +256,7 @@ def runs(first: int, length: int, query: int, shift: int, padded: int, image: in
 
 
 def checked_number(what: str, number: int, count: int) -> int:
-    """A number from 0, or from -1 down, as one from 0 up.
+    """Converts an index, which may be negative as in Python, to one that counts from 0.
 
     Raises:
         ValueError: for a number out of range.
@@ -318,7 +319,8 @@ def query_attention(
     for level, grid in enumerate(block.grids):
         keys = np.flatnonzero(visible & (index >= first) & (index < first + grid.rows * grid.cols))
         if level == 0 and neighborhood.squares and neighborhood.parts[0].is_mask:
-            # The index has wrapped tokens at the opposite edge. Their place in the square tells from which side.
+            # In the index, a token across the edge has the number of its place at the opposite edge. Its position in
+            # the square shows on which side of the window it is.
             square = neighborhood.squares[0]
             key_row = window_row * square.step - square.first + keys // square.side
             key_col = window_col * square.step - square.first + keys % square.side

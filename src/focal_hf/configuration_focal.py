@@ -52,8 +52,9 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         image_size (`int` or `(height, width)`, *optional*, defaults to 224):
-            Size in pixels for which the tables are made. Inputs of any other size run too. A stage whose smaller map
-            side at this size is at most `window_size` has that side as its window, and neither expands nor shifts.
+            Image size in pixels that determines the sizes of the position bias tables. Inputs of any other size run
+            too. If the shorter side of a stage's map at this size is at most `window_size`, the stage uses that side as
+            its window size, and neither expands nor shifts its windows.
         patch_size (`int`, *optional*, defaults to 4):
             Side in pixels of the patch that becomes one token; 4 with `use_conv_embed`.
         num_channels (`int`, *optional*, defaults to 3):
@@ -70,8 +71,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             `"focal"` (section 3.2 of the paper): a window attends to itself, to the tokens around it and to pooled
             tokens in a square around it. `"topk"` (the original's `focalv2`): to the nearest tokens of each level.
         focal_levels (`tuple[int]`, *optional*, defaults to `(2, 2, 2, 2)`):
-            Levels of granularity: 0 is the window alone, 1 adds the tokens around it, each further one pooled tokens.
-            At most 2 with `"topk"`.
+            Levels of granularity: 0 is the window alone, 1 adds the tokens around it, and each further level adds
+            pooled tokens. At most 2 with `"topk"`.
         focal_windows (`tuple[int]`, *optional*, defaults to `(7, 5, 3, 1)`):
             `"focal"` only: side in pooled tokens, odd, of the square that a window sees.
         focal_stages (`tuple[int]`, *optional*):
@@ -89,8 +90,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         use_conv_embed (`bool`, *optional*, defaults to `False`):
             Whether patches and downsampling overlap (kernels 7 and 3 instead of 4 and 2).
         drop_remainder (`bool`, *optional*, defaults to `False`):
-            Whether pixels that do not fill a patch and the last row or column of an odd map between stages are dropped,
-            as the original does, instead of padded with zeros.
+            What happens to pixels that do not fill a patch, and to the last row or column of a map with an odd side
+            before a downsampling. If true, they are dropped, as in the original. If false, zeros are added.
         use_pre_norm (`bool`, *optional*, defaults to `False`):
             Whether maps are normalised before downsampling, too.
         use_layerscale (`bool`, *optional*, defaults to `False`):
@@ -118,10 +119,11 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the truncated normal for linear layers, absolute positions and position tables, other
-            than the window's own, which start at 0.
+            Standard deviation of the truncated normal for linear layers, absolute positions and position bias tables.
+            The table for the tokens of the window itself starts at 0 instead.
         encoder_stride (`int`, *optional*, defaults to 32):
-            Pixels per token of the last map, which masked image modelling turns back into pixels.
+            Side in pixels of the square that one token of the last map covers. Masked image modelling reconstructs the
+            square from this token.
         out_features (`list[str]`, *optional*):
             Backbone only: names of the maps to return, of `stem`, `stage1`, `stage2` …; the last stage by default.
         out_indices (`list[int]`, *optional*):
@@ -201,8 +203,9 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As for every config. The `save_pretrained` of models calls it, too.
 
-        The package's modules are saved as well, for `trust_remote_code=True` where the package is not installed, after
-        `FocalConfig.register_for_auto_class()` or a model's, and where the config was loaded from a folder with them.
+        The modules of this package are saved too in two cases: after a call of `register_for_auto_class()` on
+        `FocalConfig` or a model class, and if the config was loaded from a folder that contains these modules. The
+        model can then be loaded with `trust_remote_code=True` where the package is not installed.
         """
         carried = getattr(self, "auto_map", None) or {}
         # A class derived from this one has models of its own.
@@ -211,12 +214,12 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             self._auto_class = "AutoConfig"  # for which transformers copies the modules
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and what follows
-    # from it must follow.
+    # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and the values
+    # that are computed from this field must change with it.
 
     @property
     def num_layers(self) -> int:
-        """Number of stages, which is what Swin's config calls so."""
+        """Number of stages. Swin's config has the same name for it."""
         return len(self.depths)
 
     @property

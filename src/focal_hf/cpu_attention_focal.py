@@ -58,7 +58,8 @@ def reason_against_cpu_attention(query: torch.Tensor) -> str | None:
 def padded_length(keys: int) -> int:
     """The number of keys, hidden ones included, with which attention is fastest.
 
-    PyTorch's attention processes 16 keys at a time and the remaining ones singly, at almost half the cost of 16 each.
+    PyTorch's attention processes 16 keys at a time and the remaining ones singly. One single key costs almost half as
+    much as 16 keys together.
     """
     return keys + (-keys % 16 if keys % 16 > 2 else 0)
 
@@ -70,9 +71,10 @@ def dense_tokens(neighborhood: Neighborhood) -> int:
 
 
 def reason_against_dense_attention(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
-    """Why not every query can attend to every token, with a bias of -inf for hidden ones, or None if it can.
+    """The reason why dense attention cannot be used, or None if it can.
 
-    This is faster than gathering where each window attends to most of the tokens.
+    In dense attention, every query attends to every token, and hidden tokens have a bias of -inf. This is faster than
+    gathering where each window attends to most of the tokens.
     """
     rows, cols, keys = neighborhood.index.shape
     if not (is_cpu_inference(module, query) and is_static(rows, cols)):
@@ -108,7 +110,7 @@ def dense_bias(neighborhood: Neighborhood) -> torch.Tensor:
 
 
 def attend_densely(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention of all queries of the map to all tokens, which have keys and values up to `dense_tokens`."""
+    """Attention of all queries of the map to all tokens. `key` and `value` are padded to `dense_tokens` tokens."""
     output = nn.functional.scaled_dot_product_attention(
         *(tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)),
         attn_mask=neighborhood.derived(dense_bias).to(query.dtype),
@@ -142,7 +144,7 @@ class Chunk(NamedTuple):
 
 
 def slices(length: int, step: int) -> list[slice]:
-    """Slices of `step`, or a little less so that they are even, that cover `length`."""
+    """Slices of equal length, at most `step`, that cover `length`. The last one may be shorter."""
     step = -(-length // -(-length // step))
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
@@ -153,7 +155,8 @@ def chunks(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
     rows, cols, keys = index.shape
     images, tokens, channels = key.shape
     heads = channels // head_dim
-    # The allocator would return a chunk that is large beside the model's own tensors to the system every time.
+    # If a chunk is large compared with the model's own tensors, the allocator returns its memory to the system after
+    # every use.
     key_elements = min(KEY_ELEMENTS_PER_CHUNK, max(key.numel(), KEY_ELEMENTS_PER_CHUNK * 5 // 12))
     size = max(1, key_elements // (keys * channels))  # windows in a chunk
     image_slices = slices(images, max(1, size // (rows * cols)))

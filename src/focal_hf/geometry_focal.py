@@ -75,7 +75,10 @@ def displacements(expand_size: int) -> list[tuple[int, int]]:
 
 
 def in_window(rows: torch.Tensor, cols: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Mask of the places of a grid of `rows` by `cols` that are in a window, counted from its first token."""
+    """Mask of the places of a grid that are in a window.
+
+    `rows` and `cols` are the coordinates of the grid, counted from the window's first token.
+    """
     return ((rows >= 0) & (rows < window_size))[:, None] & ((cols >= 0) & (cols < window_size))[None, :]
 
 
@@ -104,8 +107,8 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
     where displaced windows overlap, or no column where they leave a gap.
 
     Returns:
-        The two columns of each token that has two, (2, pairs). The column of every fine token, (fine tokens,), where
-        pair n has the column behind all learnt ones plus n. A mask (fine tokens,) of the gaps, whose column is
+        The two columns of each token that has two, (2, pairs). The column of every fine token, (fine tokens,); for
+        the token of pair n, the number of learnt columns plus n. A mask (fine tokens,) of the gaps, whose column is
         arbitrary.
     """
     side = window_size + 2 * expand_size
@@ -213,7 +216,8 @@ def nearest_radius(height: int, width: int, topk: int) -> int:
 
     It is not the smallest such radius: compiled code knows the size of a map only as a symbol and cannot search.
     """
-    # A disc at a corner holds the fewest tokens: a quarter of it is in the map, with at least as many as its area.
+    # A disc at a corner holds the fewest tokens. A quarter of the disc is in the map, and the number of tokens in this
+    # quarter is at least its area.
     radius = math.ceil(math.sqrt(4 * topk / math.pi))
     shorter, longer = min(height, width), max(height, width)
     if shorter > radius:
@@ -266,7 +270,8 @@ def nearest_index(
 def first_places(rows: int, cols: int, window_size: int, level: int, radius: int, device: torch.device) -> torch.Tensor:
     """Place of a level's first token in the square around each window's centre, shape (rows, cols, 1).
 
-    The square has side 2 · `radius` + 1. Its places are counted row by row, and on beyond its borders.
+    The square has side 2 · `radius` + 1. Its places are numbered row by row. The same formula also numbers
+    places outside the square.
     """
     row = radius - window_centers(rows, window_size, level, device)
     col = radius - window_centers(cols, window_size, level, device)
@@ -311,7 +316,8 @@ def computed_topk_index(
 def topk_offsets(radius: int, step: int, window_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """All offsets (offsets, offsets, 2) between a window's queries and the tokens within a radius of its centre.
 
-    Offsets are in tokens of the map. Tokens of the level, in which the radius is given, are `step` of these apart.
+    Offsets are in tokens of the map. `radius` is in tokens of the level. Neighbouring tokens of the level are `step`
+    tokens of the map apart.
     """
     reach = step * radius + window_size // 2
     axis = torch.arange(-reach, reach + window_size % 2, device=device)

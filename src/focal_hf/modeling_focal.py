@@ -102,7 +102,8 @@ class FocalMaskedImageModelingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, with `bool_masked_pos`):
             Mean absolute error of the masked pixels.
         reconstruction (`torch.Tensor` of the shape of `pixel_values`):
-            Reconstructed pixels; with `config.drop_remainder`, of whole multiples of `config.encoder_stride`.
+            Reconstructed pixels. With `config.drop_remainder`, height and width are rounded down to multiples of
+            `config.encoder_stride`.
         hidden_states, attentions, reshaped_hidden_states:
             As in [`FocalEncoderOutput`].
     """
@@ -211,7 +212,8 @@ class FocalPatchEmbeddings(nn.Module):
                 )
         else:
             pixel_values = pad_to_multiple(pixel_values, self.patch_size)
-        # The projection then returns tokens without a transposition. `torch.func.vmap` does not support it.
+        # In channels-last layout, the output of the projection needs no transposition to become tokens.
+        # `torch.func.vmap` does not support this layout.
         if not is_transforming():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         height, width = self.config.reduced_size(pixel_values.shape[2:], self.patch_size)
@@ -278,7 +280,7 @@ class FocalDownsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
-        # Tokens are a map in channels-last layout. (After a transposition, torch would not see this for one token.)
+        # Tokens are a map in channels-last layout.
         maps = hidden_states.unflatten(1, input_dimensions).permute(0, 3, 1, 2)
         # `torch.func` has no group norm of maps with their channels last.
         if is_transforming():
@@ -300,8 +302,8 @@ class FocalDownsample(nn.Module):
 class FocalPooling(nn.Module):
     """Sub-window pooling (section 3.2.1): each cell of tokens becomes one pooled token.
 
-    Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis. If they do not fill the map, its border is
-    trimmed, half of the surplus at the top and left.
+    Here, level 0 is the first pooled level. Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis.
+    If they do not fill the map, its border is trimmed, half of the surplus at the top and left.
     """
 
     def __init__(self, config: FocalConfig, dim: int, window_size: int, levels: int):
@@ -333,7 +335,8 @@ class FocalPooling(nn.Module):
         elif self.pool == "max":
             pooled = cells.amax(dim=(2, 3))
         elif self.pool == "fc":
-            # Places before tokens, so that the copy moves contiguous channels. The layer takes a view of it.
+            # The dimensions of the places in a cell go first, so that `reshape` copies whole runs of channels. The
+            # linear layer gets a transposed view of this copy.
             pooled = self.layers[level](cells.permute(2, 3, 0, 1, 4).reshape(self.cells[level] ** 2, -1).t())
         else:
             pooled = self.layers[level](cells.permute(0, 1, 4, 2, 3).flatten(0, 1))
@@ -662,7 +665,8 @@ class FocalModel(FocalPreTrainedModel):
         """
         if bool_masked_pos is not None and self.embeddings.mask_token is None:
             raise ValueError("bool_masked_pos needs a model with a mask token: build it with use_mask_token=True.")
-        # The encoder declares this argument, so it does not come back with the captured ones.
+        # Passed explicitly: `forward` of the encoder has this argument, and its decorator would not pass it the default
+        # from the config.
         output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         embeddings, input_dimensions = self.embeddings(pixel_values, bool_masked_pos)
         encoder_outputs = self.encoder(
@@ -816,8 +820,9 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
                 Images of any height and width.
 
         Returns:
-            `feature_maps`, normalised, and with `output_hidden_states=True` `hidden_states`, the stem's and every
-            stage's map before its downsampling, each `(batch, channels, height / stride, width / stride)`.
+            `feature_maps`: normalised maps. With `output_hidden_states=True`, also `hidden_states`: the map of the
+            stem, and the map of every stage before its downsampling. All have the shape
+            `(batch, channels, height / stride, width / stride)`.
 
         Example:
 

@@ -91,8 +91,9 @@ class Neighborhood:
         parts (`list[BiasPart]`):
             The bias of the index's columns, in order. The full bias would be most of a block's memory.
         squares (`list[Square]`, *optional*):
-            Level by level, the squares around a window whose places the columns are: all places in order, or those that
-            the parts' integer patterns name. The Triton kernels require them.
+            For each level, a square around a window. Every column of the index is a place in one of these squares. If
+            the patterns of the parts are masks, the columns are all places in order. If the patterns are integers, they
+            give the place of each column. The Triton kernels require the squares.
         shift_size (`int`, *optional*, defaults to 0):
             Size in tokens of the shift of the map, whose masks are in the parts.
         forms (`dict`, *optional*):
@@ -133,9 +134,10 @@ class Neighborhood:
 class FocalNeighborhood(nn.Module):
     """Neighbourhoods with `attention_type="focal"`: a window, its surroundings, and squares of pooled tokens.
 
-    The columns of the index are the fine square of side window_size + 2 · expand_size, then, for each pooled level k, a
-    square of side focal_window + 2ᵏ - 1, all row-major. A token that the original lists twice, with biases a and b, has
-    one column with bias log(eᵃ + eᵇ): the same attention with fewer columns, and gradients reach both biases.
+    The columns of the index are the fine square of side window_size + 2 · expand_size, then, for each pooled level k,
+    counted from 0, a square of side focal_window + 2ᵏ - 1, all row-major. A token that the original lists twice, with
+    biases a and b, has one column with bias log(eᵃ + eᵇ): the same attention with fewer columns, and gradients reach
+    both biases.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ class BackboneWithFPN(nn.Module):
         out_channels (`int`, *optional*, defaults to 256):
             Channels of every level.
         extra_blocks (`ExtraFPNBlock`, *optional*):
-            What adds coarser levels: `LastLevelMaxPool()`, the default, one, as `MaskRCNN` and `FasterRCNN` expect, or
-            `LastLevelP6P7(backbone.channels[-1], out_channels)` two, as `RetinaNet` and `FCOS` expect.
+            Adds coarser levels. The default, `LastLevelMaxPool()`, adds one level, as `MaskRCNN` and `FasterRCNN`
+            expect. `LastLevelP6P7(backbone.channels[-1], out_channels)` adds two, as `RetinaNet` and `FCOS` expect.
 
     Example:
 

@@ -242,7 +242,7 @@ def _key_gradient_kernel(
     row = top + slots // BLOCK_SIDE
     col = left + slots % BLOCK_SIDE
     in_map = slots < BLOCK_SIDE * BLOCK_SIDE
-    if WRAPS:  # the map's first rows and columns are the last ones of the blocks
+    if WRAPS:  # blocks start at row and column ORIGIN, so the last ones go on with the map's first rows and columns
         in_map &= (row < ORIGIN + height) & (col < ORIGIN + width)
         token = row % height * width + col % width
     else:
@@ -383,9 +383,8 @@ class LaunchPlan:
         self.settings = {
             "LOOK_UP": places is not None,
             "SIDE": self.side,
-            "EXPAND": self.squares[0].first
-            if shift_size
-            else 0,  # not the radius of topk, for each of which it would compile
+            # Not with topk, where this is the radius, and the kernels would be compiled again for each radius.
+            "EXPAND": self.squares[0].first if shift_size else 0,
             "SHIFT": shift_size,
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if allows_tf32() else "ieee",  # of float32
