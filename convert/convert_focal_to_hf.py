@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
@@ -22,6 +19,7 @@ from transformers.utils import logging
 from checkpoint_files import read_checkpoint
 from download import KNOWN_SHA256, PUBLIC_COPIES, cached_checkpoint, check_sha256, download_checkpoint
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
+from hub import check_login, push_to_hub, repository_name
 from messages import ConversionError, print_progress, printable_line, wrap_errors
 from model_card import model_card
 from original import (
@@ -79,17 +77,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 # Files with the names of the classes in order. The names are WordNet's, but "crane" has an addition for each meaning.
 LABEL_FILES = {"imagenet": Path(__file__).with_name("imagenet_labels.json")}
-
-
-def repository_name(text: str) -> str:
-    """An argparse type: the name of a repository on the Hub."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a repository name such as me/focal-tiny; got {text!r}. {error}"
-        ) from None
-    return text
 
 
 def sha256_digest(text: str) -> str:
@@ -258,23 +245,16 @@ def check_written_model(
             )
 
 
-def push_to_hub(folder: Path, repository: str) -> None:
-    advice = f"The converted model is in {folder}. To try again, run: hf upload {repository} {folder}"
-    with wrap_errors("Uploading the model", advice):
-        repository = HfApi().create_repo(repository, exist_ok=True).repo_id  # adds the user's name if it is left out
-        commit = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Convert to transformers")
-    print_progress(f"Uploaded: {commit.commit_url}")
+def convert(options: argparse.Namespace) -> None:
+    """Writes the converted model to `options.output`, after all checks. Uploads nothing.
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    The examples of the model card load the model from `options.push_to_hub` or, if it is None, from the folder.
+    """
     logging.disable_progress_bar()
     output, dtype = options.output.resolve(), DTYPES[options.dtype]
     path = options.checkpoint or cached_checkpoint(options.config, options.cache_dir)
     inputs = (path, Path(options.config))
     check_output_folder(output, options.overwrite, inputs)
-    if options.push_to_hub is not None and get_token() is None:
-        raise ConversionError("--push-to-hub needs a login. Run `hf auth login`, or set HF_TOKEN.")
 
     config = config_from_settings(read_settings(options.config), options.image_size)
     if options.with_code:
@@ -341,9 +321,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_written_model(folder, model_class, expected_outputs, state)
         check_output_folder(output, options.overwrite, inputs)
         move_into_place(staging, output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    repository = options.push_to_hub
+    if repository is not None:
+        check_login(repository.rpartition("/")[0])
+    convert(options)
     print_progress(f"Done: {options.output}")
-    if options.push_to_hub is not None:
-        push_to_hub(output, options.push_to_hub)
+    if repository is not None:
+        advice = (
+            f"The converted model is in {options.output}. To try again, run: hf upload {repository} {options.output}"
+        )
+        push_to_hub(options.output, repository, None, advice)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """convert/: conversion in both directions, refused inputs, --overwrite, signals and uploads."""
 
-import base64
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,6 +33,7 @@ import output_files
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
 from forked_scripts import ForkedScript
+from hub_server import serve
 from messages import ConversionError
 from original import RELEASED
 from settings_files import read_settings
@@ -1082,52 +1081,9 @@ def test_ignored_signals_stay_ignored():
 # --- The Hub ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub():
-    """A local server in place of the Hub: its address, its requests and the uploaded files."""
-    requests, files = [], {}
-
-    class Hub(BaseHTTPRequestHandler):
-        def answer(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            requests.append((self.command, self.path))
-            reply = {}
-            if self.path == "/api/repos/create":
-                reply = {"url": f"{address}/me/focal"}
-            elif self.path == "/api/models/me/focal/preupload/main":
-                asked = json.loads(body)["files"]
-                reply = {
-                    "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
-                }
-            elif self.path == "/api/models/me/focal/commit/main":
-                for line in body.splitlines():
-                    entry = json.loads(line)
-                    if entry["key"] == "file":
-                        files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                reply = {"commitUrl": f"{address}/me/focal/commit/1", "commitOid": "1"}
-            content = json.dumps(reply).encode()
-            self.send_response(403 if "forbidden" in self.path + body.decode() else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = do_HEAD = answer
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield address, requests, files
-    server.shutdown()
-    server.server_close()
-
-
 def push(config: str, output: Path, address: str, repository: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HOME": str(output.parent / "home")}
-    environment.pop("HF_HUB_OFFLINE", None)
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     arguments = [
         "--checkpoint",
         RELEASED_PTH,
@@ -1141,21 +1097,23 @@ def push(config: str, output: Path, address: str, repository: str) -> subprocess
     return subprocess.run([*CONVERT_TO_HF, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_push_to_hub(hub, config, tmp_path):
-    address, requests, files = hub
-    result = push(config, tmp_path / "out", address, "me/focal")
+def test_push_to_hub(config, tmp_path):
+    with serve(tmp_path / "hub", "me/focal", uploads=(uploads := [])) as address:
+        result = push(config, tmp_path / "out", address, "focal")  # the user's name is added
     assert result.returncode == 0, result.stderr
-    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in MODEL_FILES}
-    assert ("POST", "/api/repos/create") in requests
-    assert 'from_pretrained("me/focal")' in files["README.md"].decode()
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()} == written
+    assert sorted(written) == MODEL_FILES
+    assert [upload.split()[0] for upload in uploads] == ["create", "lfs", "commit"]
 
 
-def test_failed_push_keeps_the_folder(hub, config, tmp_path):
-    result = push(config, tmp_path / "out", hub[0], "me/forbidden")
+def test_failed_push_keeps_the_folder(config, tmp_path):
+    with serve(tmp_path / "hub", "me/focal") as address:
+        result = push(config, tmp_path / "out", address, "org/forbidden")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "403" in result.stderr
-    assert "hf upload me/forbidden" in result.stderr
+    assert "hf upload org/forbidden" in result.stderr
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == MODEL_FILES
 
 
@@ -1165,7 +1123,8 @@ def test_push_to_hub_is_checked_before_the_conversion(convert, tmp_path, monkeyp
             convert(RELEASED_PTH, "--push-to-hub", name)
         message = f"argument --push-to-hub: expected a repository name such as me/focal-tiny; got {name!r}"
         assert message in capsys.readouterr().err
-    monkeypatch.setattr(convert_focal_to_hf, "get_token", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hub.get_token", lambda: None)
     with pytest.raises(ConversionError, match="hf auth login"):
         convert(RELEASED_PTH, "--push-to-hub", "me/focal")
     assert list(tmp_path.iterdir()) == []

@@ -266,6 +266,7 @@ def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_p
 
 def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     (tmp_path / "hub_side").mkdir()
     with serve(tmp_path / "hub_side", "org/mine") as address:
         options = ("--config", config, "--data", data, "--output", tmp_path / "out", "--epochs", 1)
