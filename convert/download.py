@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
-from huggingface_hub import cached_assets_path, is_offline_mode
+from huggingface_hub import constants, is_offline_mode
 from transformers.utils.versions import require_version
 
 from checkpoint_files import read_checkpoint
 from messages import ConversionError, print_progress, wrap_errors
+
+
+class UnavailableError(ConversionError):
+    """The public copy of this model cannot be downloaded. Those of other models may be available."""
 
 
 class PublicCopy(NamedTuple):
@@ -50,6 +54,11 @@ GDOWN = "gdown>=6.5"  # has `timeout`
 TIMEOUT = 60  # seconds without an answer
 
 
+def short_name(name: str) -> str:
+    """Returns the name of a released model without its sizes, such as focal-tiny-useconv."""
+    return name.removesuffix("_patch4_window7_224").replace("_", "-")
+
+
 def cached_checkpoint(name: str, cache_dir: Path | None) -> Path:
     """Returns the path of the public copy of the released model `name` in `cache_dir`, or in Hugging Face's cache.
 
@@ -60,10 +69,11 @@ def cached_checkpoint(name: str, cache_dir: Path | None) -> Path:
         raise ConversionError(f"No public copy of {name} is known. {_other_sources(name)}")
     if name not in PUBLIC_COPIES:
         raise ConversionError(
-            f"Without --checkpoint, --config must be the name of a model that can be downloaded; got {name}. Give a "
-            f"file with --checkpoint, or one of these names: {', '.join(PUBLIC_COPIES)}."
+            f"{name} cannot be downloaded; expected one of {', '.join(PUBLIC_COPIES)}. Or give a file to "
+            "convert_focal_to_hf.py with --checkpoint."
         )
-    folder = cache_dir or cached_assets_path("focal_hf", "PaddleViT", "Focal_Transformer")
+    # The folder of cached_assets_path, which would create it.
+    folder = cache_dir or Path(constants.HF_ASSETS_CACHE).expanduser() / "focal_hf" / "PaddleViT" / "Focal_Transformer"
     return folder / f"{name}.pdparams"
 
 
@@ -105,7 +115,7 @@ def download_checkpoint(name: str, path: Path, expected_sha256: str | None) -> N
             read_checkpoint(unchecked)
         except ConversionError as error:
             unchecked.unlink()
-            raise ConversionError(f"{error} The file was deleted. {_other_sources(name)}") from None
+            raise UnavailableError(f"{error} The file was deleted. {_other_sources(name)}") from None
         unchecked.replace(path)
 
 
@@ -119,7 +129,7 @@ def _download(name: str, path: Path) -> None:
         # No cookies on the disk: gdown would write them to the user's home.
         gdown.download(id=copy.drive_id, output=str(path), resume=True, use_cookies=False, timeout=TIMEOUT)
     except gdown.FileURLRetrievalError:
-        raise ConversionError(
+        raise UnavailableError(
             f"Google Drive sent a web page instead of {path.name}: the file was removed, requires a sign-in, or was "
             f"downloaded too often in the last 24 hours. {_other_sources(name)}"
         ) from None
@@ -146,14 +156,13 @@ def _download(name: str, path: Path) -> None:
 
 def _other_sources(name: str) -> str:
     """Returns advice on where else to get a released model."""
-    authors_file = f"{name.removesuffix('_patch4_window7_224').replace('_', '-')}-is224-ws7.pth"
-    private = f"a private copy of the authors' {authors_file}"
+    private = f"a private copy of the authors' {short_name(name)}-is224-ws7.pth"
     if name not in PUBLIC_COPIES:
-        return f"If you have {private}, give it with --checkpoint."
+        return f"If you have {private}, give it to convert_focal_to_hf.py with --checkpoint."
     copy = PUBLIC_COPIES[name]
     return (
         f"Other sources: {copy.page} in a browser, https://pan.baidu.com/s/{copy.baidu_share} (password "
-        f"{copy.baidu_password}), or {private}. Give the file with --checkpoint."
+        f"{copy.baidu_password}), or {private}. Give the file to convert_focal_to_hf.py with --checkpoint."
     )
 
 

@@ -17,9 +17,10 @@ from messages import ConversionError, printable_line
 
 _staging_folders: dict[Path, tuple[Path, ...]] = {}  # staging folders in use, with their outputs
 
-# Files that the converter writes to a folder, with the modules of --with-code.
-_MODEL_FILES = {"README.md", "config.json", "conversion.json", "model.safetensors", "preprocessor_config.json"}
-_MODEL_FILES |= {module.name for module in Path(focal_hf.__file__).parent.glob("*.py")}
+# Files that the converter writes to the folder of a classifier.
+MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "README.md", "conversion.json")
+# With the modules of --with-code.
+_REPLACED_FILES = {*MODEL_FILES, *(module.name for module in Path(focal_hf.__file__).parent.glob("*.py"))}
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...])
             "Choose another folder."
         )
     for entry in entries:
-        if entry.name not in _MODEL_FILES or entry.is_symlink() or not entry.is_file():
+        if entry.name not in _REPLACED_FILES or entry.is_symlink() or not entry.is_file():
             raise ConversionError(
                 f"--output {output} holds {entry.name}, which --overwrite does not delete: this script does not write "
                 f"it. Move {entry.name} away, or choose another folder."

@@ -1,12 +1,16 @@
-"""convert/download.py: models by name, from a server in the place of Google Drive, reached through a proxy."""
+"""Models by name, from a server in the place of Google Drive, reached through a proxy; and from there to the Hub."""
 
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
 import resource
 import ssl
 import subprocess
+import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,17 +21,22 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import pipeline
 
 import convert_focal_to_hf
 import download
 import golden_cases
 import original
+import publish
+from conftest import ROOT
 from focal_hf import FocalConfig, FocalForImageClassification
+from hub_server import REVISION, serve
 from messages import ConversionError
 
 NAME = "focal_tiny_patch4_window7_224"
 FILE = f"{NAME}.pdparams"
-ID = download.PUBLIC_COPIES[NAME].drive_id
+ID, PAGE = download.PUBLIC_COPIES[NAME].drive_id, download.PUBLIC_COPIES[NAME].page
 HOSTS = ("drive.google.com", "drive.usercontent.google.com", "accounts.google.com")
 VIRUS_PAGE = (  # of a large file; on one line, as Google writes it
     '<html><form id="download-form" action="https://drive.usercontent.google.com/download" method="get">'
@@ -156,11 +165,11 @@ def test_a_model_by_name(drive, convert, checkpoint, tmp_path, capsys, monkeypat
     weight = FocalForImageClassification.from_pretrained(folder).classifier.weight
     assert torch.equal(weight, golden_cases.draw("head", (1000, 32)))
     assert FocalConfig.from_pretrained(folder).id2label[0] == "tench, Tinca tinca"
-    sha256, page = hashlib.sha256(checkpoint).hexdigest(), f"https://drive.google.com/file/d/{ID}/view"
-    source = {"source": page, "file_id": ID, "file": FILE, "size": len(checkpoint), "sha256": sha256}
+    sha256 = hashlib.sha256(checkpoint).hexdigest()
+    source = {"source": PAGE, "file_id": ID, "file": FILE, "size": len(checkpoint), "sha256": sha256}
     assert json.loads((folder / "conversion.json").read_text()) == source
     text = ModelCard.load(folder / "README.md").text
-    assert f"`{FILE}`, downloaded from [Google Drive]({page}): {len(checkpoint):,} bytes, SHA-256 `{sha256}`" in text
+    assert f"`{FILE}`, downloaded from [Google Drive]({PAGE}): {len(checkpoint):,} bytes, SHA-256 `{sha256}`" in text
 
     # The second run uses the cache, also offline.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -169,8 +178,9 @@ def test_a_model_by_name(drive, convert, checkpoint, tmp_path, capsys, monkeypat
 
 
 def test_default_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.utils._cache_assets, "HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path))
     assert download.cached_checkpoint(NAME, None) == tmp_path / "focal_hf" / "PaddleViT" / "Focal_Transformer" / FILE
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_download_is_resumed(drive, convert, checkpoint, tmp_path):
@@ -237,14 +247,20 @@ def test_two_downloads_at_once(drive, checkpoint, tmp_path):
     assert len(drive.requests) == 2  # of one download
 
 
-def test_a_full_disk(drive, convert, tmp_path):
+@contextlib.contextmanager
+def full_disk():
+    """Files of this process cannot grow above 10,000 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(ConversionError, match=r"Writing to .*unchecked failed: .* Free some space"):
-            convert()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk(drive, convert, tmp_path):
+    with full_disk(), pytest.raises(ConversionError, match=r"Writing to .*unchecked failed: .* Free some space"):
+        convert()
     assert files(tmp_path) == []
 
 
@@ -269,7 +285,7 @@ def test_gdown_is_missing_or_old(drive, convert, tmp_path, monkeypatch, requirem
 def test_what_cannot_be_downloaded(drive, convert, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConversionError, match=r"No public copy .*focalv2-base-useconv-is224-ws7\.pth.*--checkpoint"):
         convert(name="focalv2_base_useconv_patch4_window7_224")
-    with pytest.raises(ConversionError, match=rf"Without --checkpoint.*got my\.yaml.*{NAME}"):
+    with pytest.raises(ConversionError, match=rf"my\.yaml cannot be downloaded; expected one of {NAME}.*--checkpoint"):
         convert(name="my.yaml")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConversionError, match=r"HF_HUB_OFFLINE=1 forbids downloads.*--checkpoint"):
@@ -282,3 +298,149 @@ def test_what_cannot_be_downloaded(drive, convert, tmp_path, monkeypatch, capsys
         assert f"argument {'--expect-sha256' if '12' in options else '--cache-dir'}: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert drive.requests == []
+
+
+# --- publish.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local server in place of the Hub, which has or gets the repository me/focal-tiny.
+
+    `publish` publishes NAME or other models. `files` is the folder of the repository; `uploads` lists what was sent.
+    """
+    uploads = []
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(FocalConfig, "_auto_class", None)
+
+    def run(*options: str, namespace: str = "me", names: tuple[str, ...] = (NAME,)):
+        publish.main([*names, "--namespace", namespace, "--cache-dir", str(tmp_path / "cache"), *options])
+
+    with serve(tmp_path / "hub", "me/focal-tiny", uploads=uploads) as address:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        yield SimpleNamespace(publish=run, address=address, files=tmp_path / "hub", uploads=uploads)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+LOAD = """
+import torch
+from PIL import Image
+from transformers import AutoModel, pipeline
+
+model = AutoModel.from_pretrained("me/focal-tiny", trust_remote_code=TRUST).eval()
+with torch.no_grad():
+    pooled = model(torch.load("pixel_values.pt")).pooler_output
+classify = pipeline("image-classification", model="me/focal-tiny", trust_remote_code=TRUST)
+torch.save((type(model).__module__, pooled, classify(Image.open("picture.png"))), "answers.pt")
+"""
+
+
+def test_publish(drive, hub, tmp_path, capsys):
+    hub.publish("--dry-run", "--private")
+    plan = capsys.readouterr().out
+    assert plan.startswith(f"me/focal-tiny, private if it is new\n  checkpoint: {PAGE}, to be downloaded\n")
+    assert (files(tmp_path), drive.requests, hub.uploads) == ([], [], [])
+
+    hub.publish("--private")
+    printed = capsys.readouterr()
+    assert printed.out.endswith(f"Uploaded: {hub.address}/me/focal-tiny/commit/{REVISION}\n")
+    assert "model.safetensors: 100%" in printed.err
+    weights = hashlib.sha256((hub.files / "model.safetensors").read_bytes()).hexdigest()
+    assert hub.uploads == ["create private", f"lfs {weights}", "commit"]
+    assert files(hub.files) == sorted(re.findall(r"\w+\.(?:json|md|py|safetensors)", plan))
+    card = ModelCard.load(hub.files / "README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
+    assert "focal-transformer" in card.data.tags
+    for text in (
+        f"downloaded from [Google Drive]({PAGE})",
+        "@inproceedings{yang2021focal",
+        'from_pretrained("me/focal',
+    ):
+        assert text in card.text
+
+    # A second run sends nothing.
+    hub.publish()
+    assert len(hub.uploads) == 3
+    hub.publish("--dry-run")
+    assert f"  checkpoint: {tmp_path / 'cache' / FILE}, " in capsys.readouterr().out
+
+    # In new processes, with the package and with the code in the repository.
+    case, outputs = golden_cases.case("base"), []
+    torch.save(case.pixel_values, tmp_path / "pixel_values.pt")
+    Image.linear_gradient("L").rotate(30).convert("RGB").save(tmp_path / "picture.png")
+    for before, trust in (("import focal_hf", "False"), ("import sys\nsys.modules['focal_hf'] = None", "True")):
+        environment = {"HF_HOME": str(tmp_path / "home" / trust), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", before + LOAD.replace("TRUST", trust)]
+        run = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outputs.append(torch.load(tmp_path / "answers.pt"))
+    assert [module.partition(".")[0] for module, *_ in outputs] == ["focal_hf", "transformers_modules"]
+    expected = pipeline("image-classification", model=hub.files)(str(tmp_path / "picture.png"))
+    for _, pooled, answers in outputs:
+        torch.testing.assert_close(pooled, case.answers["pooled"], rtol=0, atol=1e-5)
+        assert answers == expected
+
+
+def test_the_plan_for_all_models(tmp_path, capsys):
+    """Without a token and a network."""
+    publish.main(["--namespace", "me", "--dry-run", "--cache-dir", str(tmp_path)])
+    plans = re.split(r"\n(?=me/)", capsys.readouterr().out)
+    assert [plan.partition("\n")[0] for plan in plans] == [
+        *("me/focal-tiny", "me/focal-tiny-useconv", "me/focal-small"),
+        *("me/focal-small-useconv", "me/focal-base", "me/focal-base-useconv"),
+    ]
+    assert f"```text\n{plans[0]}\n```" in (ROOT / "docs" / "weights.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("namespace", "change", "message"),
+    [
+        ("me", lambda patch: patch.setattr("hub.get_token", lambda: None), "An upload needs a login.*hf auth login"),
+        ("me", lambda patch: patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True), "forbids uploads"),
+        (
+            "me",
+            lambda patch: patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9"),
+            "Checking the",
+        ),
+        ("them", lambda patch: None, "may not upload to them.* is that of me, who may upload to me, org"),
+    ],
+)
+def test_publishing_is_refused_before_the_download(drive, hub, tmp_path, monkeypatch, namespace, change, message):
+    change(monkeypatch)
+    with pytest.raises(ConversionError, match=message):
+        hub.publish(namespace=namespace)
+    assert (files(tmp_path), drive.requests, hub.uploads) == ([], [], [])
+
+
+def test_publishing_fails(drive, hub, tmp_path, capsys, monkeypatch):
+    # One line for each model that cannot be downloaded.
+    drive.answer = "removed"
+    with pytest.raises(SystemExit) as caught:
+        hub.publish(names=(NAME, "focal_base_patch4_window7_224"))
+    assert caught.value.code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: me/focal-tiny was not published. Google Drive sent a web page")
+    assert second.startswith("error: me/focal-base was not published. Google Drive sent a web page")
+    assert files(tmp_path) == []
+
+    # The Hub's own refusal, a full disk, and names without a public copy.
+    drive.answer = "file"
+    with pytest.raises(ConversionError, match=r"(?s)Uploading org/focal-tiny failed: .*403.* run the command again"):
+        hub.publish(namespace="org")
+    with full_disk(), pytest.raises(ConversionError, match=r"Writing .*focal-tiny failed: "):
+        hub.publish()
+    for name in ("focalv2_base_useconv_patch4_window7_224", "my.yaml"):
+        messages = []
+        for script in (hub.publish, convert_focal_to_hf.main):
+            with pytest.raises(ConversionError) as error:
+                script(names=(name,)) if script is hub.publish else script(["--config", name, "--output", "out"])
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+    with pytest.raises(SystemExit):
+        hub.publish(namespace="me/focal")
+    assert "expected the name of a user or an organization; got 'me/focal'" in capsys.readouterr().err
+    assert files(tmp_path) == [f"cache/{FILE}"]
+    assert hub.uploads == []
