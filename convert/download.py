@@ -1,6 +1,7 @@
 """Downloads released models from PaddleViT's public copies on Google Drive, and computes checksums of checkpoints."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ KNOWN_SHA256: dict[str, str] = {}
 
 GDOWN = "gdown>=6.5"  # has `timeout`
 TIMEOUT = 60  # seconds without an answer
+FILE_TIMEOUT = 120  # seconds until the file begins: gdown follows the links on web pages without a limit
 
 
 def short_name(name: str) -> str:
@@ -125,9 +127,19 @@ def _download(name: str, path: Path) -> None:
 
     copy = PUBLIC_COPIES[name]
     print_progress(f"Downloading {copy.page}")
+    no_file = threading.Event()
+    timer = threading.Timer(FILE_TIMEOUT, no_file.set)
+    timer.start()
     try:
-        # No cookies on the disk: gdown would write them to the user's home.
-        gdown.download(id=copy.drive_id, output=str(path), resume=True, use_cookies=False, timeout=TIMEOUT)
+        gdown.download(
+            id=copy.drive_id,
+            output=str(path),
+            resume=True,
+            use_cookies=False,  # they would be written to the user's home
+            timeout=TIMEOUT,
+            progress=lambda *_: timer.cancel(),
+            cancel=no_file,
+        )
     except gdown.FileURLRetrievalError:
         raise UnavailableError(
             f"Google Drive sent a web page instead of {path.name}: the file was removed, requires a sign-in, or was "
@@ -145,6 +157,8 @@ def _download(name: str, path: Path) -> None:
                 f"Writing to {path.parent} failed: {error}. Free some space, or choose another --cache-dir."
             ) from None
         reason = str(error).partition("\n")[0].rstrip(".")
+        if isinstance(error, gdown.DownloadCancelled):
+            reason = f"the file did not begin within {FILE_TIMEOUT} seconds"
         advice = (
             f"The received {received:,} bytes are kept. To resume, run the command again. To start again, delete "
             f"{path.parent}."
@@ -152,6 +166,8 @@ def _download(name: str, path: Path) -> None:
             else "Check the network, and run the command again."
         )
         raise ConversionError(f"Downloading {copy.page} failed: {reason}. {advice} {_other_sources(name)}") from None
+    finally:
+        timer.cancel()
 
 
 def _other_sources(name: str) -> str:

@@ -112,7 +112,7 @@ def drive(certificate, checkpoint, monkeypatch):
                 return self.send(302, b"", Location="https://accounts.google.com/ServiceLogin")
             if state.answer == "quota":
                 return self.send(200, QUOTA_PAGE.encode())
-            if self.path == f"/uc?id={ID}":
+            if self.path == f"/uc?id={ID}" or state.answer == "page again":
                 return self.send(200, VIRUS_PAGE.format(id=ID).encode())
             assert self.path == f"/download?id={ID}&confirm=t"
             file = b"<html>" if state.answer == "page as file" else checkpoint
@@ -269,6 +269,15 @@ def test_no_network(drive, convert, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ConversionError, match=r"Downloading https://drive.* failed: .* Check the network"):
         convert()
+    assert files(tmp_path) == []
+
+
+def test_a_page_that_leads_to_itself(drive, convert, tmp_path, monkeypatch):
+    drive.answer = "page again"
+    monkeypatch.setattr(download, "FILE_TIMEOUT", 1)
+    with pytest.raises(ConversionError, match=r"the file did not begin within 1 seconds\. Check the network.*--checkp"):
+        convert()
+    assert len(drive.requests) > 2
     assert files(tmp_path) == []
 
 
