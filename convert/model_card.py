@@ -95,7 +95,7 @@ def model_card(
         f"# {name}{', a backbone for dense prediction' if is_backbone else ''}",
         _summary(config, is_backbone),
         "## Use\n\n" + _use(config, model_id, with_code, is_backbone),
-        "## Evaluation\n\n" + _evaluation(accuracies) if accuracies else "",
+        "## Evaluation\n\n" + _evaluation(name, accuracies) if accuracies else "",
         "## Licence and origin\n\n" + _origin(released, source, from_paddle, is_backbone),
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -168,13 +168,19 @@ print(model.config.id2label[logits.argmax(-1).item()])
 ```"""
 
 
-def _evaluation(accuracies: list[tuple[str, tuple[float, float]]]) -> str:
+def _evaluation(name: str, accuracies: list[tuple[str, tuple[float, float]]]) -> str:
     rows = "\n".join(f"| {publisher} | {top_1} | {top_5} |" for publisher, (top_1, top_5) in accuracies)
-    return (
+    paragraphs = [
         "Accuracy on the validation split of ImageNet-1K, in per cent. The publishers of the released weights state "
-        "these figures. They were not measured again on the converted model.\n\n"
-        f"| | top-1 | top-5 |\n|---|---|---|\n{rows}"
-    )
+        "these figures. They were not measured again on the converted model.",
+        f"| | top-1 | top-5 |\n|---|---|---|\n{rows}",
+    ]
+    if name == "focal_base_useconv_patch4_window7_224" and len(accuracies) == 2:
+        paragraphs.append(
+            "The two figures for the top-5 accuracy differ by more than for any other model. The authors' figure is "
+            "probably a mistake."
+        )
+    return "\n\n".join(paragraphs)
 
 
 def _origin(released: bool, source: Mapping[str, str | int], from_paddle: bool, is_backbone: bool) -> str:

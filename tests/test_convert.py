@@ -301,6 +301,8 @@ def test_card_of_a_released_model_from_paddle():
     name = "focal_base_useconv_patch4_window7_224"
     card = model_card.model_card(name, FocalConfig(), released=True, source=source("a.pdparams"), model_id="x")
     assert accuracies(card) == [84.2, 97.1, 84.18, 96.61]
+    assert "| PaddleViT's evaluation of its copy | 84.18 | 96.61 |" in card.text
+    assert "The authors' figure is probably a mistake." in card.text
     assert card.data.license == "mit"
     assert "Apache License 2.0" in card.text
 
