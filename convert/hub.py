@@ -66,4 +66,4 @@ def push_to_hub(folder: Path, repository: str, private: bool | None, advice: str
         # create_repo adds the user's name if it is left out.
         repository = HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
         commit = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Convert to transformers")
-    print_progress(f"Uploaded: {commit.commit_url}")
+    print_progress(f"On the Hub: {commit.commit_url}")

@@ -22,7 +22,7 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
     """Serves `folder` as `repository`, and uploads go there; gives the address for the variable HF_ENDPOINT.
 
     As on the Hub, `.safetensors` files are uploaded by Git LFS; set HF_HUB_DISABLE_XET, since this server has no Xet.
-    Every token belongs to USER, who may create no repository but this one.
+    Every token but "invalid" belongs to USER, who may create no repository but this one.
 
     Args:
         folder: Need not exist before an upload creates the repository.
@@ -52,7 +52,7 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
         def do_GET(self):
             path = self.path.split("?")[0].strip("/")
             if path == "api/whoami-v2":
-                return self.answer_json(USER) if self.headers["Authorization"] else self.answer(401)
+                return self.answer(401) if self.headers["Authorization"] == "Bearer invalid" else self.answer_json(USER)
             if not folder.exists():
                 return self.answer(404, X_Error_Code="RepoNotFound")
             if path in (api, f"{api}/revision/main", f"{api}/revision/{REVISION}"):

@@ -355,7 +355,7 @@ def test_publish(drive, hub, tmp_path, capsys):
 
     hub.publish("--private")
     printed = capsys.readouterr()
-    assert printed.out.endswith(f"Uploaded: {hub.address}/me/focal-tiny/commit/{REVISION}\n")
+    assert printed.out.endswith(f"On the Hub: {hub.address}/me/focal-tiny/commit/{REVISION}\n")
     assert "model.safetensors: 100%" in printed.err
     weights = hashlib.sha256((hub.files / "model.safetensors").read_bytes()).hexdigest()
     assert hub.uploads == ["create private", f"lfs {weights}", "commit"]
@@ -414,6 +414,7 @@ def test_the_plan_for_all_models(tmp_path, capsys):
             lambda patch: patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9"),
             "Checking the",
         ),
+        ("me", lambda patch: patch.setenv("HF_TOKEN", "invalid"), "Checking the login failed: Invalid user token"),
         ("them", lambda patch: None, "may not upload to them.* is that of me, who may upload to me, org"),
     ],
 )
