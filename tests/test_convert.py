@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1011,18 +1010,18 @@ def test_linked_settings_are_not_replaced(converted, tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "mine"
 
 
-def signal_when_exists(arguments: list[str], parent: Path, seen: str, number: int) -> int:
+def signal_when_exists(seen: str, number: int, *arguments: object, parent: Path) -> int:
     """Runs the converter and sends a signal when `seen` exists in its staging folder. Returns the exit code."""
-    process = subprocess.Popen([*CONVERT_TO_HF, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run = ForkedScript(CONVERT_TO_HF[1], *arguments, folder=parent)
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while run.poll() is None and time.monotonic() < deadline:
         if any((folder / seen).exists() for folder in parent.glob(".out.*.partial")):
-            process.send_signal(number)
+            os.kill(run.processes[0].pid, number)
             break
         time.sleep(0.001)
-    _, stderr = process.communicate(timeout=60)
-    assert b"Traceback" not in stderr
-    return process.returncode
+    ended = run.wait(timeout=60)
+    assert "Traceback" not in ended.stderr
+    return ended.returncode
 
 
 @pytest.mark.parametrize(
@@ -1036,31 +1035,16 @@ def signal_when_exists(arguments: list[str], parent: Path, seen: str, number: in
     ],
 )
 def test_signals_leave_no_incomplete_output(config, tmp_path, seen, numbers):
-    """Two conversions run at the same time: one to a new folder, one to a folder that is overwritten."""
-    codes = {}
-
-    def stop(name: str, number: int) -> None:
+    """The first conversion is to a new folder, the second to a folder that is overwritten."""
+    codes = []
+    for name, number in zip(("new", "old"), numbers, strict=True):
         output = tmp_path / name / "out"
         write_old_model(output) if name == "old" else output.parent.mkdir()
-        arguments = [
-            "--checkpoint",
-            str(RELEASED_PTH),
-            "--config",
-            config,
-            "--output",
-            str(output),
-            "--overwrite",
-        ]
-        codes[number] = signal_when_exists(arguments, output.parent, seen, number)
-
-    threads = [threading.Thread(target=stop, args=named) for named in zip(("new", "old"), numbers, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        options = ("--checkpoint", RELEASED_PTH, "--config", config, "--output", output, "--overwrite")
+        codes.append(signal_when_exists(seen, number, *options, parent=output.parent))
 
     killed = signal.SIGKILL in numbers
-    assert codes == {number: -number if killed else 128 + number for number in numbers}
+    assert codes == [-number if killed else 128 + number for number in numbers]
     assert not (tmp_path / "new" / "out").exists()
     assert sorted(file.name for file in (tmp_path / "old" / "out").iterdir()) == ["config.json", "modeling_focal.py"]
     if not killed:
