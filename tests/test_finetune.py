@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from common.models import decay_groups, default_processor
 from common.options import Problem
 from example_runs import (
     COLOURS,
-    EXAMPLES,
     LAUNCH,
     draw_pictures,
     results,
@@ -278,16 +276,6 @@ def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monk
     assert 'model="org/mine"' in expected["README.md"].decode()
 
 
-def test_quickstart_leaves_folders_of_others_alone(tmp_path):
-    for name in ("digits", "model", "thesis"):
-        (tmp_path / name).mkdir()
-    run = run_example("quickstart.py", "--folder", tmp_path, folder=tmp_path)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(f"error: --folder {tmp_path} holds something else than")
-    assert "(thesis)" in run.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"digits", "model", "thesis"}
-
-
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
     class FullDisk:
         def save_pretrained(self, folder: Path):
@@ -503,22 +491,3 @@ def test_model_and_config_exclude_each_other(finetune, config):
     run = finetune("--config", config, "--model", config, "--data", "data", "--output", "out")
     assert run.returncode == 2
     assert "not allowed with argument" in run.stderr
-
-
-@pytest.mark.slow
-def test_quickstart_learns_the_digits(tmp_path):
-    """`make quickstart`, in another folder."""
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--folder", str(tmp_path / "quick")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
-    result = json.loads((tmp_path / "quick" / "result.json").read_text())
-    assert result["accuracy"] >= 0.95
-    assert f"Accuracy on {result['images']} unseen pictures: {result['accuracy']:.4f}" in run.stdout
-
-    splits = {split: set() for split in ("train", "validation", "test")}
-    for split, seen in splits.items():
-        seen.update(file.name for file in (tmp_path / "quick" / "digits" / split).glob("*/*.png"))
-    assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 1797  # no picture in two splits
-    assert result["images"] == len(splits["test"])
-    with Image.open(tmp_path / "quick" / "predictions.png") as picture:
-        assert picture.width > 1000
