@@ -27,6 +27,7 @@ from small_models import BOTH, pixels, prepare, randomized, tiny
 
 ALL_CLASSES = [FocalModel, FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone]
 SHARDS = {"max_shard_size": "20KB"}
+EXPORTERS = torch.__version__ >= "2.11"  # of transformers
 
 
 def logits(model, images):
@@ -103,38 +104,27 @@ def test_lora_trains_saves_loads_and_merges(attention_type, tmp_path):
     torch.testing.assert_close(logits(merged, images), trained, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def with_torchao(tmp_path_factory):
-    """An environment in which torchao can be imported. In others it is not installed, for it prints when it is."""
-    folder = tmp_path_factory.mktemp("torchao")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "torchao"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        pytest.skip(f"pip cannot get torchao: {run.stderr.strip()}")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
-    return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+NEEDS_TORCHAO = "test_with_torchao_installed runs this"
 
 
 @pytest.mark.slow
-def test_with_torchao_installed(with_torchao):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "int8_weights_by_torchao",
-    ]
-    run = subprocess.run([*command, __file__], env=with_torchao, capture_output=True, text=True, cwd=ROOT)
-    assert " 2 passed" in run.stdout, run.stdout + run.stderr
+def test_with_torchao_installed(tmp_path):
+    """In a process in which torchao can be imported. In others it is not installed, for it prints when it is."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), "torchao"]
+    run = subprocess.run(pip, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"pip cannot get torchao: {run.stderr.strip()}")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tmp_path)]))
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    tests = "int8_weights_by_torchao or examples_of_the_documentation"
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-k", tests, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert f" {3 if EXPORTERS else 2} passed" in run.stdout, run.stdout + run.stderr
 
 
 @BOTH
 def test_int8_weights_by_torchao(attention_type, tmp_path):
-    pytest.importorskip("torchao", reason="test_with_torchao_installed runs this")
+    pytest.importorskip("torchao", reason=NEEDS_TORCHAO)
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -261,23 +251,15 @@ def test_pipelines_in_batches(attention_type, tmp_path):
         assert len(together) == len(pictures)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="transformers' exporters need torch 2.11")
-def test_examples_of_the_documentation_run(tmp_path, with_torchao):
-    """One after another in one process, as they are printed."""
+@pytest.mark.skipif(not EXPORTERS, reason="transformers' exporters need torch 2.11")
+def test_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    """One after another, as they are printed."""
+    pytest.importorskip("torchao", reason=NEEDS_TORCHAO)
     pytest.importorskip("onnxruntime")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
     assert len(blocks) == 10
     prepare(tmp_path, "focal")
-    script = tmp_path / "examples.py"
-    script.write_text("\n".join(blocks))
-    run = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=with_torchao,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "torch.Size([1, 2])" in run.stdout
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
+    assert "torch.Size([1, 2])" in capsys.readouterr().out
     assert (tmp_path / "focal-finetuned" / "model.safetensors").exists()
