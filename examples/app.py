@@ -215,7 +215,7 @@ def figure(picture: Image.Image, caption: str) -> str:
 def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, levels: list[int]) -> str:
     """HTML with the attention of a point in each stage, and in each head of one layer."""
 
-    def look(stage: int, layer: int, head: int | None = None) -> tuple[Image.Image, QueryAttention]:
+    def draw_attention(stage: int, layer: int, head: int | None = None) -> tuple[Image.Image, QueryAttention]:
         seen = query_attention(view.record, at, stage, layer, head)
         drawn = [level for level in levels if level < len(seen.levels)]
         return draw_frames(shaded(view.image, seen, drawn), seen, SHOWN), seen
@@ -225,7 +225,7 @@ def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, 
         "<div class='looks'>"
     ]
     for number in range(len(view.record.stages)):
-        picture, seen = look(number, -1)
+        picture, seen = draw_attention(number, -1)
         shares = [f"{100 * level.weights.sum():.0f}\u00a0% on level {level.level}" for level in seen.levels]
         parts.append(figure(picture, f"stage {number}, layer {seen.layer}: {', '.join(shares)}"))
     parts.append("</div>")
@@ -235,7 +235,7 @@ def attention_html(view: View, at: tuple[float, float], stage: int, layer: int, 
         return "".join([*parts, f"<p>There is no such layer in stage {stage} of this model.</p>"])
     heads, layer = blocks[layer].weights.shape[1], layer % len(blocks)
     parts.append(f"<h3>Each head of stage {stage}, layer {layer}</h3><div class='looks heads'>")
-    parts += [figure(look(stage, layer, head)[0], f"head {head}") for head in range(heads)]
+    parts += [figure(draw_attention(stage, layer, head)[0], f"head {head}") for head in range(heads)]
     return "".join([*parts, "</div>"])
 
 
@@ -352,14 +352,14 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
                 *visible,
             ]
 
-        def draw(
+        def update_figures(
             file: str | None, first: str, second: str, at: tuple, stage: int, layer: int | str, levels: list[int]
         ) -> list:
             """Draw the figures again after a choice."""
             views = views_of(file, first, second)
-            return drawn(views, at, stage, layer, levels) if views else gr.skip()
+            return attention_figures(views, at, stage, layer, levels) if views else gr.skip()
 
-        def drawn(views: list[View], at: tuple, stage: int, layer: int | str, levels: list[int]) -> list:
+        def attention_figures(views: list[View], at: tuple, stage: int, layer: int | str, levels: list[int]) -> list:
             layers = max(len(view.record.stages[stage]) for view in views if stage < len(view.record.stages))
             layer = LAST if layer == LAST or layer >= layers else layer
             number = -1 if layer == LAST else layer
@@ -385,7 +385,7 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
             scale = enlargement((height, width), CLICKED)
             across, down = event.index
             point = min((across + 0.5) / (width * scale), 1), min((down + 0.5) / (height * scale), 1)
-            return [point, *drawn(views, point, stage, layer, levels)]
+            return [point, *attention_figures(views, point, stage, layer, levels)]
 
         def accept_upload(file: str) -> str:
             try:
@@ -406,7 +406,11 @@ def make_page(classifiers: dict[str, Classifier], examples: list[Path]) -> gr.Bl
         # A choice made while an earlier one is drawn is drawn after it.
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
         seen = [file, first, second]
-        drawing = {"fn": draw, "inputs": [*seen, at, stage, layer, levels], "outputs": [picture, layer, *look]} | quick
+        drawing = {
+            "fn": update_figures,
+            "inputs": [*seen, at, stage, layer, levels],
+            "outputs": [picture, layer, *look],
+        } | quick
         if examples:
             page.load(lambda: str(examples[0]), None, file)
         gr.on(

@@ -304,7 +304,7 @@ def draw_confusion(axes, rows: np.ndarray, labels: list[str]) -> None:
     axes.set_title("answers to the pictures of each class (%)", loc="left")
 
 
-def draw(file: Path, classes: list[dict], rows: np.ndarray, labels: list[str], summary: str) -> None:
+def draw_figure(file: Path, classes: list[dict], rows: np.ndarray, labels: list[str], summary: str) -> None:
     """Draw the accuracy of each class, with a confusion matrix for few classes, or the worst and best classes."""
     ordered = sorted(classes, key=lambda row: row["top1"])
     few = len(classes) <= FEW_CLASSES
@@ -333,7 +333,7 @@ def write_report(folder: Path, rows: np.ndarray, results: dict, labels: list[str
         table = csv.DictWriter(file, fieldnames=list(classes[0]))
         table.writeheader()
         table.writerows(classes)
-    draw(folder / "classes.png", classes, rows, labels, summary)
+    draw_figure(folder / "classes.png", classes, rows, labels, summary)
     write_results(folder, results)
 
 

@@ -46,7 +46,7 @@ from common.runs import (
     begin,
     check_training,
     make_loaders,
-    may_begin,
+    needs_training,
     result_settings,
     run_training,
     train_and_keep,
@@ -200,10 +200,10 @@ def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def training_view(
-    size: tuple[int, int], args: argparse.Namespace, resample: int, image: Image.Image, draw: random.Random
+    size: tuple[int, int], args: argparse.Namespace, resample: int, image: Image.Image, rng: random.Random
 ) -> dict:
     """A random crop as uint8 pixels. Augmentation and normalisation follow on the device."""
-    image = random_view(image, size, args.crop_scale, args.flip, resample, draw)
+    image = random_view(image, size, args.crop_scale, args.flip, resample, rng)
     return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
 
 
@@ -274,25 +274,25 @@ def evaluate(
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    say = accelerator.print
+    log = accelerator.print
     fill_defaults(args, RECIPES[args.recipe], args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
     check_options(args, accelerator)
-    if not may_begin(args, accelerator):
+    if not needs_training(args, accelerator):
         return
 
     with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         if args.streaming:
             train_data, validation_data, images, names = read_streams(args)
         else:
-            train_data, validation_data, names = read_data(args, say)
+            train_data, validation_data, names = read_data(args, log)
             images = len(train_data["labels"])
     if not args.streaming and accelerator.is_local_main_process:
-        report_unreadable(args, (train_data, validation_data), say)
+        report_unreadable(args, (train_data, validation_data), log)
 
     set_seed(args.seed)
     with accelerator.local_main_process_first():
-        model, processor = build_model(args, names, say, functools.partial(set_drop_path, args))
+        model, processor = build_model(args, names, log, functools.partial(set_drop_path, args))
     config = model.config
     model = prepare_model(args, model)
 
@@ -326,7 +326,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"({measured['correct']} of {measured['images']})"
         )
 
-    def draw(folder: Path) -> None:
+    def draw_figures(folder: Path) -> None:
         draw_confusion(folder / "confusion.png", answers, [config.id2label[index] for index in range(len(names))])
 
     results = train_and_keep(
@@ -336,11 +336,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         merit=lambda entry: (entry["accuracy"], -entry["loss"]),
         describe=describe,
         processor=processor,
-        draw=draw,
+        draw_figures=draw_figures,
         card=functools.partial(classification_card, config.model_type),
     )
     best = results["best"]
-    say(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
+    log(f"Best: epoch {best['epoch']}, validation accuracy {best['accuracy']:.4f}. The model is in {args.output}.")
     upload(args, accelerator)
 
 

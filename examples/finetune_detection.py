@@ -40,7 +40,7 @@ from common.runs import (
     begin,
     check_training,
     make_loaders,
-    may_begin,
+    needs_training,
     result_settings,
     run_training,
     train_and_keep,
@@ -127,25 +127,25 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    say = accelerator.print
+    log = accelerator.print
     refuse_sharding(accelerator, NEEDS_WHOLE_MODEL)
     fill_defaults(args, DETECTION, args.batch_size * args.accumulate * accelerator.num_processes)
     if args.backbone_rate is None:
         args.backbone_rate = 0.1 if args.model else 1.0
     check_training(args)
-    if not may_begin(args, accelerator):
+    if not needs_training(args, accelerator):
         return
 
     with accelerator.local_main_process_first():  # the other processes use its downloaded files
         masks = finds_masks(args)
-        train_data, validation_data, names = read_objects(args, say, masks)
+        train_data, validation_data, names = read_objects(args, log, masks)
     if accelerator.is_local_main_process:
-        report_unreadable(args, (train_data, validation_data), say)
+        report_unreadable(args, (train_data, validation_data), log)
     images = len(train_data["labels"])
 
     set_seed(args.seed)
     with accelerator.local_main_process_first():
-        model, processor = build_detector(args, names, say)
+        model, processor = build_detector(args, names, log)
     config, inputs = model.config, inputs_of(model)
     apply_speed_options(args, model)
 
@@ -188,7 +188,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measured = average_precision(truth, predictions, config.id2label, "segm")
         return measured | {name: boxes[key] for name, key in BOX_METRICS.items()}
 
-    def draw(folder: Path) -> None:
+    def draw_figures(folder: Path) -> None:
         draw_detections(folder / "detections.png", validation_data, args.image_column, predictions, config.id2label)
 
     results = train_and_keep(
@@ -198,11 +198,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         merit=lambda entry: (entry["ap"] or 0, entry["ap50"] or 0),
         describe=lambda measured: f"AP {measured['ap'] or 0:.4f}  AP50 {measured['ap50'] or 0:.4f}",
         processor=processor,
-        draw=draw,
+        draw_figures=draw_figures,
         card=functools.partial(detection_card, config.model_type),
     )
     best = results["best"]
-    say(
+    log(
         f"Best: epoch {best['epoch']}, AP {best['ap'] or 0:.4f}, AP50 {best['ap50'] or 0:.4f}. "
         f"The model is in {args.output}."
     )

@@ -39,7 +39,7 @@ from common.recipe import default_help_of, fill_defaults, linear_schedule
 from common.runs import (
     begin,
     check_training,
-    may_begin,
+    needs_training,
     result_settings,
     run_training,
     train_and_keep,
@@ -338,27 +338,27 @@ def measure_finished(args: argparse.Namespace, accelerator: Accelerator) -> None
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    say = accelerator.print
+    log = accelerator.print
     check_options(args, accelerator)
     if args.evaluate_only:
         return measure_finished(args, accelerator)
     warmup = {"warmup_epochs": (args.epochs or SEGMENTATION["epochs"]) * WARMUP}
     fill_defaults(args, SEGMENTATION | warmup, args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
-    if not may_begin(args, accelerator):
+    if not needs_training(args, accelerator):
         return None
 
     with accelerator.local_main_process_first():  # the other processes use its downloaded files
         splits, names = read_pairs(args)
-        train_rows, validation_rows = choose_splits(args, splits, say)
+        train_rows, validation_rows = choose_splits(args, splits, log)
     if accelerator.is_local_main_process:
         for rows in (train_rows, validation_rows):
-            check_scenes(args, rows, names, say, show=True)
+            check_scenes(args, rows, names, log, show=True)
 
     set_seed(args.seed)
     with accelerator.local_main_process_first():
-        model = build_segmenter(args, names, say)
-        processor = segmentation_processor(args, say)
+        model = build_segmenter(args, names, log)
+        processor = segmentation_processor(args, log)
     freeze_unused_parameters(model, args.crop_size)
     if (
         accelerator.num_processes > 1 and accelerator.device.type != "cpu"
@@ -384,7 +384,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measured, shown = evaluate(args, accelerator, model, loader, names)
         return measured
 
-    def draw(folder: Path) -> None:
+    def draw_figures(folder: Path) -> None:
         draw_scenes(folder / "predictions.png", shown, processor, names)
 
     results = train_and_keep(
@@ -394,11 +394,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         merit=lambda entry: (entry["mean_iou"], -entry["loss"]),
         describe=describe,
         processor=processor,
-        draw=draw,
+        draw_figures=draw_figures,
         card=functools.partial(segmentation_card, backbone),
     )
     best = results["best"]
-    say(f"Best: epoch {best['epoch']}, mean IoU {best['mean_iou']:.4f}. The model is in {args.output}.")
+    log(f"Best: epoch {best['epoch']}, mean IoU {best['mean_iou']:.4f}. The model is in {args.output}.")
     return upload(args, accelerator)
 
 

@@ -53,7 +53,7 @@ def compose(
     scans: bool,
     photographs: list[np.ndarray],
     digits: list[tuple[np.ndarray, int]],
-    draw: np.random.Generator,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """One scene.
 
@@ -61,17 +61,17 @@ def compose(
         Its pixels (size, size, 3); for each pixel the digit in front, counted from 1, or 0 (size, size); and the
         digits' values in that order.
     """
-    photograph = photographs[draw.integers(len(photographs))]
-    top, left = (draw.integers(side - size + 1) for side in photograph.shape[:2])
+    photograph = photographs[rng.integers(len(photographs))]
+    top, left = (rng.integers(side - size + 1) for side in photograph.shape[:2])
     pixels = photograph[top : top + size, left : left + size].astype(float)
     front = np.zeros((size, size), int)
     areas, values = [], []
-    for choice in draw.choice(len(digits), draw.integers(1, 6), replace=False):
+    for choice in rng.choice(len(digits), rng.integers(1, 6), replace=False):
         image, value = digits[choice]
-        side = round(size * draw.uniform(0.2, 0.4))
+        side = round(size * rng.uniform(0.2, 0.4))
         ink = Image.fromarray((image / 16).astype("float32")).resize((side, side), Image.Resampling.BICUBIC)
         ink = np.asarray(ink).clip(0, 1)
-        place = tuple(slice(start, start + side) for start in draw.integers(size - side + 1, size=2))
+        place = tuple(slice(start, start + side) for start in rng.integers(size - side + 1, size=2))
         after = front.copy()
         after[place][scans | (ink > 0.5)] = len(values) + 1
         if any((after == number).sum() < VISIBLE * area for number, area in enumerate(areas, 1)):
@@ -81,7 +81,7 @@ def compose(
         else:
             # Bright ink on a dark background and the other way round: a digit's colour says nothing of its value.
             bright = pixels[place].mean() < 128
-            colour = draw.uniform(170, 255, 3) if bright else draw.uniform(0, 85, 3)
+            colour = rng.uniform(170, 255, 3) if bright else rng.uniform(0, 85, 3)
             pixels[place] += np.minimum(2 * ink, 1)[..., None] * (colour - pixels[place])
         front = after
         areas.append((front == len(values) + 1).sum())
@@ -97,14 +97,14 @@ def write_split(
     scans: bool,
     photographs: list[np.ndarray],
     digits: list[tuple[np.ndarray, int]],
-    draw: np.random.Generator,
+    rng: np.random.Generator,
 ) -> None:
     classes = folder / "annotations" / split
     for place in (folder / split, classes):
         place.mkdir(parents=True)
     images, annotations = [], []
     for number in tqdm(range(scenes), desc=split, unit="scene"):
-        pixels, front, values = compose(size, scans, photographs, digits, draw)
+        pixels, front, values = compose(size, scans, photographs, digits, rng)
         name = f"{number:05}.png"
         Image.fromarray(pixels).save(folder / split / name)
         Image.fromarray(np.array([0, *(value + 1 for value in values)], "uint8")[front]).save(classes / name)

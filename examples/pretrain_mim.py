@@ -38,7 +38,7 @@ from common.runs import (
     begin,
     check_training,
     make_loaders,
-    may_begin,
+    needs_training,
     result_settings,
     run_training,
     train_and_keep,
@@ -137,14 +137,14 @@ def check_masks(args: argparse.Namespace, config: PreTrainedConfig, height: int,
 
 
 def with_mask(
-    args: argparse.Namespace, patch: int, view: Callable, image: Image.Image, draw: random.Random
+    args: argparse.Namespace, patch: int, view: Callable, image: Image.Image, rng: random.Random
 ) -> dict[str, torch.Tensor]:
-    """A view of the image, and the mask of its hidden patches. Both are drawn from `draw`."""
-    inputs = view(image, draw)
+    """A view of the image, and the mask of its hidden patches. Both are drawn from `rng`."""
+    inputs = view(image, rng)
     height, width = inputs["pixel_values"].shape[-2:]
     hidden, squares = hidden_squares(args, height, width)
     mask = torch.zeros(squares, dtype=torch.bool)
-    mask[draw.sample(range(squares), hidden)] = True
+    mask[rng.sample(range(squares), hidden)] = True
     mask, repeats = mask.view(height // args.mask_patch, -1), args.mask_patch // patch
     return inputs | {"bool_masked_pos": mask.repeat_interleave(repeats, 0).repeat_interleave(repeats, 1).flatten()}
 
@@ -157,9 +157,9 @@ def training_view(
     size: tuple[int, int],
     processor: BitImageProcessorPil,
     image: Image.Image,
-    draw: random.Random,
+    rng: random.Random,
 ) -> dict[str, torch.Tensor]:
-    image = random_view(image, size, args.crop_scale, args.flip, processor.resample, draw)
+    image = random_view(image, size, args.crop_scale, args.flip, processor.resample, rng)
     pixels = processor(image, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
     return {"pixel_values": pixels[0]}
 
@@ -205,18 +205,18 @@ def set_stride(config: PreTrainedConfig) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    say = accelerator.print
+    log = accelerator.print
     fill_defaults(args, PRE_TRAINING, args.batch_size * args.accumulate * accelerator.num_processes)
     check_training(args)
-    if not may_begin(args, accelerator):
+    if not needs_training(args, accelerator):
         return
 
     set_seed(args.seed)
     with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, _ = load_model(
-            *(args, AutoModelForMaskedImageModeling, "a model for masked images", ("decoder.",)), say, set_stride
+            *(args, AutoModelForMaskedImageModeling, "a model for masked images", ("decoder.",)), log, set_stride
         )
-        processor = load_processor(args, model.config, say)
+        processor = load_processor(args, model.config, log)
     config, size = model.config, input_size(model.config)
     views = [
         functools.partial(with_mask, args, config.patch_size, view)
@@ -233,13 +233,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if args.streaming:
             train_data, validation_data, images, _ = read_streams(args)
         else:
-            train_data, validation_data, _ = read_data(args, say)
+            train_data, validation_data, _ = read_data(args, log)
             images = len(train_data["labels"])
     if args.streaming:
         keys, validation_keys, fetchers = train_data.epoch, validation_data.once, [unlabelled] * 2
     else:
         if accelerator.is_local_main_process:
-            report_unreadable(args, (train_data, validation_data), say)
+            report_unreadable(args, (train_data, validation_data), log)
         keys = shuffled(images, args.seed)
         # A fixed order, but not that of the folders, so that the first images, which are drawn, are of all kinds.
         validation_keys = functools.partial(shuffled(len(validation_data["labels"]), 0), 0)
@@ -263,7 +263,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         measured, shown = evaluate(accelerator, model, validation_loader)
         return measured
 
-    def draw(folder: Path) -> None:
+    def draw_figures(folder: Path) -> None:
         rows = {"picture": [], "shown": [], "filled in": [], "reconstructed": []}
         for pixels, mask, reconstruction in shown:
             mask = mask.view(pixels.shape[1] // config.patch_size, -1).repeat_interleave(config.patch_size, 0)
@@ -287,12 +287,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         merit=lambda entry: -entry["loss"],
         describe=lambda measured: f"validation loss {measured['loss']:.4f}",
         processor=processor,
-        draw=draw,
+        draw_figures=draw_figures,
         card=functools.partial(pretraining_card, config.model_type),
         draw_all=True,
     )
     best = results["best"]
-    say(
+    log(
         f"Best: epoch {best['epoch']}, validation loss {best['loss']:.4f}. The model is in {args.output}; start "
         f"finetune.py from it with --model {args.output}."
     )

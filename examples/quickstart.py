@@ -86,7 +86,7 @@ def train(folder: Path) -> None:
         sys.exit("error: the training failed; its own message is above.")
 
 
-def draw(file: Path, rows: list[dict], history: list[dict], summary: str) -> None:
+def draw_figure(file: Path, rows: list[dict], history: list[dict], summary: str) -> None:
     """Draw test pictures with the predictions of the model, and its learning curves."""
     figure = plt.figure(figsize=(12, 7.6), facecolor="white")
     outer = figure.add_gridspec(
@@ -169,7 +169,7 @@ def main() -> None:
     result = {"accuracy": accuracy, "correct": correct, "images": len(rows), "seconds": round(seconds, 1)}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     history = json.loads((folder / "model" / "results.json").read_text())["history"]
-    draw(
+    draw_figure(
         folder / "predictions.png",
         rows,
         history,

@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def look(args: argparse.Namespace) -> None:
+def visualize(args: argparse.Namespace) -> None:
     model, processor = load_focal(args.model)
     try:
         image = load_picture({"path": str(args.image), "bytes": None})
@@ -144,6 +144,6 @@ if __name__ == "__main__":
     args = parse_arguments()
     logging.disable_progress_bar()
     try:
-        look(args)
+        visualize(args)
     except Problem as problem:
         sys.exit(f"error: {problem}")

@@ -188,7 +188,7 @@ def read_rows(
 
 
 def read_objects(
-    args: argparse.Namespace, say: Callable[[str], None], masks: bool = False
+    args: argparse.Namespace, log: Callable[[str], None], masks: bool = False
 ) -> tuple[dict, dict, list[str]]:
     """The training data, the validation data, and the names of the classes in order.
 
@@ -215,8 +215,8 @@ def read_objects(
         )
     rows, images, names = read(args.train_split)
     if args.validation_split in splits:
-        held_rows, held, held_names = read(args.validation_split)
-        unknown = [name for name in held_names if name not in names]
+        held_out_rows, held_out, held_out_names = read(args.validation_split)
+        unknown = [name for name in held_out_names if name not in names]
         if unknown:
             raise Problem(
                 f"The {args.validation_split} split has classes that are missing in the {args.train_split} split: "
@@ -224,13 +224,13 @@ def read_objects(
             )
     else:
         others = [split for split in splits if split != args.train_split]
-        train, valid = hold_out_rows(args, [""] * len(images), others, say)
-        held_rows, held = select_rows(rows, valid), [images[row] for row in valid]
+        train, valid = hold_out_rows(args, [""] * len(images), others, log)
+        held_out_rows, held_out = select_rows(rows, valid), [images[row] for row in valid]
         rows, images = select_rows(rows, train), [images[row] for row in train]
-    report_objects(images, say)
+    report_objects(images, log)
     if not any(image["name"] for image in images):
         raise Problem(f"--data {args.data} has no objects to train on.")
-    return {"rows": rows, "labels": images}, {"rows": held_rows, "labels": held}, names
+    return {"rows": rows, "labels": images}, {"rows": held_out_rows, "labels": held_out}, names
 
 
 def clipped_boxes(image: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +242,7 @@ def clipped_boxes(image: dict) -> tuple[np.ndarray, np.ndarray]:
     return clipped, kept & (np.asarray(areas(image["masks"])) > 0) if "masks" in image else kept
 
 
-def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
+def report_objects(images: list[dict], log: Callable[[str], None]) -> None:
     """Print how many annotations are changed or left out in training."""
     clipped = empty = 0
     crowds = sum(sum(image["iscrowd"]) for image in images)
@@ -260,7 +260,7 @@ def report_objects(images: list[dict], say: Callable[[str], None]) -> None:
         (without, "image(s) have no objects: used as background"),
     ):
         if count:
-            say(f"Training data: {count} {what}.")
+            log(f"Training data: {count} {what}.")
 
 
 def run_lengths(segmentation: object, size: tuple[int, int], where: str) -> dict:

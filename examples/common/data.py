@@ -149,7 +149,7 @@ def check_columns(
 
 
 def labelled_rows(
-    args: argparse.Namespace, split: str, rows: datasets.Dataset, say: Callable[[str], None]
+    args: argparse.Namespace, split: str, rows: datasets.Dataset, log: Callable[[str], None]
 ) -> tuple[datasets.Dataset, list[str]]:
     """The rows that have a label, and their classes as text. Without a label column, the class of every row is ""."""
     if args.label_column is None:
@@ -164,7 +164,7 @@ def labelled_rows(
         return rows, labels
     if args.strict:
         raise Problem(f"Row {without[0]} of the {split} split has no label. Add or remove it, or leave out --strict.")
-    say(f"Skipping rows of the {split} split that have no label ({len(without)}): {format_names(map(str, without))}")
+    log(f"Skipping rows of the {split} split that have no label ({len(without)}): {format_names(map(str, without))}")
     kept = [row for row, label in enumerate(labels) if label is not None]
     return select_rows(rows, kept), [labels[row] for row in kept]
 
@@ -190,22 +190,22 @@ def read_names(file: Path, option: str = "") -> list[str]:
 
 
 def hold_out_rows(
-    args: argparse.Namespace, labels: list[str], others: Iterable[str], say: Callable[[str], None]
+    args: argparse.Namespace, labels: list[str], others: Iterable[str], log: Callable[[str], None]
 ) -> tuple[list[int], list[int]]:
     """Divide the rows of the training split into training and validation rows, and print a line about it.
 
     `others` are the names of splits that are not used.
     """
-    rows, held = hold_out(labels, args.validation_fraction, args.seed)
-    if not held or not rows:
+    rows, held_out = hold_out(labels, args.validation_fraction, args.seed)
+    if not held_out or not rows:
         raise Problem(f"--data {args.data} has too few images to hold some out for validation: add a validation split.")
     of_what = "each class" if len(set(labels)) > 1 else "all"
     not_used = f" Not used: {', '.join(others)} (see --validation-split)." if others else ""
-    say(
-        f"No split called {args.validation_split}: holding out {len(held)} of {len(labels)} training images, "
+    log(
+        f"No split called {args.validation_split}: holding out {len(held_out)} of {len(labels)} training images, "
         f"{args.validation_fraction:.0%} of {of_what} (seed {args.seed}).{not_used}"
     )
-    return rows, held
+    return rows, held_out
 
 
 def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -213,14 +213,14 @@ def hold_out(labels: list[str], share: float, seed: int) -> tuple[list[int], lis
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
-    train, held = [], []
+    train, held_out = [], []
     shuffle = random.Random(seed).shuffle
     for _, members in sorted(rows.items()):
         shuffle(members)
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        held += members[:count]
+        held_out += members[:count]
         train += members[count:]
-    return sorted(train), sorted(held)
+    return sorted(train), sorted(held_out)
 
 
 def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
@@ -233,22 +233,22 @@ def unreadable_pictures(split: datasets.Dataset, column: str) -> Iterator[str]:
                 yield cell["path"]
 
 
-def skip_unreadable(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> None:
+def skip_unreadable(args: argparse.Namespace, names: list[str], log: Callable[[str], None]) -> None:
     """Print the names of unreadable images, or raise an error with --strict."""
     if names and args.strict:
         raise not_readable(names[0])
     if names:
-        say(f"Skipping {len(names)} image{'s' * (len(names) > 1)} that cannot be read: {format_names(names)}")
+        log(f"Skipping {len(names)} image{'s' * (len(names) > 1)} that cannot be read: {format_names(names)}")
 
 
-def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], say: Callable[[str], None]) -> None:
+def report_unreadable(args: argparse.Namespace, parts: Iterable[dict], log: Callable[[str], None]) -> None:
     """Report the unreadable images of a local folder before training."""
     if Path(args.data).expanduser().is_dir():
         for data in parts:
-            skip_unreadable(args, [*unreadable_pictures(data["rows"], args.image_column)], say)
+            skip_unreadable(args, [*unreadable_pictures(data["rows"], args.image_column)], log)
 
 
-def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
+def read_data(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[dict, dict, list[str]]:
     """The training rows and labels, the validation rows and labels, and the names of the classes in order.
 
     If `args.label_column` is None, all images have the same class.
@@ -257,7 +257,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
     if "train" not in splits:
         raise Problem(f"--data {args.data} has no split called train, only {', '.join(splits)}.")
     check_columns(args, splits["train"].features, others=("label",))
-    train, labels = labelled_rows(args, "train", splits["train"], say)
+    train, labels = labelled_rows(args, "train", splits["train"], log)
     feature = train.features.get(args.label_column)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(labels))
     if not labels:
@@ -272,7 +272,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
 
     if args.validation_split in splits:
         check_columns(args, splits[args.validation_split].features, others=("label",))
-        validation, validation_labels = labelled_rows(args, args.validation_split, splits[args.validation_split], say)
+        validation, validation_labels = labelled_rows(args, args.validation_split, splits[args.validation_split], log)
         unknown = sorted(set(validation_labels) - set(labels))
         if unknown:
             raise Problem(
@@ -280,8 +280,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dic
                 " Use the same names in both splits, or remove these classes."
             )
     else:
-        rows, held = hold_out_rows(args, labels, [split for split in splits if split != "train"], say)
-        validation, validation_labels = select_rows(train, held), [labels[row] for row in held]
+        rows, held_out = hold_out_rows(args, labels, [split for split in splits if split != "train"], log)
+        validation, validation_labels = select_rows(train, held_out), [labels[row] for row in held_out]
         train, labels = select_rows(train, rows), [labels[row] for row in rows]
     return {"rows": train, "labels": labels}, {"rows": validation, "labels": validation_labels}, names
 
@@ -303,6 +303,6 @@ def random_view(
     return ImageOps.mirror(image) if flip and random.random() < 0.5 else image
 
 
-def central_view(processor: BitImageProcessorPil, image: Image.Image, draw: random.Random | None = None) -> dict:
+def central_view(processor: BitImageProcessorPil, image: Image.Image, rng: random.Random | None = None) -> dict:
     """The output of the image processor, as in evaluation."""
     return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}

@@ -73,7 +73,7 @@ def read_config(args: argparse.Namespace) -> PreTrainedConfig:
 
 @errors_only()
 def build_on_backbone(
-    args: argparse.Namespace, kind: type, config: PreTrainedConfig, say: Callable[[str], None]
+    args: argparse.Namespace, kind: type, config: PreTrainedConfig, log: Callable[[str], None]
 ) -> PreTrainedModel:
     """A model with a new head, whose backbone has the weights of the checkpoint --model, if there is one.
 
@@ -95,9 +95,9 @@ def build_on_backbone(
         config.out_features = new_backbone.config.out_features
 
     # A backbone has a norm for each feature map. Checkpoints of other models do not have these norms.
-    backbone, _ = load_model(args, type(new_backbone), "a backbone", ("hidden_states_norms.",), say, set_maps)
+    backbone, _ = load_model(args, type(new_backbone), "a backbone", ("hidden_states_norms.",), log, set_maps)
     new_backbone.load_state_dict(backbone.state_dict())
-    say(f"{args.model} is the backbone. The head ({config.model_type}) is new, for the classes of the data.")
+    log(f"{args.model} is the backbone. The head ({config.model_type}) is new, for the classes of the data.")
     return model
 
 
@@ -165,7 +165,7 @@ def reset_batch_norms(model: PreTrainedModel) -> None:
 
 
 def build_detector(
-    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+    args: argparse.Namespace, names: list[str], log: Callable[[str], None]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The detector, with the classes of the data as its id2label, and its image processor."""
     config, backbone = detector_config(args)
@@ -175,19 +175,19 @@ def build_detector(
             raise ValueError(f"{config.model_type} is no detector")
         if not args.model or set(config.id2label.values()) != set(names):
             if args.model:
-                say(f"{args.model} has other classes: class layers whose size differs are newly initialized.")
+                log(f"{args.model} has other classes: class layers whose size differs are newly initialized.")
             config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
 
     if backbone is None:
-        model, _ = load_model(args, kind_of(config), "a detector", (), say, set_labels)
+        model, _ = load_model(args, kind_of(config), "a detector", (), log, set_labels)
         if args.config:
             reset_batch_norms(model)
     else:
         add_backbone(args, config, backbone)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in config.id2label.items()}
-        model = build_on_backbone(args, kind_of(config), config, say)
+        model = build_on_backbone(args, kind_of(config), config, log)
 
     processor = None
     if args.model and backbone is None:
@@ -220,7 +220,7 @@ def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ("pixel_values", "pixel_mask") if name in known)
 
 
-def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[str], None]) -> PreTrainedModel:
+def build_segmenter(args: argparse.Namespace, names: list[str], log: Callable[[str], None]) -> PreTrainedModel:
     """Build UperNet for these classes from --config or --model.
 
     The weights of a checkpoint for another task go into the backbone, and both heads are newly initialized.
@@ -246,9 +246,9 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
     heads = ("decode_head.classifier", "auxiliary_head.classifier")
     if isinstance(config, UperNetConfig):
         what = "a segmentation model"
-        model, loading = load_model(args, AutoModelForSemanticSegmentation, what, heads, say, set_labels)
+        model, loading = load_model(args, AutoModelForSemanticSegmentation, what, heads, log, set_labels)
         if args.model and not same_labels:
-            say(f"{source} has other classes: new classifiers for the data's {len(names)} classes.")
+            log(f"{source} has other classes: new classifiers for the data's {len(names)} classes.")
             if not loading["mismatched_keys"]:  # the same number of classes, but other names
                 for name, module in model.named_modules():
                     if name in heads:
@@ -263,7 +263,7 @@ def build_segmenter(args: argparse.Namespace, names: list[str], say: Callable[[s
     settings |= {"hidden_size": args.head_channels, "auxiliary_channels": args.head_channels // 2}
     config = UperNetConfig(backbone_config=config, **settings)
     set_labels(config)
-    return build_on_backbone(args, AutoModelForSemanticSegmentation, config, say)
+    return build_on_backbone(args, AutoModelForSemanticSegmentation, config, log)
 
 
 def freeze_unused_parameters(model: PreTrainedModel, side: int) -> None:
@@ -278,7 +278,7 @@ def freeze_unused_parameters(model: PreTrainedModel, side: int) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
-def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None]) -> BaseImageProcessor:
+def segmentation_processor(args: argparse.Namespace, log: Callable[[str], None]) -> BaseImageProcessor:
     """The image processor for whole images, with the mean and standard deviation of the checkpoint or of ImageNet."""
     statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if args.model:
@@ -287,7 +287,7 @@ def segmentation_processor(args: argparse.Namespace, say: Callable[[str], None])
             names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
             statistics = {name: getattr(known, name) for name in names}
         except OSError:
-            say(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
+            log(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
     # Segformer's processor does the same, but requires torchvision in transformers 5.18.
     processor = BeitImageProcessorPil(
         **statistics,

@@ -28,7 +28,7 @@ def picture(cell: dict, size: tuple[int, int]) -> Image.Image:
 
 
 def random_part(
-    image: Image.Image, boxes: np.ndarray, masks: np.ndarray | None, args: argparse.Namespace, draw: random.Random
+    image: Image.Image, boxes: np.ndarray, masks: np.ndarray | None, args: argparse.Namespace, rng: random.Random
 ) -> tuple[Image.Image, np.ndarray, np.ndarray | None, np.ndarray]:
     """Crop and mirror, each with probability 1/2. Returns image, boxes, masks, and which objects are kept."""
 
@@ -36,18 +36,18 @@ def random_part(
         return (boxes[:, 2:] - boxes[:, :2]).prod(1) if masks is None else masks.sum((1, 2))
 
     left_over = np.ones(len(boxes), bool)
-    if args.crop_scale < 1 and draw.random() < 0.5:
-        area = image.width * image.height * draw.uniform(args.crop_scale, 1)
-        ratio = image.width / image.height * math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+    if args.crop_scale < 1 and rng.random() < 0.5:
+        area = image.width * image.height * rng.uniform(args.crop_scale, 1)
+        ratio = image.width / image.height * math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         width = min(image.width, max(1, round(math.sqrt(area * ratio))))
         height = min(image.height, max(1, round(math.sqrt(area / ratio))))
-        left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         image = image.crop((left, top, left + width, top + height))
         before = extent()
         boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([width, height, width, height]))
         masks = None if masks is None else masks[:, top : top + height, left : left + width]
         left_over = extent() >= SMALLEST_SHARE * before
-    if args.flip and draw.random() < 0.5:
+    if args.flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
         boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
         masks = None if masks is None else masks[..., ::-1]
@@ -75,16 +75,16 @@ class View:
     ):
         self.processor, self.label2id, self.sizes, self.args = processor, label2id, sizes, args
 
-    def __call__(self, image: Image.Image, target: dict, draw: random.Random) -> dict:
+    def __call__(self, image: Image.Image, target: dict, rng: random.Random) -> dict:
         boxes, kept = clipped_boxes(target)
         classes = np.asarray([self.label2id[name] for name in target["name"]], np.int64)
         boxes, classes = boxes[kept], classes[kept]
         masks = decode(target["masks"], target["size"])[kept] if "masks" in target else None
         if self.args:
-            image, boxes, masks, kept = random_part(image, boxes, masks, self.args, draw)
+            image, boxes, masks, kept = random_part(image, boxes, masks, self.args, rng)
             boxes, classes = boxes[kept], classes[kept]
             masks = None if masks is None else masks[kept]
-        pixels = self.processor(image, size=draw.choice(self.sizes), do_pad=False, return_tensors="pt")["pixel_values"]
+        pixels = self.processor(image, size=rng.choice(self.sizes), do_pad=False, return_tensors="pt")["pixel_values"]
         if masks is not None:
             masks = resize(masks, *pixels.shape[-2:])
             kept = masks.any((1, 2))  # resizing may remove all pixels of a small mask
@@ -115,7 +115,7 @@ class ObjectImages(Images):
 
     def __getitem__(self, item: Item) -> dict:
         cell, target = self.fetch(item.key)
-        draw, broken = random.Random(item.seed), None
+        rng, broken = random.Random(item.seed), None
         try:
             image = picture(cell, target["size"])
         except Exception as error:  # damaged bytes may raise any error
@@ -125,7 +125,7 @@ class ObjectImages(Images):
             target = {"size": image.size} | {name: [] for name in lists if name in target}
         index = item.key if item.counts and not broken else -1
         size = torch.tensor([image.height, image.width])
-        return self.view(image, target, draw) | {"size": size, "index": index, "broken": broken}
+        return self.view(image, target, rng) | {"size": size, "index": index, "broken": broken}
 
     def collate(self, samples: list[dict]) -> dict:
         """A batch of images and masks, padded at the right and bottom, with boxes relative to the padded size.

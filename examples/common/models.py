@@ -49,7 +49,7 @@ def load_model(
     kind: type,
     what: str,
     head: tuple[str, ...],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     adjust: Callable[[PreTrainedConfig], None],
 ) -> tuple[PreTrainedModel, dict]:
     """The model of `--config` or `--model`, and transformers' loading info.
@@ -89,7 +89,7 @@ def load_model(
         (loading.get("unexpected_keys", ()), "has weights that the model does not use"),
     ):
         if names:
-            say(f"{source} {said}: {format_names(sorted(names))}.")
+            log(f"{source} {said}: {format_names(sorted(names))}.")
     return model, loading
 
 
@@ -98,20 +98,20 @@ def stored_processor(name: str) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(name, backend="pil")
 
 
-def load_processor(args: argparse.Namespace, config: PreTrainedConfig, say: Callable) -> BitImageProcessorPil:
+def load_processor(args: argparse.Namespace, config: PreTrainedConfig, log: Callable) -> BitImageProcessorPil:
     """The image processor of the checkpoint, or a default one for the config."""
     if args.model:
         try:
             return stored_processor(args.model)
         except OSError:
-            say(f"{args.model} has no image processor: using ImageNet's mean and std, and --crop {args.crop}.")
+            log(f"{args.model} has no image processor: using ImageNet's mean and std, and --crop {args.crop}.")
     return default_processor(config, args.crop)
 
 
 def build_model(
     args: argparse.Namespace,
     names: list[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     adjust: Callable[[PreTrainedConfig], None] = lambda config: None,
 ) -> tuple[PreTrainedModel, BitImageProcessorPil]:
     """The classifier, with the classes of the data as its id2label, and its image processor.
@@ -129,22 +129,22 @@ def build_model(
         adjust(config)
 
     model, loading = load_model(
-        *(args, AutoModelForImageClassification, "an image classifier", ("classifier.",)), say, set_labels
+        *(args, AutoModelForImageClassification, "an image classifier", ("classifier.",)), log, set_labels
     )
     if args.model:
         if any(name.startswith("classifier.") for name in loading["missing_keys"]):  # a checkpoint for another task
-            say(f"{args.model} has no classifier: one is newly initialized for the {len(names)} classes of the data.")
+            log(f"{args.model} has no classifier: one is newly initialized for the {len(names)} classes of the data.")
         elif not same_labels:
             if not any(name.startswith("classifier.") for name, *_ in loading["mismatched_keys"]):  # as many classes
                 for layer in model.classifier.modules():
                     if isinstance(layer, torch.nn.Linear):
                         torch.nn.init.trunc_normal_(layer.weight, std=0.02)
                         torch.nn.init.zeros_(layer.bias)
-            say(
+            log(
                 f"{args.model} has other classes: its classifier is newly initialized for the {len(names)} classes of "
                 "the data."
             )
-    return model, load_processor(args, model.config, say)
+    return model, load_processor(args, model.config, log)
 
 
 def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -59,7 +59,7 @@ def check_training(args: argparse.Namespace) -> None:
             raise Problem(f"--report-to {tracker}: that tracker is not installed here. Install it, or name another.")
 
 
-def may_begin(args: argparse.Namespace, accelerator: Accelerator) -> bool:
+def needs_training(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     """Whether there is something left to train. Raises an error if the results cannot be saved."""
     if not keeps_states(accelerator) and (args.resume or args.save_every):
         raise Problem(
@@ -197,7 +197,7 @@ def train_and_keep(
     merit: Callable,
     describe: Callable,
     processor: BaseImageProcessor,
-    draw: Callable[[Path], None],
+    draw_figures: Callable[[Path], None],
     card: Callable[[dict], Card],
     *,
     draw_all: bool = False,
@@ -207,18 +207,18 @@ def train_and_keep(
     Args:
         loss_function, measure, merit, describe: as in [`Training.run`].
         processor: the image processor that is saved with the model.
-        draw: called by the main process with a folder, to save figures about the latest measures.
+        draw_figures: called by the main process with a folder, to save figures about the latest measures.
         card: given the measures, the content of the model card.
         draw_all: draw after each epoch, not only after an epoch with the best model so far.
 
     Returns:
         The results.
     """
-    seen = False
+    measured = False
 
-    def see(model: torch.nn.Module) -> dict:
-        nonlocal seen
-        seen = True
+    def tracked_measure(model: torch.nn.Module) -> dict:
+        nonlocal measured
+        measured = True
         return measure(model)
 
     def write(folder: Path, results: dict) -> None:
@@ -231,7 +231,7 @@ def train_and_keep(
 
         def add(folder: Path) -> None:
             draw_curves(folder / "curves.png", results["history"])
-            draw(folder)
+            draw_figures(folder)
             entry = results["history"][-1]
             write_card(folder, card(entry), args, training.checkpoints.settings, entry)
             if adapted:
@@ -244,13 +244,13 @@ def train_and_keep(
             write(args.output, results)
         elif accelerator.is_main_process:
             if draw_all:
-                draw(args.output)
+                draw_figures(args.output)
             write_results(args.output, results)
         training.report_new_unreadable()
 
-    training.run(loss_function, see, merit, describe, save)
+    training.run(loss_function, tracked_measure, merit, describe, save)
     results = json.loads((args.output / "results.json").read_text())
-    if not seen:  # all epochs were finished before this process started, and the figures need the measures
+    if not measured:  # all epochs were finished before this process started, and the figures need the measures
         measure(training.trained)
     write(args.output / "last", results)
     if accelerator.is_main_process:

@@ -76,7 +76,7 @@ def read_pairs(args: argparse.Namespace) -> tuple[dict[str, datasets.Dataset], l
 
 
 def choose_splits(
-    args: argparse.Namespace, splits: dict[str, datasets.Dataset], say: Callable[[str], None]
+    args: argparse.Namespace, splits: dict[str, datasets.Dataset], log: Callable[[str], None]
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows to train on and to validate on."""
     if "train" not in splits:
@@ -85,8 +85,8 @@ def choose_splits(
     if args.validation_split in splits:
         return train, splits[args.validation_split]
     others = [split for split in splits if split != "train"]
-    rows, held = hold_out_rows(args, [""] * len(train), others, say)
-    return select_rows(train, rows), select_rows(train, held)
+    rows, held_out = hold_out_rows(args, [""] * len(train), others, log)
+    return select_rows(train, rows), select_rows(train, held_out)
 
 
 def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
@@ -104,12 +104,12 @@ def load_map(cell: dict, reduce_labels: bool) -> np.ndarray:
     return np.where(classes == NO_CLASS, classes, classes - 1) if reduce_labels else classes
 
 
-def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[str], say: Callable, show: bool) -> None:
+def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[str], log: Callable, show: bool) -> None:
     """Raise an error before training if a map is unreadable, or has another size or an unknown class."""
-    scenes = Scenes(rows, args, lambda image, classes, draw: {"image": image, "map": classes})
+    scenes = Scenes(rows, args, lambda image, classes, rng: {"image": image, "map": classes})
     unreadable = []
 
-    def wrong(row: int) -> str | None:
+    def find_problem(row: int) -> str | None:
         name = with_path(rows[row][args.map_column], f"The map of row {row}")["path"]
         try:
             scene = scenes[Item(row)]
@@ -132,12 +132,12 @@ def check_scenes(args: argparse.Namespace, rows: datasets.Dataset, names: list[s
         return None
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(wrong, range(len(rows)))
+        found = pool.map(find_problem, range(len(rows)))
         for problem in tqdm(found, desc="checking maps", total=len(rows), unit="map", leave=False, disable=not show):
             if problem:
                 pool.shutdown(cancel_futures=True)
                 raise Problem(problem)
-    skip_unreadable(args, sorted(unreadable), say)
+    skip_unreadable(args, sorted(unreadable), log)
 
 
 class Scenes(Images):
@@ -169,19 +169,19 @@ def training_view(
     processor: BaseImageProcessor,
     image: Image.Image,
     classes: np.ndarray,
-    draw: random.Random,
+    rng: random.Random,
 ) -> dict[str, torch.Tensor]:
     """A random crop of the resized image, and the same crop of its map. Pixels are integers and not normalized yet.
 
     A crop is drawn again if one class covers nearly all of it. Pixels outside the image have the mean colour.
     """
     side = args.crop_size
-    shorter = side * draw.uniform(*args.resize)
+    shorter = side * rng.uniform(*args.resize)
     scale = min(shorter / min(image.size), LONGEST * shorter / max(image.size))
     width, height = (max(1, round(length * scale)) for length in image.size)
     resized = np.asarray(Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST))
     for _ in range(TRIES):
-        left, top = (draw.randint(0, max(0, length - side)) for length in (width, height))
+        left, top = (rng.randint(0, max(0, length - side)) for length in (width, height))
         part = resized[top : top + side, left : left + side]
         counts = np.bincount(part[part != NO_CLASS], minlength=1)
         if counts.max() < LARGEST_SHARE * counts.sum():
@@ -194,7 +194,7 @@ def training_view(
     pixels[: part.shape[0], : part.shape[1]] = image.resize(part.shape[::-1], processor.resample, box=box)
     labels = np.full((side, side), NO_CLASS, "uint8")
     labels[: part.shape[0], : part.shape[1]] = part
-    if args.flip and draw.random() < 0.5:
+    if args.flip and rng.random() < 0.5:
         pixels, labels = pixels[:, ::-1].copy(), labels[:, ::-1].copy()
     return {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1), "labels": torch.from_numpy(labels)}
 
@@ -204,7 +204,7 @@ def whole_view(
     processor: BaseImageProcessor,
     image: Image.Image,
     classes: np.ndarray,
-    draw: random.Random | None = None,
+    rng: random.Random | None = None,
 ) -> dict[str, torch.Tensor]:
     """The image as the image processor prepares it, at each of the scales, and the map unchanged."""
     views = {
