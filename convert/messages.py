@@ -1,7 +1,7 @@
 """Messages of the converters. A message is one short, printable line, even if it quotes a hostile file."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_MESSAGE_LENGTH = 2000  # characters
@@ -31,6 +31,12 @@ def short_repr(value) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return "an integer of thousands of digits"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Returns up to eight names, and the number of the others."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def print_progress(text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from focal_hf.geometry_focal import focal_index, relative_position_index, slot_tokens
-from messages import ConversionError, short_repr
+from messages import ConversionError, join_names, short_repr
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
     model, data = _section(settings, "MODEL"), _section(settings, "DATA")
     focal = _section(model, "FOCAL")
     if unknown := sorted(map(str, set(focal) - set(_FOCAL_DEFAULTS))):
-        raise ConversionError(f"MODEL.FOCAL has no {_join_names(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
+        raise ConversionError(f"MODEL.FOCAL has no {join_names(unknown)}; it has {', '.join(_FOCAL_DEFAULTS)}.")
     focal = _FOCAL_DEFAULTS | focal
     for key, default in _FOCAL_DEFAULTS.items():
         has_scale = key == "QK_SCALE" and focal[key] is not False
@@ -219,7 +219,13 @@ def settings_from_config(config: FocalConfig, name: str) -> dict:
     Raises:
         ConversionError: if the original has no setting for a value of `config`.
     """
-    for field, only_value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("attention_probs_dropout_prob", 0)):
+    for field, only_value in (
+        ("hidden_act", "gelu"),
+        ("layer_norm_eps", 1e-5),
+        ("attention_probs_dropout_prob", 0),
+        ("downsample_type", "conv"),
+        ("swin_compatible", False),
+    ):
         if (value := getattr(config, field)) != only_value:
             raise ConversionError(
                 f"The original supports only {field} = {only_value}; this model has {field} = {value}, and cannot be "
@@ -388,7 +394,7 @@ def from_original(
                 "segmenter, backbone.patch_embed.proj.weight."
             )
         raise ConversionError(
-            f"The checkpoint lacks {_join_names(missing)}, which a model of these settings needs.{advice}"
+            f"The checkpoint lacks {join_names(missing)}, which a model of these settings needs.{advice}"
         )
 
     converted = {}
@@ -431,7 +437,7 @@ def from_original(
             raise ConversionError(f"The buffer {name} has other values than these settings determine.{advice}")
     if unused:
         raise ConversionError(
-            f"The checkpoint holds {_join_names(sorted(unused))}, which a model of these settings does not have."
+            f"The checkpoint holds {join_names(sorted(unused))}, which a model of these settings does not have."
             + advice
         )
     return converted
@@ -452,9 +458,4 @@ def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[
 
 def list_prefixes(names: Iterable[str]) -> str:
     """Returns the part before the first dot of all names, for a message."""
-    return _join_names(sorted({name.partition(".")[0] for name in names}))
-
-
-def _join_names(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+    return join_names(sorted({name.partition(".")[0] for name in names}))

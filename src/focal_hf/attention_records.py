@@ -122,7 +122,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
             neighborhood=neighborhoods[module.neighborhood],
             map_size=tuple(args[0].shape[1:3]),
             window_size=module.window_size,
-            shift_size=module.shift_size,
+            shift_size=module.shift_of(*args[0].shape[1:3]),
             cells=[1] if module.pooling is None else [1, *module.pooling.cells],
         )
 

@@ -24,6 +24,7 @@ AUTO_CLASSES = {
 ATTENTION_TYPES = ("focal", "topk")
 POOLS = ("fc", "conv", "mean", "max", "none")
 EXPAND_LAYERS = ("all", "even", "odd")
+DOWNSAMPLE_TYPES = ("conv", "patch_merging")
 
 # Settings beyond these bounds, far above those of any model, would only exhaust time or memory.
 MOST_STAGES = 16
@@ -88,12 +89,15 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         use_shift (`bool`, *optional*, defaults to `False`):
             Whether odd blocks shift the map by half a window, as Swin does.
         use_conv_embed (`bool`, *optional*, defaults to `False`):
-            Whether patches and downsampling overlap (kernels 7 and 3 instead of 4 and 2).
+            Whether patches and downsampling convolutions overlap (kernels 7 and 3 instead of 4 and 2).
+        downsample_type (`str`, *optional*, defaults to `"conv"`):
+            The layer that halves a map between two stages. `"conv"`: a convolution and a layer norm. `"patch_merging"`,
+            as in Swin: the channels of 2 x 2 tokens are concatenated, normalised and projected.
         drop_remainder (`bool`, *optional*, defaults to `False`):
             What happens to pixels that do not fill a patch, and to the last row or column of a map with an odd side
             before a downsampling. If true, they are dropped, as in the original. If false, zeros are added.
         use_pre_norm (`bool`, *optional*, defaults to `False`):
-            Whether maps are normalised before downsampling, too.
+            Whether maps are normalised before downsampling, too. `"conv"` only.
         use_layerscale (`bool`, *optional*, defaults to `False`):
             Whether residual branches are scaled by learnt factors.
         layerscale_value (`float`, *optional*, defaults to 1e-4):
@@ -121,6 +125,12 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal for linear layers, absolute positions and position bias tables.
             The table for the tokens of the window itself starts at 0 instead.
+        swin_compatible (`bool`, *optional*, defaults to `False`):
+            `"focal"` only: whether the details in which transformers' Swin differs from the authors' code are Swin's.
+            Windows have `window_size` in every stage, and smaller maps are padded. With `use_shift`, blocks shift every
+            map that is larger than a window, and in a backbone every map. `layer_norm_eps` does not apply to the norms
+            of patches, patch merging and feature maps, which have 1e-5. MLPs have no dropout after the activation, and
+            stochastic depth drops attention only.
         encoder_stride (`int`, *optional*, defaults to 32):
             Side in pixels of the square that one token of the last map covers. Masked image modelling reconstructs the
             square from this token.
@@ -161,6 +171,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     topk: int = 128
     use_shift: bool = False
     use_conv_embed: bool = False
+    downsample_type: str = "conv"
     drop_remainder: bool = False
     use_pre_norm: bool = False
     use_layerscale: bool = False
@@ -176,6 +187,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.1
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
+    swin_compatible: bool = False
     encoder_stride: int = 32
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -256,17 +268,23 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         """Shortest side in pixels of an image for which every stage has a token."""
         return self.patch_size * 2 ** (len(self.depths) - 1) if self.drop_remainder else 1
 
+    @property
+    def map_norm_eps(self) -> float:
+        """Epsilon of the layer norms of patches, patch merging and feature maps."""
+        return 1e-5 if self.swin_compatible else self.layer_norm_eps
+
     def block_geometry(self, stage: int, block: int) -> BlockGeometry:
         """Geometry of block `block` of stage `stage`, both counted from 0."""
         shortest = min(self.stage_grids[stage])
         divided = shortest > self.window_size
         still = {"all": None, "even": 0, "odd": 1}[self.expand_layer]
         expands = divided and self.focal_levels[stage] > 0 and block % 2 != still and self.attention_type == "focal"
+        shifts = self.use_shift and block % 2 == 1 and (divided or self.swin_compatible)
         pools = self.focal_pool != "none" and (self.focal_stages is None or stage in self.focal_stages)
         return BlockGeometry(
-            window_size=min(self.window_size, shortest),
+            window_size=self.window_size if self.swin_compatible else min(self.window_size, shortest),
             expand_size=self.expand_sizes[stage] if expands else 0,
-            shift_size=self.window_size // 2 if divided and self.use_shift and block % 2 == 1 else 0,
+            shift_size=self.window_size // 2 if shifts else 0,
             focal_window=self.focal_windows[stage],
             pooled_levels=max(self.focal_levels[stage] - 1, 0) if pools else 0,
         )
@@ -282,6 +300,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             ("attention_type", ATTENTION_TYPES),
             ("focal_pool", POOLS),
             ("expand_layer", EXPAND_LAYERS),
+            ("downsample_type", DOWNSAMPLE_TYPES),
             ("hidden_act", tuple(ACT2FN)),
         ):
             if (value := getattr(self, name)) not in choices:
@@ -359,6 +378,15 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.use_conv_embed and self.patch_size != 4:
             raise ValueError(
                 f"use_conv_embed has patches of kernel 7 and stride 4, so patch_size must be 4; got {self.patch_size}."
+            )
+        if self.use_pre_norm and self.downsample_type == "patch_merging":
+            raise ValueError(
+                "downsample_type='patch_merging' has a norm of its own before the projection: use_pre_norm must be "
+                "False; got True."
+            )
+        if self.swin_compatible and self.attention_type != "focal":
+            raise ValueError(
+                f"swin_compatible=True needs attention_type='focal'; got attention_type={self.attention_type!r}."
             )
         for stage, heads in enumerate(self.num_heads):
             if (channels := self.embed_dim * 2**stage) % heads:

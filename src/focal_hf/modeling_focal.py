@@ -230,7 +230,7 @@ class FocalEmbeddings(nn.Module):
         super().__init__()
         self.patch_embeddings = FocalPatchEmbeddings(config)
         self.patch_grid = config.stage_grids[0]
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps) if config.patch_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.map_norm_eps) if config.patch_norm else nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if use_mask_token else None
         num_patches = self.patch_grid[0] * self.patch_grid[1]
         self.position_embeddings = (
@@ -299,6 +299,30 @@ class FocalDownsample(nn.Module):
         return self.norm(maps.flatten(2).transpose(1, 2))
 
 
+class FocalPatchMerging(nn.Module):
+    """Swin's downsampling: concatenates the channels of 2 x 2 tokens, normalises them and projects them to half.
+
+    Odd sides are padded to even ones. With `config.drop_remainder`, their last row or column is dropped.
+    """
+
+    def __init__(self, config: FocalConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(4 * dim, eps=config.map_norm_eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
+        maps = hidden_states.unflatten(1, input_dimensions)
+        if self.config.drop_remainder:
+            height, width = self.config.reduced_size(input_dimensions, 2)
+            maps = maps[:, : 2 * height, : 2 * width]
+        else:
+            maps = pad_to_multiple(maps.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        # Swin's order: the two tokens of the left column, then those of the right one.
+        cells = split_windows(maps, 2).transpose(3, 4).flatten(3).flatten(1, 2)
+        return self.reduction(self.norm(cells))
+
+
 class FocalPooling(nn.Module):
     """Sub-window pooling (section 3.2.1): each cell of tokens becomes one pooled token.
 
@@ -363,6 +387,8 @@ class FocalAttention(nn.Module):
         self.config = config
         self.window_size = geometry.window_size
         self.shift_size = geometry.shift_size
+        # Swin's rule depends on the map at hand, and does not apply to backbones.
+        self.shifts_single_windows = not config.swin_compatible
         self.head_dim = dim // self.num_heads
         self.scaling = config.qk_scale or self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
@@ -389,15 +415,25 @@ class FocalAttention(nn.Module):
             )
         )
 
+    def shift_of(self, height: int, width: int) -> int:
+        """Size in tokens by which the block shifts a map of that size."""
+        if self.shift_size and not self.shifts_single_windows and min(height, width) <= self.window_size:
+            return 0
+        return self.shift_size
+
     def forward(
         self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes (batch, height, width, channels) maps of any size. Returns maps of that size and attention weights."""
         input_height, input_width = maps.shape[1:3]
+        shift_size = self.shift_of(input_height, input_width)
         maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        if self.shift_size:
-            maps = torch.roll(maps, (-self.shift_size, -self.shift_size), dims=(1, 2))
-        neighborhood = self.neighborhood(maps)
+        if shift_size:
+            maps = torch.roll(maps, (-shift_size, -shift_size), dims=(1, 2))
+        if shift_size == self.shift_size:
+            neighborhood = self.neighborhood(maps)
+        else:
+            neighborhood = self.neighborhood(maps, shift_size=shift_size)
 
         tokens = maps.flatten(1, 2)
         query = self.q_proj(tokens)
@@ -415,8 +451,8 @@ class FocalAttention(nn.Module):
         output, weights = attention.attend(self, query, key, value, neighborhood, **kwargs)
         output = self.o_proj(output).unflatten(1, maps.shape[1:3])
 
-        if self.shift_size:
-            output = torch.roll(output, (self.shift_size, self.shift_size), dims=(1, 2))
+        if shift_size:
+            output = torch.roll(output, (shift_size, shift_size), dims=(1, 2))
         return crop(output, input_height, input_width), weights
 
 
@@ -428,13 +464,14 @@ class FocalMLP(nn.Module):
         self.fc1 = nn.Linear(dim, int(config.mlp_ratio * dim))
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(int(config.mlp_ratio * dim), dim)
+        self.activation_dropout = nn.Dropout(0.0 if config.swin_compatible else config.hidden_dropout_prob)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return mlp_in_chunks(self, hidden_states)
 
     def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.activation_dropout(self.activation_fn(self.fc1(hidden_states)))
         return self.dropout(self.fc2(hidden_states))
 
 
@@ -456,6 +493,7 @@ class FocalLayer(GradientCheckpointingLayer):
         self.mlp = FocalMLP(config, dim)
         self.layer_scale2 = layer_scale()
         self.drop_path = FocalDropPath(drop_path_rate)
+        self.mlp_drop_path = FocalDropPath(0.0 if config.swin_compatible else drop_path_rate)
 
     def forward(
         self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
@@ -465,7 +503,7 @@ class FocalLayer(GradientCheckpointingLayer):
         attention, weights = self.attention(maps, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attention.flatten(1, 2))))
         update = self.layer_scale2(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states + self.drop_path(update), weights
+        return hidden_states + self.mlp_drop_path(update), weights
 
 
 class FocalStage(GradientCheckpointingLayer):
@@ -477,7 +515,8 @@ class FocalStage(GradientCheckpointingLayer):
             FocalLayer(config, stage, block, rate) for block, rate in enumerate(drop_path_rates)
         )
         last = stage == len(config.depths) - 1
-        self.downsample = None if last else FocalDownsample(config, config.embed_dim * 2**stage)
+        downsample = FocalPatchMerging if config.downsample_type == "patch_merging" else FocalDownsample
+        self.downsample = None if last else downsample(config, config.embed_dim * 2**stage)
 
     def forward(
         self,
@@ -803,9 +842,12 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
         self.focal = FocalModel(config, add_pooling_layer=False)
         # Feature maps are taken before it, and a parameter without a gradient stops distributed training.
         self.focal.layernorm = nn.Identity()
+        for module in self.focal.modules():
+            if isinstance(module, FocalAttention):
+                module.shifts_single_windows = True
         self.hidden_states_norms = nn.ModuleDict(
             {
-                name: nn.LayerNorm(channels, eps=config.layer_norm_eps)
+                name: nn.LayerNorm(channels, eps=config.map_norm_eps)
                 for name, channels in zip(self.out_features, self.channels, strict=True)
             }
         )

@@ -198,16 +198,20 @@ class FocalNeighborhood(nn.Module):
         pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
         return [self.fine_bias(), cat_unless_single(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
-    def forward(self, maps: torch.Tensor) -> Neighborhood:
-        """The neighbourhood of (batch, height, width, channels) maps whose sides are multiples of the window's."""
+    def forward(self, maps: torch.Tensor, shift_size: int | None = None) -> Neighborhood:
+        """The neighbourhood of (batch, height, width, channels) maps whose sides are multiples of the window's.
+
+        `shift_size` is the shift of the maps, if it is not the module's.
+        """
         height, width = maps.shape[1:3]
+        shift_size = self.shift_size if shift_size is None else shift_size
 
         biases, forms = cached_by_value(self, lambda *tables: (self.biases(), {}), *self.tables())
-        geometry = self.window_size, self.expand_size, self.shift_size, self.focal_window, self.pooled_levels
+        geometry = self.window_size, self.expand_size, shift_size, self.focal_window, self.pooled_levels
         index, hidden = focal_index(height, width, *geometry, maps.device)
         parts = [BiasPart(*part) for part in zip(biases, hidden, strict=True)]
         squares = focal_squares(self.window_size, self.expand_size, self.focal_window, self.pooled_levels)
-        return Neighborhood(index, parts, squares, self.shift_size, forms)
+        return Neighborhood(index, parts, squares, shift_size, forms)
 
 
 class TopkNeighborhood(nn.Module):
