@@ -96,7 +96,7 @@ def test_passes_what_swin_passes(outcomes, subject):
     swin, ours = outcomes["swin"], outcomes[subject]
     counts = Counter(outcome for outcome, _ in ours.values())
     print(f"{subject}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
-    assert counts["passed"] > 100
+    assert counts["passed"] >= (50 if subject == "swin" else 100)
     assert swin.keys() == ours.keys()
     worse = [
         f"{test} {outcome}: {reason}"

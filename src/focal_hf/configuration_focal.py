@@ -10,8 +10,17 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 if TYPE_CHECKING:
-    # Not needed here. transformers reads this line to find the modules that it copies beside a config.
+    # Not needed here. transformers reads these lines to find the modules that it copies beside a config. Up to 5.12, it
+    # does not read the lines of those modules when it loads from a folder.
+    from .attention_focal import choose_attention  # noqa: F401
+    from .cpu_attention_focal import attend_in_chunks  # noqa: F401
+    from .geometry_focal import level_grid  # noqa: F401
+    from .layout_focal import fold_windows  # noqa: F401
     from .modeling_focal import FocalPreTrainedModel  # noqa: F401
+    from .neighborhood_focal import Neighborhood  # noqa: F401
+    from .run_state_focal import can_cache  # noqa: F401
+    from .triton_attention_focal import attend_by_triton  # noqa: F401
+    from .weight_resizing_focal import resized_maps  # noqa: F401
 
 # transformers' Auto classes, and the classes of `modeling_focal` that they build from a FocalConfig.
 AUTO_CLASSES = {

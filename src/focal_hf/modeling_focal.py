@@ -553,8 +553,8 @@ class FocalPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": OutputRecorder(FocalStage, index=0, capture_initial_hidden_state=True),
-        "attentions": OutputRecorder(FocalStage, index=2, capture_initial_hidden_state=False),
+        "hidden_states": OutputRecorder(FocalStage, index=0),
+        "attentions": OutputRecorder(FocalStage, index=2),
     }
 
     def __init__(self, config: FocalConfig, *args, **kwargs):
@@ -877,6 +877,7 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
         >>> list(outputs.feature_maps[-1].shape)
         [1, 768, 7, 7]
         ```"""
+        kwargs["output_hidden_states"] = True  # transformers 5.12 and newer does this in `filter_output_hidden_states`
         outputs = self.focal(pixel_values, output_hidden_states_before_downsampling=True, **kwargs)
         feature_maps = tuple(
             self.hidden_states_norms[name](maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()

@@ -179,7 +179,7 @@ class SaveAsItIs(ConversionOps):
 register_checkpoint_conversion_mapping(
     "focal",
     [
-        WeightConverter(name, name, [FitFocalWeight(fitted)])
+        WeightConverter(name, name, operations=[FitFocalWeight(fitted)])
         for name, fitted in (
             (r"attention\.neighborhood\.(relative_position_bias_table|nearest_index_)", fitted_neighborhood),
             (r"attention\.pooling\.layers\.(\d+\.weight$)", fitted_pooling),
