@@ -1,7 +1,7 @@
 # Each target creates the virtual environment if it is missing. A new machine needs only Python and make.
 
 PYTHON ?= python3
-# A version of transformers, installed in a separate environment, as in `make conformance TRANSFORMERS=5.18.0`.
+# A version of transformers, installed in a separate environment, as in `make conformance TRANSFORMERS=5.4.0`.
 TRANSFORMERS ?=
 VENV ?= $(if $(TRANSFORMERS),.venv-transformers-$(TRANSFORMERS),.venv)
 # A pip requirement for torch, as in `make test TORCH=torch==2.9.1`. By default, the machine decides (see below).
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help quickstart test browser conformance docs build lint format clean
+.PHONY: help quickstart test browser conformance versions docs build lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ browser:
 
 conformance: $(READY)  ## run transformers' common model tests on Focal and, for comparison, on Swin
 	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py
+
+versions: $(READY)  ## run conformance and other tests with each minor version of transformers; write docs/versions.md
+	@$(BIN)/python tests/versions.py
 
 docs: $(READY)  ## build the documentation as a site, in ./docs/_build
 	@$(BIN)/sphinx-build -q -W -n --keep-going -c docs . docs/_build

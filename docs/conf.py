@@ -78,6 +78,7 @@ docs/torchvision
 :caption: Reference
 
 benchmarks/README
+docs/versions
 docs/layout
 docs/api
 CONTRIBUTING

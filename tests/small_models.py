@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -12,10 +13,16 @@ from PIL import Image
 from transformers import BitImageProcessorPil
 
 from focal_hf import FocalConfig, FocalForImageClassification
+from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
 
 BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
+# For tests of examples that a user copies.
+PUBLIC_PROCESSOR = pytest.mark.skipif(
+    transformers.AutoImageProcessor is not AutoImageProcessor,
+    reason="up to 5.17, transformers.AutoImageProcessor can only be used with torchvision",
+)
 NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
 SWIN = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
 SWIN |= {"encoder_stride": 16, "num_labels": 5}

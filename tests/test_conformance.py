@@ -96,8 +96,11 @@ def test_passes_what_swin_passes(outcomes, subject):
     swin, ours = outcomes["swin"], outcomes[subject]
     counts = Counter(outcome for outcome, _ in ours.values())
     print(f"{subject}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
-    assert counts["passed"] >= (50 if subject == "swin" else 100)
     assert swin.keys() == ours.keys()
+    if subject == "swin":  # fails some tests in older versions of transformers
+        assert counts["passed"] >= 50
+        return
+    assert counts["passed"] >= 100
     worse = [
         f"{test} {outcome}: {reason}"
         for test, (outcome, reason) in ours.items()

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 import convert_focal_to_hf
 import convert_hf_to_focal
@@ -31,6 +31,7 @@ import original
 import output_files
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalForMaskedImageModeling
+from focal_hf.compatibility_focal import AutoImageProcessor
 from forked_scripts import ForkedScript
 from hub_server import serve
 from messages import ConversionError

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     SwinConfig,
@@ -21,6 +20,7 @@ from transformers import (
 
 from common.models import default_processor
 from example_runs import TWO_PROCESSES, draw_two_colours, run_example, run_examples_in_turn, tiny_config
+from focal_hf.compatibility_focal import AutoImageProcessor
 from hub_server import serve
 
 

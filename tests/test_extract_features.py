@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from common.models import default_processor
 from example_runs import draw_two_colours, run_example, run_examples_in_turn, tiny_config
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalModel
+from focal_hf.compatibility_focal import AutoImageProcessor
 from forked_scripts import ForkedScript
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     ConvNextImageProcessorPil,
     ResNetConfig,
@@ -35,6 +34,7 @@ from example_runs import (
     tiny_config,
 )
 from focal_hf import FocalForImageClassification
+from focal_hf.compatibility_focal import AutoImageProcessor
 from hub_server import serve
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
@@ -39,6 +38,7 @@ from focal_hf import (
     FocalPreTrainedModel,
     cpu_attention_focal,
 )
+from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.configuration_focal import ATTENTION_TYPES, EXPAND_LAYERS, POOLS
 from focal_hf.modeling_focal import FocalAttention
 from hub_server import serve
@@ -545,7 +545,8 @@ def test_loads_by_name_from_the_hub(tmp_path):
     BitImageProcessorPil().save_pretrained(tmp_path / "repository")
     script = """
 import torch, focal_hf
-from transformers import AutoBackbone, AutoImageProcessor, AutoModel, pipeline
+from focal_hf.compatibility_focal import AutoImageProcessor
+from transformers import AutoBackbone, AutoModel, pipeline
 AutoModel.from_pretrained("org/focal")
 AutoImageProcessor.from_pretrained("org/focal")
 pipeline("image-classification", model="org/focal")

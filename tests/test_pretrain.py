@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     SwinConfig,
@@ -28,6 +27,7 @@ from example_runs import (
     write_tar,
 )
 from focal_hf import FocalForMaskedImageModeling
+from focal_hf.compatibility_focal import AutoImageProcessor
 from pretrain_mim import check_masks, with_mask
 
 SCRIPT = "pretrain_mim.py"

@@ -19,6 +19,7 @@ import focal_hf
 import golden_cases
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalModel
 from hub_server import serve
+from small_models import PUBLIC_PROCESSOR
 
 SMALL = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
 SMALL |= {"focal_levels": (2, 2, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 2, 2), "encoder_stride": 16}
@@ -221,6 +222,7 @@ def test_copies_of_the_code_keep_apart(tmp_path, registered):
     assert not torch.equal(second[0], installed[0])
 
 
+@PUBLIC_PROCESSOR
 def test_the_converter_writes_code(tmp_path, registered):
     """The use that the model card shows, where the package cannot be imported."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(golden_cases.case("base").config))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BeitImageProcessorPil,
     SwinConfig,
@@ -24,6 +23,7 @@ from common.dense_evaluation import probabilities
 from common.segmentation_data import NO_CLASS, training_view, whole_view
 from example_runs import Run, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
+from focal_hf.compatibility_focal import AutoImageProcessor
 
 SCRIPT = "finetune_segmentation.py"
 NAMES = ["ground", "red", "blue"]

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -27,7 +29,8 @@ from small_models import BOTH, pixels, prepare, randomized, tiny
 
 ALL_CLASSES = [FocalModel, FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone]
 SHARDS = {"max_shard_size": "20KB"}
-EXPORTERS = torch.__version__ >= "2.11"  # of transformers
+# What the examples need: transformers' exporters, and its image processors without torchvision.
+RUNS_EXAMPLES = torch.__version__ >= "2.11" and Version(transformers.__version__) >= Version("5.18")
 
 
 def logits(model, images):
@@ -119,7 +122,7 @@ def test_with_torchao_installed(tmp_path):
     tests = "int8_weights_by_torchao or examples_of_the_documentation"
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-k", tests, __file__]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert f" {3 if EXPORTERS else 2} passed" in run.stdout, run.stdout + run.stderr
+    assert f" {3 if RUNS_EXAMPLES else 2} passed" in run.stdout, run.stdout + run.stderr
 
 
 @BOTH
@@ -251,7 +254,7 @@ def test_pipelines_in_batches(attention_type, tmp_path):
         assert len(together) == len(pictures)
 
 
-@pytest.mark.skipif(not EXPORTERS, reason="transformers' exporters need torch 2.11")
+@pytest.mark.skipif(not RUNS_EXAMPLES, reason="the examples need torch 2.11 and transformers 5.18")
 def test_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     """One after another, as they are printed."""
     pytest.importorskip("torchao", reason=NEEDS_TORCHAO)

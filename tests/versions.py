@@ -1,7 +1,8 @@
-"""Tests with each minor version of transformers that setup.cfg allows.
+"""Tests with the last release of each minor version of transformers that setup.cfg allows.
 
-`make versions` runs this script, which writes the table of docs/versions.md. Each version is installed in a temporary
-environment, in front of the packages of the environment that runs the script.
+`make versions` runs this script, which writes the table of docs/versions.md. `python tests/versions.py 5.24.0` measures
+only the given versions. Each one is installed in a temporary environment, in front of the packages of the environment
+that runs the script.
 """
 
 import configparser
@@ -14,14 +15,13 @@ import tempfile
 import venv
 from pathlib import Path
 
-import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from conftest import ROOT
 
 PAGE = ROOT / "docs" / "versions.md"
-MODELS = {"focal": "Focal", "topk_conv": "Focal with `topk`", "swin": "Swin"}
+MODELS = ["focal", "topk_conv", "swin"]  # the columns of the table, as tests/conformance.py names them
 TESTS = [f"tests/test_{name}.py" for name in ("golden", "config", "remote_code")]
 
 
@@ -67,26 +67,31 @@ def counts(line: str) -> str:
 
 
 def results(version: str) -> list[str]:
-    """Returns the row of the table for a version."""
+    """Returns the columns of the table for a version."""
     with tempfile.TemporaryDirectory() as folder:
         python = install(version, folder)
         conformance = run_tests(python, "-rfP", "tests/test_conformance.py")
         others = run_tests(python, "-m", "not slow", "-rfE", *TESTS)
     print(*re.findall(r"(?m)^(?:FAILED|ERROR) .*", conformance + others), sep="\n", flush=True)
     by_model = [re.search(rf"(?m)^{model}: .*", conformance)[0] for model in MODELS]
-    return [version, *map(counts, [*by_model, others.splitlines()[-1]])]
+    return list(map(counts, [*by_model, others.splitlines()[-1]]))
+
+
+def update(version: str, results: list[str]) -> None:
+    """Adds or replaces the row of a version in the table of the page."""
+    text = PAGE.read_text()
+    table = re.search(r"(?m)^\| transformers \|.*\n(\|.*\n)*", text)[0]
+    head, rows = table.splitlines()[:2], table.splitlines()[2:]
+    by_version = {Version(row.split("|")[1].strip()): row for row in rows}
+    by_version[Version(version)] = f"| {' | '.join([version, *results])} |"
+    lines = [*head, *(by_version[key] for key in sorted(by_version))]
+    PAGE.write_text(text.replace(table, "\n".join(lines) + "\n"))
 
 
 def main() -> None:
-    rows = [["transformers", *MODELS.values(), "other tests"], ["---"] * (len(MODELS) + 2)]
-    for version in releases():
-        rows.append(results(version))
-        print(*rows[-1], sep=" | ", flush=True)
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    python = ".".join(map(str, sys.version_info[:3]))
-    title = f"Measured with Python {python} and torch {torch.__version__}:\n\n"
-    text = re.sub(r"(?ms)^Measured with.*?^\|.*^\|[^\n]*\n", lambda _: title + table, PAGE.read_text())
-    PAGE.write_text(text)
+    for version in sys.argv[1:] or releases():
+        print(f"transformers {version}", flush=True)
+        update(version, results(version))
 
 
 if __name__ == "__main__":

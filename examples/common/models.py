@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     BitImageProcessorPil,
@@ -23,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import ModelOutput, logging
 
 from focal_hf import FocalForImageClassification
+from focal_hf.compatibility_focal import AutoImageProcessor
 
 from .options import Problem, first_line, format_names
 

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 if is_torchvision_available():
     try:
@@ -15,13 +15,11 @@ if is_torchvision_available():
             "that fits, or remove it (pip uninstall torchvision): focal_hf works without it."
         ) from error
 
-from transformers import AutoConfig, BitImageProcessorPil
-
-# Of its own module: up to 5.17, transformers gives a stand-in for it where torchvision is absent.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoConfig
 
 from . import modeling_focal as _modeling
 from .backbone_weights_focal import load_backbone_weights
+from .compatibility_focal import AutoImageProcessor
 from .configuration_focal import AUTO_CLASSES, FocalConfig
 from .modeling_focal import (
     FocalBackbone,
@@ -33,16 +31,21 @@ from .modeling_focal import (
 
 __version__ = "0.2.0"
 
-AutoConfig.register(FocalConfig.model_type, FocalConfig)
+try:
+    AutoConfig.register(FocalConfig.model_type, FocalConfig)
+except ValueError:
+    logging.get_logger(f"transformers.{__name__}").warning(
+        f"transformers {transformers.__version__} has a model type 'focal' of its own, and its Auto classes load that "
+        "model. Load focal_hf's models with their own classes, as in FocalForImageClassification.from_pretrained(...)."
+    )
+# The Auto classes also know models by the name of their config class, which transformers' own model may share.
 for _auto_class, _model_class in AUTO_CLASSES.items():
-    getattr(transformers, _auto_class).register(FocalConfig, getattr(_modeling, _model_class))
+    getattr(transformers, _auto_class).register(FocalConfig, getattr(_modeling, _model_class), exist_ok=True)
 
-_image_processors = {"pil": BitImageProcessorPil}
+_image_processors = {"pil": transformers.BitImageProcessorPil}
 if is_torchvision_available():
-    from transformers import BitImageProcessor
-
-    _image_processors["torchvision"] = BitImageProcessor
-AutoImageProcessor.register(FocalConfig, image_processor_classes=_image_processors)
+    _image_processors["torchvision"] = transformers.BitImageProcessor
+AutoImageProcessor.register(FocalConfig, image_processor_classes=_image_processors, exist_ok=True)
 
 __all__ = [
     "FocalBackbone",

@@ -6,16 +6,20 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .attention_focal import choose_attention
+from .compatibility_focal import (
+    OutputRecorder,
+    capture_outputs,
+    filter_output_hidden_states,
+    merge_with_config_defaults,
+)
 from .configuration_focal import BlockGeometry, FocalConfig
 from .cpu_attention_focal import mlp_in_chunks
 from .geometry_focal import level_grid

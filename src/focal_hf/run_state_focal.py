@@ -1,21 +1,16 @@
-"""What kind of run this is (compiled, exported, traced, transformed, inference on a CPU), and what may be cached in it.
-
-All private and version-dependent names of torch that the model needs are in this module.
-"""
+"""What kind of run this is (compiled, exported, traced, transformed, inference on a CPU), and caches for it."""
 
 import functools
 import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
-from torch.fx.experimental import symbolic_shapes
-from torch.utils._pytree import tree_leaves
+
+from .compatibility_focal import has_static_value, may_be_fake, may_be_transforming
 
 # Largest size in bytes of all index tables that `cached_table` keeps together.
 TABLE_CACHE_BYTES = 64 * 1024 * 1024
@@ -41,9 +36,7 @@ def is_static(*sizes: int) -> bool:
     """Whether the sizes are numbers rather than symbols, so that this run or graph serves these sizes alone."""
     if is_exporting():
         return False
-    # torch before 2.8 cannot tell.
-    known = getattr(symbolic_shapes, "has_static_value", None)
-    return not is_compiling() or (known is not None and all(known(size) for size in sizes))
+    return not is_compiling() or all(has_static_value(size) for size in sizes)
 
 
 def is_transforming() -> bool:
@@ -51,9 +44,7 @@ def is_transforming() -> bool:
 
     Our custom operators have rules for neither. Without this check they would drop forward-mode tangents silently.
     """
-    if is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not is_compiling() and may_be_transforming()
 
 
 def is_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
@@ -72,7 +63,7 @@ def can_cache() -> bool:
         return False
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
-    return detect_fake_mode() is None and not is_transforming()
+    return not may_be_fake() and not is_transforming()
 
 
 def allows_tf32() -> bool:
@@ -82,21 +73,28 @@ def allows_tf32() -> bool:
     return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
+def _tensors(tables: torch.Tensor | Sequence) -> list[torch.Tensor]:
+    """All tensors of a tensor, or of tuples and lists of such."""
+    if isinstance(tables, torch.Tensor):
+        return [tables]
+    return [tensor for part in tables for tensor in _tensors(part)]
+
+
 class _TableCache:
     """Least recently used cache of tables, bounded in bytes."""
 
     def __init__(self):
-        self.entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self.entries: OrderedDict[Hashable, tuple[torch.Tensor | Sequence, int]] = OrderedDict()
         self.bytes = 0
         self.lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], object]):
+    def get(self, key: Hashable, make: Callable[[], torch.Tensor | Sequence]):
         with self.lock:
             if key in self.entries:
                 self.entries.move_to_end(key)
                 return self.entries[key][0]
         tables = make()
-        leaves = [leaf for leaf in tree_leaves(tables) if isinstance(leaf, torch.Tensor)]
+        leaves = _tensors(tables)
         size = sum(leaf.untyped_storage().nbytes() for leaf in leaves)
         # Loading builds models on the meta device. Tables made there hold no numbers.
         if size > TABLE_CACHE_BYTES or any(leaf.is_meta for leaf in leaves):

@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from .compatibility_focal import (
+    ConversionOps,
+    WeightConverter,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from .geometry_focal import displacements, slot_tokens
 from .layout_focal import at_least_float32
 
@@ -176,15 +180,16 @@ class SaveAsItIs(ConversionOps):
 
 # Each pattern matches tensors of models of both attention types, as transformers expects. No pattern matches the parts
 # of a quantised linear layer: a tensor has one conversion, and those parts need the quantiser's.
-register_checkpoint_conversion_mapping(
-    "focal",
-    [
-        WeightConverter(name, name, operations=[FitFocalWeight(fitted)])
-        for name, fitted in (
-            (r"attention\.neighborhood\.(relative_position_bias_table|nearest_index_)", fitted_neighborhood),
-            (r"attention\.pooling\.layers\.(\d+\.weight$)", fitted_pooling),
-            ("embeddings.position_embeddings", fitted_positions),
-        )
-    ],
-    overwrite=True,
-)
+CONVERSIONS = [
+    WeightConverter(name, name, operations=[FitFocalWeight(fitted)])
+    for name, fitted in (
+        (r"attention\.neighborhood\.(relative_position_bias_table|nearest_index_)", fitted_neighborhood),
+        (r"attention\.pooling\.layers\.(\d+\.weight$)", fitted_pooling),
+        ("embeddings.position_embeddings", fitted_positions),
+    )
+]
+# Conversions of other models of this type stay. Those of other copies of this code are replaced.
+patterns = [conversion.source_patterns for conversion in CONVERSIONS]
+others = get_checkpoint_conversion_mapping("focal") or []
+others = [conversion for conversion in others if conversion.source_patterns not in patterns]
+register_checkpoint_conversion_mapping("focal", others + CONVERSIONS, overwrite=True)
