@@ -108,6 +108,7 @@ TYPE_TAKEN = """
 import sys, types
 from transformers.models.auto import configuration_auto
 configuration_auto.CONFIG_MAPPING_NAMES["focal"] = "FocalConfig"
+vars(configuration_auto).get("MODEL_NAMES_MAPPING", {})["focal"] = "Focal"  # up to transformers 5.5
 from transformers.models.auto import modeling_auto
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
