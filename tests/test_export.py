@@ -1,5 +1,7 @@
 """torch.compile, torch.export and ONNX give the same outputs, in few graphs."""
 
+import random
+
 import pytest
 import torch
 from packaging.version import Version
@@ -151,6 +153,34 @@ def test_exports_serve_any_batch(attention_type, implementation, model_class, ex
         images = pixels(batch, 3, 36, 45)
         with torch.no_grad():
             torch.testing.assert_close(called(exported, images), values(model(images)), rtol=1e-4, atol=1e-4)
+
+
+@needs_exporters
+@pytest.mark.parametrize(
+    ("attention_type", "model_class"), [("focal", FocalForImageClassification), ("topk", FocalBackbone)]
+)
+def test_one_onnx_graph_serves_all_sizes(attention_type, model_class, tmp_path):
+    """From one pixel on, in batches from one image on; with maps of the size whose indices a topk model saves."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    # A single block, because symbolic sizes take seconds for each.
+    model = randomized(model_class(tiny(attention_type, **BLOCK, image_size=24)))
+    with torch.no_grad():
+        for name, index in model.named_buffers():
+            if "nearest_index" in name:
+                index[:, -1] = index[:, 0]
+    any_size = {"pixel_values": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
+    sample = {"pixel_values": pixels(2, 3, 36, 45)}
+    torch.onnx.export(model, kwargs=sample, dynamo=True, dynamic_shapes=any_size, verbose=False).save(tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx")
+    sizes = random.Random(0)
+    shapes = [(sizes.randint(1, 4), 3, sizes.randint(1, 90), sizes.randint(1, 90)) for _ in range(20)]
+    for shape in [(1, 3, 1, 1), (2, 3, 24, 24), *shapes]:
+        with torch.no_grad():
+            expected = values(model(pixels(*shape)))
+        found = session.run(None, {"pixel_values": pixels(*shape).numpy()})
+        torch.testing.assert_close([torch.from_numpy(array) for array in found], expected, rtol=1e-4, atol=1e-4)
 
 
 def exporter_config(exporter):

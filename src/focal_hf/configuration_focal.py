@@ -271,7 +271,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         height, width = size
         if self.drop_remainder:
             return height // stride, width // stride
-        return -(-height // stride), -(-width // stride)
+        # Not -(-height // stride): ONNX divides integers towards zero.
+        return (height + stride - 1) // stride, (width + stride - 1) // stride
 
     @property
     def least_side(self) -> int:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .run_state_focal import cached_table
+from .run_state_focal import cached_table, has_symbols
 
 
 class Square(NamedTuple):
@@ -54,6 +54,15 @@ def level_grid(height: int, width: int, window_size: int, level: int) -> LevelGr
     cell = window_size // 2 ** (level - 1)
     rows, cols = (length // window_size * 2 ** (level - 1) for length in (height, width))
     return LevelGrid(rows, cols, cell, (height - rows * cell) // 2, (width - cols * cell) // 2)
+
+
+def window_tokens(grid: LevelGrid, width: int, device: torch.device) -> torch.Tensor:
+    """Numbers of the map's tokens in each cell of a level, shape (cells, tokens in a cell), on a map of that width."""
+    place = torch.arange(grid.cell, device=device)
+    row = torch.arange(grid.rows, device=device)[:, None] * grid.cell + grid.top + place
+    col = torch.arange(grid.cols, device=device)[:, None] * grid.cell + grid.left + place
+    tokens = row[:, None, :, None] * width + col[None, :, None, :]
+    return tokens.view(grid.rows * grid.cols, grid.cell**2)
 
 
 @cached_table
@@ -167,9 +176,14 @@ def focal_index(
         """(count, length) coordinates: window n has those from n · step - first on."""
         return torch.arange(count, device=device)[:, None] * step - first + torch.arange(length, device=device)
 
+    def wrapped(coordinates: torch.Tensor, length: int) -> torch.Tensor:
+        # Not `%`: see `nearest_index`.
+        coordinates = torch.where(coordinates < 0, coordinates + length, coordinates)
+        return torch.where(coordinates >= length, coordinates - length, coordinates)
+
     side = window_size + 2 * expand_size
-    fine_rows = spans(rows, window_size, expand_size, side) % height
-    fine_cols = spans(cols, window_size, expand_size, side) % width
+    fine_rows = wrapped(spans(rows, window_size, expand_size, side), height)
+    fine_cols = wrapped(spans(cols, window_size, expand_size, side), width)
     index = [grid_index(fine_rows * width, fine_cols)]
 
     fine_hidden = torch.zeros(rows, cols, 1, 1, dtype=torch.bool, device=device)
@@ -220,10 +234,13 @@ def nearest_radius(height: int, width: int, topk: int) -> int:
     # quarter is at least its area.
     radius = math.ceil(math.sqrt(4 * topk / math.pi))
     shorter, longer = min(height, width), max(height, width)
-    if shorter > radius:
+    if has_symbols(height, width):
+        # An exported graph cannot branch. The rectangle below, which is up to `radius` high, holds as many tokens.
+        shorter = min(shorter, radius)
+    elif shorter > radius:
         return radius
     # The disc is larger than the map's shorter side: a rectangle across the map holds them.
-    return min(longer, shorter + -(-topk // shorter) - 1) - 1
+    return min(longer, shorter + (topk + shorter - 1) // shorter - 1) - 1
 
 
 def window_centers(windows: int, window_size: int, level: int, device: torch.device) -> torch.Tensor:
@@ -262,7 +279,9 @@ def nearest_index(
     rank = distance * places + torch.arange(places, device=device)
     place = rank.topk(topk, largest=False).indices
     side = col.shape[1]
-    token = (row[:, :1, None] + place // side) * width + col[:, :1] + place % side
+    down = place // side
+    right = place - down * side  # not `%`, which ONNX's exporter has for numbers alone, not for symbols
+    token = (row[:, 0][:, None, None] + down) * width + col[:, 0][:, None] + right
     return token.flatten(0, 1)
 
 

@@ -23,9 +23,10 @@ from .compatibility_focal import (
 from .configuration_focal import BlockGeometry, FocalConfig
 from .cpu_attention_focal import mlp_in_chunks
 from .geometry_focal import level_grid
+from .indexed_attention_focal import attend_by_index, attends_by_index, attention_tables
 from .layout_focal import cat_unless_single, split_windows
 from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
-from .run_state_focal import is_compiling, is_transforming
+from .run_state_focal import has_symbols, is_compiling, is_exporting, is_transforming
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 
 # A child of transformers' own logger, so that transformers' verbosity applies.
@@ -151,7 +152,8 @@ class FocalLayerScale(nn.Module):
 
 def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pads (..., height, width) maps with zeros at the bottom and right to multiples of `multiple`."""
-    height, width = (-(-side // multiple) * multiple for side in maps.shape[-2:])
+    # Not -(-side // multiple): ONNX divides integers towards zero.
+    height, width = ((side + multiple - 1) // multiple * multiple for side in maps.shape[-2:])
     bottom, right = height - maps.shape[-2], width - maps.shape[-1]
     # A compiled graph always pads, so that one graph serves images with and without a remainder.
     if is_compiling() or bottom or right:
@@ -218,7 +220,7 @@ class FocalPatchEmbeddings(nn.Module):
             pixel_values = pad_to_multiple(pixel_values, self.patch_size)
         # In channels-last layout, the output of the projection needs no transposition to become tokens.
         # `torch.func.vmap` does not support this layout.
-        if not is_transforming():
+        if not (is_transforming() or is_exporting()):
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         height, width = self.config.reduced_size(pixel_values.shape[2:], self.patch_size)
         embeddings = self.projection(pixel_values)
@@ -244,7 +246,7 @@ class FocalEmbeddings(nn.Module):
 
     def interpolated_positions(self, height: int, width: int) -> torch.Tensor:
         """Absolute positions (1, height · width, embed_dim) for a map of any size."""
-        if (height, width) == self.patch_grid:
+        if not has_symbols(height, width) and (height, width) == self.patch_grid:
             return self.position_embeddings
         maps = self.position_embeddings.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
         maps = nn.functional.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
@@ -440,6 +442,9 @@ class FocalAttention(nn.Module):
             neighborhood = self.neighborhood(maps, shift_size=shift_size)
 
         tokens = maps.flatten(1, 2)
+        if attends_by_index(self):
+            tables = attention_tables(self, neighborhood, input_height, input_width)
+            return attend_by_index(self, tokens, tables).unflatten(1, (input_height, input_width)), None
         query = self.q_proj(tokens)
         attention = choose_attention(self, query, neighborhood)
         tokens = [tokens]
@@ -718,7 +723,10 @@ class FocalModel(FocalPreTrainedModel):
         last_hidden_state = self.layernorm(encoder_outputs.last_hidden_state)
         pooler_output = None
         if self.pooler is not None:
-            pooler_output = self.pooler(last_hidden_state.transpose(1, 2)).flatten(1)
+            if is_exporting():  # the pooler asks for the memory layout, and a graph would not serve a single image
+                pooler_output = last_hidden_state.mean(dim=1)
+            else:
+                pooler_output = self.pooler(last_hidden_state.transpose(1, 2)).flatten(1)
         return FocalModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooler_output,

@@ -26,7 +26,7 @@ from .geometry_focal import (
     window_centers,
 )
 from .layout_focal import at_least_float32, cat_unless_single
-from .run_state_focal import cached_by_value
+from .run_state_focal import cached_by_value, has_symbols
 
 
 class BiasPart(NamedTuple):
@@ -256,6 +256,18 @@ class TopkNeighborhood(nn.Module):
         in_map = index.shape == computed.shape and bool(((index >= 0) & (index < height * width)).all())
         return index if in_map and torch.equal(distances(index), distances(computed)) else computed.clone()
 
+    def saved_or_computed(self, saved: torch.Tensor, height: int, width: int, level: int) -> torch.Tensor:
+        """The saved index for maps of size `grid`, the computed one for others, without a branch."""
+        computed = self.computed_index(height, width, level, saved.device)
+        is_grid = torch.stack(
+            [
+                torch.full((), side, device=saved.device) == of_grid
+                for side, of_grid in zip((height, width), self.grid, strict=True)
+            ]
+        ).all()
+        place = torch.arange(computed.shape[0] * computed.shape[1], device=saved.device).clamp(max=saved.numel() - 1)
+        return torch.where(is_grid, saved.flatten().index_select(0, place).view(computed.shape), computed)
+
     def biases(self, radii: list[int], maps: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the bias between a window's queries and the tokens in the square around its centre.
 
@@ -276,8 +288,11 @@ class TopkNeighborhood(nn.Module):
         """The neighbourhood of (batch, height, width, channels) maps whose sides are multiples of the window's."""
         height, width = maps.shape[1:3]
         window = self.window_size
-        if (height, width) == self.grid:
-            saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
+        saved = [getattr(self, f"nearest_index_{level}") for level in range(self.levels)]
+        if has_symbols(height, width):
+            nearest = [self.saved_or_computed(index, height, width, level) for level, index in enumerate(saved)]
+            index, places = topk_index(nearest, height, width, window, self.topk)
+        elif (height, width) == self.grid:
             index, places = cached_by_value(
                 self, lambda *nearest: topk_index(nearest, height, width, window, self.topk), *saved
             )

@@ -39,6 +39,11 @@ def is_static(*sizes: int) -> bool:
     return not is_compiling() or all(has_static_value(size) for size in sizes)
 
 
+def has_symbols(*sizes: int) -> bool:
+    """Whether some of the sizes are symbols of a graph that is exported for several sizes and cannot branch on them."""
+    return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active.
 
