@@ -23,7 +23,7 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small Focal on handwritten digits and show its predictions, in ./quickstart
 	@$(BIN)/python examples/quickstart.py
 
-test: lint browser  ## run the linter and all tests
+test: lint browser  ## run the linter, the type checker and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Chromium for tests/test_app.py, which is skipped without it. Only root can install it, as in containers.
@@ -48,9 +48,12 @@ build: $(READY)  ## build and check the source distribution and the wheel, in ./
 	@$(BIN)/python -m build
 	@$(BIN)/python -m twine check --strict dist/*
 
-lint: $(READY)  ## check style and format
+# Annotations in torch and transformers differ by version. Types are checked with the versions that are installed by
+# default.
+lint: $(READY)  ## check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(if $(TRANSFORMERS)$(TORCH),,$(BIN)/mypy)
 
 format: $(READY)  ## format the code, and apply the linter's fixes
 	@$(BIN)/ruff check --fix .

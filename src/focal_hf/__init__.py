@@ -42,7 +42,7 @@ except ValueError:
 for _auto_class, _model_class in AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(FocalConfig, getattr(_modeling, _model_class), exist_ok=True)
 
-_image_processors = {"pil": transformers.BitImageProcessorPil}
+_image_processors: dict[str, type] = {"pil": transformers.BitImageProcessorPil}
 if is_torchvision_available():
     _image_processors["torchvision"] = transformers.BitImageProcessor
 AutoImageProcessor.register(FocalConfig, image_processor_classes=_image_processors, exist_ok=True)

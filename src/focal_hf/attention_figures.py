@@ -1,10 +1,16 @@
 """Figures of attention. Only functions that return or take a matplotlib object need matplotlib."""
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .attention_records import AttentionRecord, LevelAttention, QueryAttention, checked_number, query_attention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Red, green and blue, from 0 to 255.
 LEVEL_COLOURS = ((255, 176, 0), (77, 166, 255), (255, 95, 210), (61, 220, 132))  # of level 0, 1, …, then from the first
@@ -21,8 +27,9 @@ def level_colour(level: int) -> tuple[int, int, int]:
     return LEVEL_COLOURS[level % len(LEVEL_COLOURS)]
 
 
-def matplotlib_colour(colour: tuple[int, int, int]) -> tuple[float, ...]:
-    return tuple(part / 255 for part in colour)
+def matplotlib_colour(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
 
 
 def finest_first(seen: QueryAttention, levels: Collection[int] | None) -> list[LevelAttention]:
@@ -35,10 +42,11 @@ def visible_size(seen: QueryAttention, levels: Collection[int] | None = None) ->
     """Height and width in pixels of the image, including the padding if it has weight."""
     if not any(level.outside.any() for level in finest_first(seen, levels)):
         return seen.image_size
-    return tuple(np.maximum(seen.image_size, np.multiply(seen.levels[0].plane.shape, seen.stride)).tolist())
+    height, width = np.maximum(seen.image_size, np.multiply(seen.levels[0].plane.shape, seen.stride)).tolist()
+    return height, width
 
 
-def box_mask(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def box_mask(boxes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Mask of shape `size` of the tokens that are in any of the boxes."""
     mask = np.zeros(size, dtype=bool)
     for top, left, bottom, right in boxes:
@@ -93,7 +101,9 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([below[:, None, ::-1] + [[0, 0], [1, 0]], right[:, None, ::-1] + [[0, 0], [0, 1]]])
 
 
-def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Collection[int] | None = None, line: float = 1.0):
+def draw_query(
+    axes: "Axes", image: np.ndarray, seen: QueryAttention, levels: Collection[int] | None = None, line: float = 1.0
+) -> None:
     """Draws the image of [`shaded`] into a matplotlib `Axes`, with outlines.
 
     The outlines are those of the query's token (red), its window (white), the region of the fine tokens and the cells
@@ -110,11 +120,11 @@ def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Collection
     pixels, size, stride = shaded(image, seen, levels), seen.levels[0].plane.shape, seen.stride
     axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), interpolation="nearest")
 
-    def add_lines(lines: np.ndarray, colour: tuple[int, int, int], width: float, style="-"):
+    def add_lines(lines: np.ndarray, colour: tuple[int, int, int], width: float, style: Any = "-") -> None:
         # Butt caps keep dashes apart.
-        lines = LineCollection(lines * stride, linewidths=width, linestyles=[style], capstyle="butt")
-        lines.set_color(matplotlib_colour(colour))
-        axes.add_collection(lines)
+        drawn = LineCollection(list(lines * stride), linewidths=width, linestyles=[style], capstyle="butt")
+        drawn.set_color(matplotlib_colour(colour))
+        axes.add_collection(drawn)
 
     for level in reversed(finest_first(seen, levels)):
         for wrapped, style in ((False, "-"), (True, DASHED)):
@@ -125,7 +135,7 @@ def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Collection
                 add_lines(boxes[:, [[1, 0], [3, 0], [3, 2], [1, 2], [1, 0]]], colour, line / 2, style)
     add_lines(outline(box_mask(seen.window, size)), WINDOW_COLOUR, line)
     row, col = seen.query
-    add_lines(outline(box_mask([(row, col, row + 1, col + 1)], size)), QUERY_COLOUR, 1.5 * line)
+    add_lines(outline(box_mask(np.array([(row, col, row + 1, col + 1)]), size)), QUERY_COLOUR, 1.5 * line)
 
     bottom, right = visible_size(seen, levels)
     margin = 0.004 * max(bottom, right)  # for the outer half of lines along the edge
@@ -133,7 +143,7 @@ def draw_query(axes, image: np.ndarray, seen: QueryAttention, levels: Collection
     axes.spines[:].set_visible(False)
 
 
-def new_figure(width: float, height: float, title: str):
+def new_figure(width: float, height: float, title: str) -> "Figure":
     """A `matplotlib.figure.Figure` of a size in inches, without a window and outside of pyplot's state."""
     try:
         from matplotlib.figure import Figure
@@ -148,7 +158,7 @@ def level_name(level: LevelAttention) -> str:
     return "tokens" if level.level == 0 else f"cells of {level.cell} x {level.cell} tokens"
 
 
-def plot_query(image: np.ndarray, seen: QueryAttention):
+def plot_query(image: np.ndarray, seen: QueryAttention) -> "Figure":
     """The paper's Figure 1 for any image, as a `matplotlib.figure.Figure`: all levels together, then each level.
 
     Args:
@@ -185,9 +195,15 @@ def plot_query(image: np.ndarray, seen: QueryAttention):
         key = "token" if level.level == 0 else "cell"
         bar.set_label(f"weight of a {key}; together {100 * level.weights.sum():.1f} %")
 
-    def entry(colour: tuple[int, int, int], label: str, filled: bool = True):
+    def entry(colour: tuple[int, int, int], label: str, filled: bool = True) -> "Line2D":
         face, edge = matplotlib_colour(colour) if filled else "none", matplotlib_colour(colour)
-        style = {"marker": "s", "markersize": 9, "markerfacecolor": face, "markeredgecolor": edge, "markeredgewidth": 2}
+        style: dict[str, Any] = {
+            "marker": "s",
+            "markersize": 9,
+            "markerfacecolor": face,
+            "markeredgecolor": edge,
+            "markeredgewidth": 2,
+        }
         return Line2D([], [], linestyle="none", label=label, **style)
 
     entries = [entry(QUERY_COLOUR, "query", False), entry(WINDOW_COLOUR, "its window", False)]
@@ -202,7 +218,7 @@ def plot_query(image: np.ndarray, seen: QueryAttention):
     return figure
 
 
-def plot_grid(image: np.ndarray, record: AttentionRecord, at: tuple[float, float], layer: int = -1):
+def plot_grid(image: np.ndarray, record: AttentionRecord, at: tuple[float, float], layer: int = -1) -> "Figure":
     """What a point attends to in every head of one layer of every stage, as a `matplotlib.figure.Figure`.
 
     Args:
@@ -229,7 +245,7 @@ def plot_grid(image: np.ndarray, record: AttentionRecord, at: tuple[float, float
     return figure
 
 
-def plot_saliency(image: np.ndarray, saliency: np.ndarray, patch_size: int, title: str):
+def plot_saliency(image: np.ndarray, saliency: np.ndarray, patch_size: int, title: str) -> "Figure":
     """The image, and beside it the result of [`attention_rollout`], as a `matplotlib.figure.Figure`.
 
     Args:

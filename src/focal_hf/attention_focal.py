@@ -12,7 +12,7 @@ Every implementation takes the queries of a map's tokens, the keys and values of
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from .cpu_attention_focal import (
 )
 from .layout_focal import at_least_float32, fold_windows, unfold_windows
 from .neighborhood_focal import Neighborhood
+
+if TYPE_CHECKING:
+    from .modeling_focal import FocalAttention
 
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 
@@ -57,7 +60,7 @@ def eager_attention_forward(
 
 
 def attend_gathered(
-    module: nn.Module,
+    module: "FocalAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -80,7 +83,7 @@ def attend_gathered(
     return unfold_windows(output.transpose(1, 2), query, index, window_size), weights
 
 
-def reason_against_triton(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
+def reason_against_triton(module: "FocalAttention", query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
     """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
     if not is_triton_available():
         return "it needs the package triton: pip install triton"
@@ -107,7 +110,7 @@ class Attention(NamedTuple):
     tokens: int = 0
 
 
-def choose_attention(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> Attention:
+def choose_attention(module: "FocalAttention", query: torch.Tensor, neighborhood: Neighborhood) -> Attention:
     """The implementation with which a block attends.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .geometry_focal import LevelGrid, level_grid
 from .layout_focal import split_windows
-from .modeling_focal import FocalForImageClassification, FocalModel, pad_to_multiple
+from .modeling_focal import FocalAttention, FocalForImageClassification, FocalModel, pad_to_multiple
 from .neighborhood_focal import BiasPart, Neighborhood
 
 # --- Recording --------------------------------------------------------------------------------------------------------
@@ -37,7 +37,8 @@ class BlockAttention:
     @property
     def windows(self) -> tuple[int, int]:
         """Rows and columns of windows."""
-        return tuple(self.neighborhood.index.shape[:2])
+        rows, cols = self.neighborhood.index.shape[:2]
+        return rows, cols
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -108,26 +109,30 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
             f"{tuple(getattr(pixel_values, 'shape', ())) or type(pixel_values).__name__}."
         )
 
-    stages = [[block.attention for block in stage.blocks] for stage in focal.encoder.layers]
-    neighborhoods, recorded = {}, {}
+    attentions = [
+        [module for module in stage.modules() if isinstance(module, FocalAttention)] for stage in focal.encoder.layers
+    ]
+    neighborhoods: dict[nn.Module, Neighborhood] = {}
+    recorded: dict[nn.Module, BlockAttention] = {}
 
-    def keep_neighborhood(module: nn.Module, args: tuple, output: Neighborhood):
+    def keep_neighborhood(module: nn.Module, args: tuple, output: Neighborhood) -> None:
         # Without the forms that attention implementations have derived.
         parts = [BiasPart(part.source.cpu(), part.pattern.cpu()) for part in output.parts]
         neighborhoods[module] = Neighborhood(output.index.cpu(), parts, output.squares)
 
-    def keep_weights(module: nn.Module, args: tuple, output: tuple):
+    def keep_weights(module: FocalAttention, args: tuple, output: tuple) -> None:
+        height, width = args[0].shape[1:3]
         recorded[module] = BlockAttention(
             weights=output[1].float().cpu(),
             neighborhood=neighborhoods[module.neighborhood],
-            map_size=tuple(args[0].shape[1:3]),
+            map_size=(height, width),
             window_size=module.window_size,
             shift_size=module.shift_of(*args[0].shape[1:3]),
             cells=[1] if module.pooling is None else [1, *module.pooling.cells],
         )
 
     hooks = []
-    for attention in itertools.chain(*stages):
+    for attention in itertools.chain(*attentions):
         hooks.append(attention.neighborhood.register_forward_hook(keep_neighborhood))
         hooks.append(attention.register_forward_hook(keep_weights))
     implementation = focal.config._attn_implementation
@@ -141,7 +146,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
         for hook in hooks:
             hook.remove()
 
-    stages = [[recorded[attention] for attention in stage] for stage in stages]
+    stages = [[recorded[attention] for attention in stage] for stage in attentions]
     classifier = next(
         (module.classifier for module in modules if isinstance(module, FocalForImageClassification)), None
     )
@@ -149,7 +154,8 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     if classifier is not None:
         # The classifier is linear, so its answer to the mean of the tokens is the mean of its answers to each token.
         token_logits = classifier(last_hidden_state)[0].unflatten(0, stages[-1][-1].map_size).float().cpu().numpy()
-    return AttentionRecord(stages, tuple(pixel_values.shape[2:]), focal.config.patch_size, token_logits)
+    height, width = pixel_values.shape[2:]
+    return AttentionRecord(stages, (height, width), focal.config.patch_size, token_logits)
 
 
 # --- One query --------------------------------------------------------------------------------------------------------
@@ -304,8 +310,8 @@ def query_attention(
     (window_row, row_in_window), (window_col, col_in_window) = (divmod(place, window) for place in rolled)
     number, query = window_row * block.windows[1] + window_col, row_in_window * window + col_in_window
 
-    weights = block.weights[number, :, query]
-    weights = (weights.mean(0) if head is None else weights[head]).double().numpy()
+    of_heads = block.weights[number, :, query]
+    weights = (of_heads.mean(0) if head is None else of_heads[head]).double().numpy()
     index = neighborhood.index[window_row, window_col].numpy()
     bias = neighborhood.bias(slice(window_row, window_row + 1), slice(window_col, window_col + 1))
     visible = ~torch.isneginf(bias[0, 0, query]).numpy()
@@ -328,7 +334,7 @@ def query_attention(
             key_row, key_col = np.divmod(index[keys] - first, grid.cols)
         first += grid.rows * grid.cols
 
-        boxes, plane = [], np.zeros(padded)
+        parts, plane = [], np.zeros(padded)
         corners = zip(
             (grid.top + key_row * grid.cell).tolist(), (grid.left + key_col * grid.cell).tolist(), strict=True
         )
@@ -337,13 +343,13 @@ def query_attention(
                 plane[rows.start : rows.stop, cols.start : cols.stop] += weight
                 area = (rows.stop - rows.start) * (cols.stop - cols.start)
                 flags = rows.wrapped or cols.wrapped, rows.outside or cols.outside
-                boxes.append((rows.start, cols.start, rows.stop, cols.stop, *flags, weight * area))
-        boxes = np.array(boxes).reshape(-1, 7)
-        corners, (wrapped, outside) = boxes[:, :4].astype(int), boxes[:, 4:6].T.astype(bool)
-        levels.append(LevelAttention(level, grid.cell, corners, boxes[:, 6], wrapped, outside, plane))
+                parts.append((rows.start, cols.start, rows.stop, cols.stop, *flags, weight * area))
+        columns = np.array(parts).reshape(-1, 7)
+        boxes, (wrapped, outside) = columns[:, :4].astype(int), columns[:, 4:6].T.astype(bool)
+        levels.append(LevelAttention(level, grid.cell, boxes, columns[:, 6], wrapped, outside, plane))
 
-    own = map_runs(window_row * window, window_col * window, window)
-    own = np.array([(rows.start, cols.start, rows.stop, cols.stop) for rows, cols in own])
+    own_runs = map_runs(window_row * window, window_col * window, window)
+    own = np.array([(rows.start, cols.start, rows.stop, cols.stop) for rows, cols in own_runs])
     return QueryAttention(stage, layer, head, (row, col), own, levels, block.map_size, stride, record.image_size)
 
 

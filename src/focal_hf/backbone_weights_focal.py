@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,7 +34,7 @@ def differences(config: FocalConfig, other: FocalConfig) -> dict[str, tuple]:
 
 
 def load_backbone_weights(
-    model: torch.nn.Module, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    model: torch.nn.Module, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
 ) -> torch.nn.Module:
     r"""
     Loads pre-trained weights into the one Focal backbone in a model, such as a head that was built with a
@@ -102,14 +103,15 @@ def load_backbone_weights(
         )
 
     # Loaded in float32, so that each tensor is rounded only once, to its dtype in the model.
-    loaded, info = FocalBackbone.from_pretrained(
+    with_info: Any = FocalBackbone.from_pretrained(  # annotated as if it always returned the model alone
         name, config=backbone.config, dtype=torch.float32, output_loading_info=True, **kwargs
     )
+    loaded, info = with_info
     # At another size, blocks may gain or lose the surroundings of their windows.
     around = ("relative_position_bias_table_to_neighbors",) if differing.keys() & FITTED else ()
     missing = sorted(key for key in info["missing_keys"] if not (key.startswith(NORMS) or key.endswith(around)))
-    unused = (key.removeprefix("focal.") for key in info["unexpected_keys"])
-    unused = sorted(key for key in unused if not (key.startswith((NORMS, *OF_HEADS)) or key.endswith(around)))
+    unexpected = (key.removeprefix("focal.") for key in info["unexpected_keys"])
+    unused = sorted(key for key in unexpected if not (key.startswith((NORMS, *OF_HEADS)) or key.endswith(around)))
     if missing or unused:
         raise ValueError(
             f"{name} is not a whole checkpoint of a Focal model like the backbone of {type(model).__name__}: it lacks "

@@ -56,7 +56,7 @@ try:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 except ImportError:  # before torch 2.8
 
-    def has_static_value(size) -> bool:
+    def has_static_value(size) -> bool:  # type: ignore[misc]  # torch's takes other numbers than sizes, too
         return False
 
 

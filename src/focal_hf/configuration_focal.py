@@ -2,7 +2,8 @@
 
 import math
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -202,7 +203,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
@@ -222,7 +223,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} is not a setting: FocalConfig derives it from others. Leave it out.")
         super().__post_init__(**kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As for every config. The `save_pretrained` of models calls it, too.
 
         The modules of this package are saved too in two cases: after a call of `register_for_auto_class()` on
@@ -233,7 +234,8 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
         # A class derived from this one has models of its own.
         if type(self) is FocalConfig and (carried or self._auto_class):
             self.auto_map = carried | {auto: f"modeling_focal.{name}" for auto, name in AUTO_CLASSES.items()}
-            self._auto_class = "AutoConfig"  # for which transformers copies the modules
+            # For "AutoConfig", transformers copies the modules. The class attribute is the default.
+            self._auto_class = "AutoConfig"  # type: ignore[misc]
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # Properties, not attributes: `from_pretrained(..., depths=...)` sets a field after construction, and the values
@@ -256,14 +258,15 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def image_sides(self) -> tuple[int, int]:
         """Height and width in pixels of an image of `image_size`."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
 
     @property
     def stage_grids(self) -> list[tuple[int, int]]:
         """Height and width in tokens of every stage's map for an image of `image_size`."""
         return [self.reduced_size(self.image_sides, self.patch_size * 2**stage) for stage in range(len(self.depths))]
 
-    def reduced_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
+    def reduced_size(self, size: Sequence[int], stride: int) -> tuple[int, int]:
         """Height and width of an image or a map after convolutions with that stride in all.
 
         They are rounded up, as a remainder is padded, or down with `drop_remainder`.
@@ -300,12 +303,12 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
             pooled_levels=max(self.focal_levels[stage] - 1, 0) if pools else 0,
         )
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Called when the config is made, and again by every model built from it."""
         self._check_values()
         self._check_combinations()
 
-    def _check_values(self):
+    def _check_values(self) -> None:
         """Every setting by itself."""
         for name, choices in (
             ("attention_type", ATTENTION_TYPES),
@@ -384,7 +387,7 @@ class FocalConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"stage has no token; got {self.image_size}."
             )
 
-    def _check_combinations(self):
+    def _check_combinations(self) -> None:
         """Combinations of settings."""
         if self.use_conv_embed and self.patch_size != 4:
             raise ValueError(

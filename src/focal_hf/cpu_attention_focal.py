@@ -7,7 +7,7 @@ several times the memory of all other activations.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from .run_state_focal import (
     is_static,
     is_transforming,
 )
+
+if TYPE_CHECKING:
+    from .modeling_focal import FocalAttention, FocalMLP
 
 # Elements of the keys that a chunk of windows gathers, for a processor with 2 MB of second-level cache per core.
 KEY_ELEMENTS_PER_CHUNK = 768 * 1024
@@ -70,7 +73,9 @@ def dense_tokens(neighborhood: Neighborhood) -> int:
     return padded_length(rows * cols * sum(square.step**2 for square in neighborhood.squares))
 
 
-def reason_against_dense_attention(module: nn.Module, query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
+def reason_against_dense_attention(
+    module: "FocalAttention", query: torch.Tensor, neighborhood: Neighborhood
+) -> str | None:
     """The reason why dense attention cannot be used, or None if it can.
 
     In dense attention, every query attends to every token, and hidden tokens have a bias of -inf. This is faster than
@@ -79,7 +84,7 @@ def reason_against_dense_attention(module: nn.Module, query: torch.Tensor, neigh
     rows, cols, keys = neighborhood.index.shape
     if not (is_cpu_inference(module, query) and is_static(rows, cols)):
         return "it is for inference on a CPU, for maps of a known size"
-    if neighborhood.squares is None or not all(part.is_mask for part in neighborhood.parts):
+    if not neighborhood.squares or not all(part.is_mask for part in neighborhood.parts):
         return "the bias is not that of whole squares of tokens"
     if any(part.pattern.shape[2] > 1 for part in neighborhood.parts):
         return "a token is hidden from some queries of a window, as after a shift, which the index does not tell"
@@ -109,10 +114,22 @@ def dense_bias(neighborhood: Neighborhood) -> torch.Tensor:
     return everywhere.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)[None]
 
 
-def attend_densely(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+def attend_densely(
+    module: "FocalAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    neighborhood: Neighborhood,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention of all queries of the map to all tokens. `key` and `value` are padded to `dense_tokens` tokens."""
+    queries, keys, values = (
+        tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)
+    )
     output = nn.functional.scaled_dot_product_attention(
-        *(tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)),
+        queries,
+        keys,
+        values,
         attn_mask=neighborhood.derived(dense_bias).to(query.dtype),
         scale=module.scaling,
     )
@@ -165,7 +182,9 @@ def chunks(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
         index = torch.cat([index, index[..., :1].expand(-1, -1, padding)], dim=-1)
     index = head_index(index, heads)
     columns = [*(part.columns for part in parts), padding]
-    windows, bias, targets, written = 0, torch.empty(0), [], []
+    windows, bias = 0, torch.empty(0)
+    targets: list[torch.Tensor] = []
+    written: list[torch.Tensor | None] = []
     # Consecutive chunks differ least when they go down the columns, and then from image to image.
     for some_cols in slices(cols, size):
         for some_rows in slices(rows, max(1, size // cols)):
@@ -179,7 +198,8 @@ def chunks(neighborhood: Neighborhood, key: torch.Tensor, head_dim: int) -> Iter
             # Away from the map's edges, most windows have the pattern, and so the bias, of the chunk before.
             for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
                 pattern = part.pattern[some_rows, some_cols]
-                if written[number] is None or not torch.equal(pattern, written[number]):
+                before = written[number]
+                if before is None or not torch.equal(pattern, before):
                     part.write_bias_(target, some_rows, some_cols)
                 written[number] = pattern
             for some_images in image_slices:
@@ -206,7 +226,7 @@ def split_heads(windows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return windows.reshape(rows * cols, side**2, channels // head_dim, head_dim).transpose(1, 2)
 
 
-def write_heads_(windows: torch.Tensor, heads: torch.Tensor):
+def write_heads_(windows: torch.Tensor, heads: torch.Tensor) -> None:
     """Writes (windows, heads, queries, head_dim) into the windows that `split_heads` takes."""
     windows.copy_(heads.transpose(1, 2).reshape(windows.shape))
 
@@ -333,7 +353,14 @@ def _count_flops(query_shape, key_shape, value_shape, index_shape, *args, out_sh
     return 4 * math.prod(query_shape) * index_shape[-1]
 
 
-def attend_in_chunks(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+def attend_in_chunks(
+    module: "FocalAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    neighborhood: Neighborhood,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention of every window's queries to the keys of its neighbourhood, by `attention_in_chunks`."""
     sources = [part.source for part in neighborhood.parts]
     patterns = [part.pattern for part in neighborhood.parts]
@@ -344,7 +371,7 @@ def attend_in_chunks(module, query, key, value, neighborhood, **kwargs) -> tuple
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
 
-def mlp_in_chunks(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def mlp_in_chunks(mlp: "FocalMLP", hidden_states: torch.Tensor) -> torch.Tensor:
     """`mlp.transform(hidden_states)`, in inference on a CPU for some tokens at a time."""
     tokens = hidden_states.flatten(0, -2)
     # A layer in the place of a linear one may need to know a token's image, as PEFT's with one adapter per image do.

@@ -129,9 +129,9 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
         row, col = square - down, square - right  # in the displaced window
         inside = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
         found.append(torch.where(in_window(row, col, window_size), slot[inside], -1))
-    found = torch.stack(found).sort(dim=0, descending=True).values.flatten(1)
+    most_first = torch.stack(found).sort(dim=0, descending=True).values.flatten(1)
     own_column = square[:, None] * window_size + square[None, :]
-    columns = torch.where(in_window(square, square, window_size).flatten(), own_column.flatten(), found[0])
+    columns = torch.where(in_window(square, square, window_size).flatten(), own_column.flatten(), most_first[0])
 
     # Displaced windows overlap beside the window itself, in its middle rows and in its middle columns.
     both = torch.arange(2 * expand_size, max(window_size, 2 * expand_size), device=device)
@@ -140,7 +140,7 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
     twice = torch.cat([both[:, None] * side + beside, beside * side + both[:, None]]).flatten()
     behind = window_size**2 + slot_count(window_size, expand_size)
     columns[twice] = behind + torch.arange(twice.shape[0], device=device)
-    return found[:2, twice], columns.clamp(min=0), columns < 0
+    return most_first[:2, twice], columns.clamp(min=0), columns < 0
 
 
 @cached_table
@@ -184,7 +184,7 @@ def focal_index(
     side = window_size + 2 * expand_size
     fine_rows = wrapped(spans(rows, window_size, expand_size, side), height)
     fine_cols = wrapped(spans(cols, window_size, expand_size, side), width)
-    index = [grid_index(fine_rows * width, fine_cols)]
+    of_levels = [grid_index(fine_rows * width, fine_cols)]
 
     fine_hidden = torch.zeros(rows, cols, 1, 1, dtype=torch.bool, device=device)
     if shift_size:
@@ -209,10 +209,10 @@ def focal_index(
         col = spans(cols, stride, (focal_window - 1) // 2, length)
         row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
         outside = (row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2)
-        index.append(grid_index(row * pooled_cols + first_pooled, col).masked_fill(outside, -1))
+        of_levels.append(grid_index(row * pooled_cols + first_pooled, col).masked_fill(outside, -1))
         first_pooled += pooled_rows * pooled_cols
 
-    index = torch.cat(index, dim=2).int()
+    index = torch.cat(of_levels, dim=2).int()
     pooled_hidden = index[:, :, None, side**2 :] < 0
     return index, [fine_hidden, pooled_hidden] if pooled_levels else [fine_hidden]
 

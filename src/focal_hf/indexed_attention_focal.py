@@ -4,7 +4,7 @@ A gather needs to know no more about a map than its index does, so that one grap
 for maps of one size, indices and biases are constants.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from .geometry_focal import level_grid, window_tokens
 from .layout_focal import at_least_float32, cat_unless_single
 from .neighborhood_focal import Neighborhood
 from .run_state_focal import is_exporting
+
+if TYPE_CHECKING:
+    from .modeling_focal import FocalAttention, FocalPooling
 
 
 class AttentionTables(NamedTuple):
@@ -40,13 +43,13 @@ class AttentionTables(NamedTuple):
     bias: torch.Tensor
 
 
-def attends_by_index(module: nn.Module) -> bool:
+def attends_by_index(module: "FocalAttention") -> bool:
     """Whether a [`FocalAttention`] is being exported with its default attention."""
     drops = module.training and module.attention_dropout > 0
     return is_exporting() and module.config._attn_implementation == "sdpa" and not drops
 
 
-def attention_tables(module: nn.Module, neighborhood: Neighborhood, height: int, width: int) -> AttentionTables:
+def attention_tables(module: "FocalAttention", neighborhood: Neighborhood, height: int, width: int) -> AttentionTables:
     """The tables of a [`FocalAttention`] for maps of `height` by `width`, which are padded to the neighbourhood's."""
     index, heads, window = neighborhood.index, module.num_heads, module.window_size
     rows, cols, keys = index.shape
@@ -69,9 +72,9 @@ def attention_tables(module: nn.Module, neighborhood: Neighborhood, height: int,
     for level in range(1, len(module.pooling.cells) + 1 if module.pooling else 1):
         grid = level_grid(rows * window, cols * window, window, level)
         cells.append(window_tokens(grid, cols * window, index.device).flatten())
-    level = level_grid(rows * window, cols * window, window, 1)
+    windows = level_grid(rows * window, cols * window, window, 1)
     return AttentionTables(
-        queries=of_heads(window_tokens(level, cols * window, index.device)),
+        queries=of_heads(window_tokens(windows, cols * window, index.device)),
         keys=of_heads(index.clamp(min=0).view(rows * cols, keys).long()),
         outputs=query.flatten(),
         cells=cells,
@@ -79,7 +82,7 @@ def attention_tables(module: nn.Module, neighborhood: Neighborhood, height: int,
     )
 
 
-def pool_by_index(pooling: nn.Module, tokens: torch.Tensor, cells: list[torch.Tensor]) -> torch.Tensor:
+def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[torch.Tensor]) -> torch.Tensor:
     """`pooling` of the tokens (batch, height · width, channels) of a map: (batch, pooled tokens, channels)."""
     pooled = []
     for level, (side, index) in enumerate(zip(pooling.cells, cells, strict=True)):
@@ -89,7 +92,7 @@ def pool_by_index(pooling: nn.Module, tokens: torch.Tensor, cells: list[torch.Te
         elif pooling.pool == "max":
             pooled.append(gathered.amax(dim=2))
         elif pooling.pool == "fc":
-            layer = pooling.layers[level]
+            layer: Any = pooling.layers[level]  # nn.Linear, nn.Conv2d, or a layer in the place of one
             pooled.append(torch.matmul(layer.weight, gathered).squeeze(2) + layer.bias)
         else:
             layer = pooling.layers[level]
@@ -98,7 +101,7 @@ def pool_by_index(pooling: nn.Module, tokens: torch.Tensor, cells: list[torch.Te
     return cat_unless_single(pooled, dim=1)
 
 
-def attend_by_index(module: nn.Module, tokens: torch.Tensor, tables: AttentionTables) -> torch.Tensor:
+def attend_by_index(module: "FocalAttention", tokens: torch.Tensor, tables: AttentionTables) -> torch.Tensor:
     """The output (batch, height · width, channels) of a [`FocalAttention`] for a map's tokens, padded and shifted."""
     batch, channels = tokens.shape[0], tokens.shape[2]
     head_dim, queries, keys = module.head_dim, *tables.bias.shape[2:]

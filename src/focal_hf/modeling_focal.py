@@ -246,9 +246,11 @@ class FocalEmbeddings(nn.Module):
 
     def interpolated_positions(self, height: int, width: int) -> torch.Tensor:
         """Absolute positions (1, height · width, embed_dim) for a map of any size."""
+        positions = self.position_embeddings
+        assert positions is not None  # Only models with use_absolute_embeddings call this.
         if not has_symbols(height, width) and (height, width) == self.patch_grid:
-            return self.position_embeddings
-        maps = self.position_embeddings.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
+            return positions
+        maps = positions.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
         maps = nn.functional.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
         return maps.flatten(2).transpose(1, 2)
 
@@ -258,6 +260,8 @@ class FocalEmbeddings(nn.Module):
         embeddings, (height, width) = self.patch_embeddings(pixel_values)
         embeddings = self.norm(embeddings)
         if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a model with a mask token: build it with use_mask_token=True.")
             if bool_masked_pos.shape != embeddings.shape[:2]:
                 raise ValueError(
                     f"bool_masked_pos must have shape (batch, patches) = {tuple(embeddings.shape[:2])} for this input "
@@ -352,7 +356,8 @@ class FocalPooling(nn.Module):
         if level == 0:
             return windows
         maps = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        rows, cols, cell, top, left = level_grid(*maps.shape[1:3], self.window_size, level + 1)
+        height, width = maps.shape[1:3]
+        rows, cols, cell, top, left = level_grid(height, width, self.window_size, level + 1)
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
         return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
@@ -427,6 +432,17 @@ class FocalAttention(nn.Module):
             return 0
         return self.shift_size
 
+    def attended_tokens(self, tokens: torch.Tensor, size: torch.Size, count: int) -> torch.Tensor:
+        """Tokens (batch, height · width, channels) of a map with its pooled tokens, and zeros up to `count` tokens."""
+        parts = [tokens]
+        if self.pooling is not None:
+            # From tokens back to maps, because compiled code would give the map itself an unsuitable memory layout.
+            parts.append(self.pooling(split_windows(tokens.unflatten(1, size), self.window_size)))
+        if count:
+            padding = count - sum(part.shape[1] for part in parts)
+            parts.append(tokens.new_zeros(tokens.shape[0], padding, tokens.shape[2]))
+        return cat_unless_single(parts, dim=1)
+
     def forward(
         self, maps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -447,14 +463,7 @@ class FocalAttention(nn.Module):
             return attend_by_index(self, tokens, tables).unflatten(1, (input_height, input_width)), None
         query = self.q_proj(tokens)
         attention = choose_attention(self, query, neighborhood)
-        tokens = [tokens]
-        if self.pooling is not None:
-            # From tokens back to maps, because compiled code would give `maps` itself an unsuitable memory layout.
-            tokens.append(self.pooling(split_windows(tokens[0].unflatten(1, maps.shape[1:3]), self.window_size)))
-        if attention.tokens:
-            padding = attention.tokens - sum(part.shape[1] for part in tokens)
-            tokens.append(maps.new_zeros(maps.shape[0], padding, maps.shape[3]))
-        tokens = cat_unless_single(tokens, dim=1)
+        tokens = self.attended_tokens(tokens, maps.shape[1:3], attention.tokens)
         key, value = self.k_proj(tokens), self.v_proj(tokens)
         del tokens  # so that attention can reuse the memory
         output, weights = attention.attend(self, query, key, value, neighborhood, **kwargs)
@@ -506,7 +515,7 @@ class FocalLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes tokens (batch, tokens, channels). Returns new ones and the attention weights."""
         maps = self.layernorm_before(hidden_states).unflatten(1, input_dimensions)
         attention, weights = self.attention(maps, **kwargs)
@@ -532,7 +541,7 @@ class FocalStage(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         input_dimensions: tuple[int, int],
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns tokens (batch, tokens, channels), the tokens before downsampling, and the last attention weights."""
         for block in self.blocks:
             hidden_states, weights = block(hidden_states, input_dimensions, **kwargs)
@@ -553,7 +562,7 @@ class FocalPreTrainedModel(PreTrainedModel):
     config: FocalConfig
     base_model_prefix = "focal"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in all models, a list in the base class
     supports_gradient_checkpointing = True
     _no_split_modules = ["FocalEmbeddings", "FocalLayer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -583,7 +592,7 @@ class FocalPreTrainedModel(PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """The original's initialisation: truncated normals for linear layers and tables, zeros for the window's own
         table, PyTorch's default for convolutions."""
         std = self.config.initializer_range
@@ -642,7 +651,7 @@ class FocalEncoder(FocalPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs has output_hidden_states, too
         self,
         hidden_states: torch.Tensor,
         input_dimensions: tuple[int, int],
@@ -659,16 +668,16 @@ class FocalEncoder(FocalPreTrainedModel):
             output_hidden_states_before_downsampling (`bool`, *optional*, defaults to `False`):
                 Whether `reshaped_hidden_states` are the stages' maps before their downsampling.
         """
-        maps = (to_map(hidden_states, input_dimensions),) if output_hidden_states else None
+        maps = [to_map(hidden_states, input_dimensions)] if output_hidden_states else []
         for stage in self.layers:
             hidden_states, before, _ = stage(hidden_states, input_dimensions, **kwargs)
             if output_hidden_states and output_hidden_states_before_downsampling:
-                maps += (to_map(before, input_dimensions),)
+                maps.append(to_map(before, input_dimensions))
             if stage.downsample is not None:
                 input_dimensions = self.config.reduced_size(input_dimensions, 2)
             if output_hidden_states and not output_hidden_states_before_downsampling:
-                maps += (to_map(hidden_states, input_dimensions),)
-        return FocalEncoderOutput(last_hidden_state=hidden_states, reshaped_hidden_states=maps)
+                maps.append(to_map(hidden_states, input_dimensions))
+        return FocalEncoderOutput(last_hidden_state=hidden_states, reshaped_hidden_states=tuple(maps) or None)
 
 
 class FocalModel(FocalPreTrainedModel):
@@ -689,7 +698,7 @@ class FocalModel(FocalPreTrainedModel):
         self.num_features = config.hidden_size
         self.embeddings = FocalEmbeddings(config, use_mask_token=use_mask_token)
         self.encoder = FocalEncoder(config)
-        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.layernorm: nn.Module = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
 
@@ -711,8 +720,6 @@ class FocalModel(FocalPreTrainedModel):
             ValueError: for input of another shape or dtype, or without any pixel; the message says what was expected.
                 Pixels that are not finite, and labels out of range, are left to PyTorch: to look would stall a GPU.
         """
-        if bool_masked_pos is not None and self.embeddings.mask_token is None:
-            raise ValueError("bool_masked_pos needs a model with a mask token: build it with use_mask_token=True.")
         # Passed explicitly: `forward` of the encoder has this argument, and its decorator would not pass it the default
         # from the config.
         output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
@@ -743,9 +750,7 @@ class FocalForImageClassification(FocalPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.focal = FocalModel(config)
-        self.classifier = (
-            nn.Linear(self.focal.num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        self.classifier = nn.Linear(self.focal.num_features, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -821,7 +826,8 @@ class FocalForMaskedImageModeling(FocalPreTrainedModel):
         [1, 3, 160, 224]
         ```"""
         outputs = self.focal(pixel_values, bool_masked_pos=bool_masked_pos, **kwargs)
-        size = tuple(pixel_values.shape[2:])
+        assert pixel_values is not None  # FocalModel has raised an error.
+        size = pixel_values.shape[2:]
         patch, stride = self.config.patch_size, self.config.encoder_stride
         last_map = outputs.last_hidden_state.transpose(1, 2).unflatten(2, self.config.reduced_size(size, stride))
         # Padding is cropped. Dropped pixels are not reconstructed.

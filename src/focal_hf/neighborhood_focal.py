@@ -6,7 +6,7 @@ and the parts of the bias. It does not know how attention is computed.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .geometry_focal import (
 )
 from .layout_focal import at_least_float32, cat_unless_single
 from .run_state_focal import cached_by_value, has_symbols
+
+T = TypeVar("T")
 
 
 class BiasPart(NamedTuple):
@@ -62,7 +64,7 @@ class BiasPart(NamedTuple):
             return torch.where(pattern[:, None], -torch.inf, self.source)
         return self.source.index_select(0, pattern.flatten()).unflatten(0, pattern.shape).permute(0, 2, 3, 1)
 
-    def write_bias_(self, target: torch.Tensor, rows: slice, cols: slice):
+    def write_bias_(self, target: torch.Tensor, rows: slice, cols: slice) -> None:
         """Writes `bias` into `target` (images, windows, heads, queries, columns)."""
         if not self.is_mask:
             target.copy_(self.bias(rows, cols))
@@ -107,11 +109,11 @@ class Neighborhood:
         parts: list[BiasPart],
         squares: list[Square] | None = None,
         shift_size: int = 0,
-        forms: dict | None = None,
+        forms: dict[Callable, Any] | None = None,
     ):
         self.index = index
         self.parts = parts
-        self.squares = squares
+        self.squares = squares or []
         self.shift_size = shift_size
         self.forms = {} if forms is None else forms
 
@@ -123,7 +125,7 @@ class Neighborhood:
         """The bias (windows, heads, queries, keys) of the windows in some rows and columns, by default of all."""
         return cat_unless_single([part.bias(rows, cols) for part in self.parts], dim=-1)
 
-    def derived(self, make: Callable):
+    def derived(self, make: Callable[["Neighborhood"], T]) -> T:
         """`make(self)`, kept for the last size of the map: the form that an attention implementation needs."""
         size = tuple(self.index.shape)
         if make not in self.forms or self.forms[make][0] != size:
@@ -206,6 +208,7 @@ class FocalNeighborhood(nn.Module):
         height, width = maps.shape[1:3]
         shift_size = self.shift_size if shift_size is None else shift_size
 
+        forms: dict[Callable, Any]
         biases, forms = cached_by_value(self, lambda *tables: (self.biases(), {}), *self.tables())
         geometry = self.window_size, self.expand_size, shift_size, self.focal_window, self.pooled_levels
         index, hidden = focal_index(height, width, *geometry, maps.device)
@@ -228,7 +231,8 @@ class TopkNeighborhood(nn.Module):
         self.window_size = window_size
         self.levels = levels
         self.topk = topk
-        self.grid = tuple(-(-side // window_size) * window_size for side in grid)
+        rows, cols = (-(-side // window_size) for side in grid)
+        self.grid = (rows * window_size, cols * window_size)
         self.coordinate_mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(2, head_dim), nn.ReLU(), nn.Linear(head_dim, num_heads)) for _ in range(levels)
         )

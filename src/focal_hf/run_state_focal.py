@@ -5,12 +5,16 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import nn
 
 from .compatibility_focal import has_static_value, may_be_fake, may_be_transforming
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 # Largest size in bytes of all index tables that `cached_table` keeps together.
 TABLE_CACHE_BYTES = 64 * 1024 * 1024
@@ -78,7 +82,7 @@ def allows_tf32() -> bool:
     return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
-def _tensors(tables: torch.Tensor | Sequence) -> list[torch.Tensor]:
+def _tensors(tables: Any) -> list[torch.Tensor]:
     """All tensors of a tensor, or of tuples and lists of such."""
     if isinstance(tables, torch.Tensor):
         return [tables]
@@ -88,12 +92,12 @@ def _tensors(tables: torch.Tensor | Sequence) -> list[torch.Tensor]:
 class _TableCache:
     """Least recently used cache of tables, bounded in bytes."""
 
-    def __init__(self):
-        self.entries: OrderedDict[Hashable, tuple[torch.Tensor | Sequence, int]] = OrderedDict()
+    def __init__(self) -> None:
+        self.entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.bytes = 0
         self.lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], torch.Tensor | Sequence]):
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
         with self.lock:
             if key in self.entries:
                 self.entries.move_to_end(key)
@@ -117,7 +121,7 @@ class _TableCache:
 _tables = _TableCache()
 
 
-def cached_table(function: Callable) -> Callable:
+def cached_table(function: Callable[[*Ts], T]) -> Callable[[*Ts], T]:
     """Decorator that caches the tables that a function of integers and a device returns.
 
     All decorated functions share one cache of at most `TABLE_CACHE_BYTES`. Tables are never inference tensors, which
@@ -125,11 +129,11 @@ def cached_table(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def wrapper(*args):
+    def wrapper(*args: *Ts) -> T:
         if not can_cache():
             return function(*args)
 
-        def make():
+        def make() -> T:
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args)
 
@@ -142,7 +146,7 @@ def cached_table(function: Callable) -> Callable:
 _last_results: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
-def cached_by_value(module: nn.Module, make: Callable, *tensors: torch.Tensor):
+def cached_by_value(module: nn.Module, make: Callable[..., T], *tensors: torch.Tensor) -> T:
     """`make(*tensors)`; in inference on a CPU, the module's last result as long as the tensors are equal.
 
     The numbers are compared, because neither a tensor's version nor its address changes with every update by fused

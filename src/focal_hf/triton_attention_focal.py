@@ -13,7 +13,7 @@ run on a GPU yet. With TRITON_INTERPRET=1 in the environment before Triton is im
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -28,6 +28,9 @@ try:  # transformers requires every package that a checkpoint's code imports, un
     import triton.language as tl
 except ImportError:
     raise
+
+if TYPE_CHECKING:
+    from .modeling_focal import FocalAttention
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def reason_against(
         return f"it takes {', '.join(map(str, dtypes))}{' when interpreted' * INTERPRETED} (got {dtype})"
     if head_dim > LARGEST_HEAD:
         return f"it takes heads of at most {LARGEST_HEAD} channels (got {head_dim})"
-    if neighborhood.squares is None:
+    if not neighborhood.squares:
         return "the neighbourhood does not give the squares of tokens that windows attend to (Neighborhood.squares)"
     return None
 
@@ -489,9 +492,9 @@ def triton_attention_backward(
         token_at = tokens
         if places is not None:
             token_at = tokens.new_full((plan.rows, plan.cols, plan.places), -1).scatter_(2, places.long(), tokens)
-        inputs = query, key, value, token_at, source, logsumexp, delta, grad_output
-        grad_source = _bias_gradient(plan, inputs, scaling)
-        _write_key_gradients_(plan, inputs, grad_key, grad_value, scaling)
+        tensors = query, key, value, token_at, source, logsumexp, delta, grad_output
+        grad_source = _bias_gradient(plan, tensors, scaling)
+        _write_key_gradients_(plan, tensors, grad_key, grad_value, scaling)
     return grad_query, grad_key, grad_value, grad_source
 
 
@@ -600,7 +603,14 @@ def kernel_layout(
     return neighborhood.index, places, torch.cat(sources, dim=1), squares, neighborhood.shift_size
 
 
-def attend_by_triton(module, query, key, value, neighborhood, **kwargs) -> tuple[torch.Tensor, None]:
+def attend_by_triton(
+    module: "FocalAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    neighborhood: Neighborhood,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention of every window's queries to the keys of its neighbourhood, by `triton_attention`."""
     numbers = module.head_dim, module.scaling
     return triton_attention(query, key, value, *kernel_layout(neighborhood), *numbers)[0], None

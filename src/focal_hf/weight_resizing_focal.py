@@ -6,6 +6,7 @@ the interpolation to transformers' mapping of checkpoints. Weights that fit alre
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,7 +119,10 @@ def pooled_like_window(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return table.T.unflatten(1, (side, side))[:, along][:, :, along].flatten(1)
 
 
-def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+# Modules are not checked by their classes: the code of a checkpoint may have brought classes of the same names.
+
+
+def fitted_neighborhood(tensor: torch.Tensor, module: Any, name: str) -> torch.Tensor:
     """Fits a table or an index of a neighbourhood."""
     shape = getattr(module, name).shape
     if name.startswith("nearest_index_"):
@@ -130,7 +134,7 @@ def fitted_neighborhood(tensor: torch.Tensor, module: nn.Module, name: str) -> t
     return resized_square(tensor, shape[1])  # of pooled tokens
 
 
-def fitted_pooling(weight: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+def fitted_pooling(weight: torch.Tensor, module: Any, name: str) -> torch.Tensor:
     """Fits the pooling weights of a cell, (1, tokens) or (channels, 1, height, width), to a cell of another size."""
     expected = getattr(module, name)
     flat = weight.flatten(1)
@@ -139,7 +143,7 @@ def fitted_pooling(weight: torch.Tensor, module: nn.Module, name: str) -> torch.
     return (resized_square(flat, count) * (flat.shape[1] / count)).view(-1, *expected.shape[1:])
 
 
-def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+def fitted_positions(positions: torch.Tensor, module: Any, name: str) -> torch.Tensor:
     """Fits the absolute positions (1, patches, channels) of a square image to `module.patch_grid`."""
     side = math.isqrt(positions.shape[1])
     if side**2 != positions.shape[1]:
@@ -151,10 +155,11 @@ def fitted_positions(positions: torch.Tensor, module: nn.Module, name: str) -> t
 class FitFocalWeight(ConversionOps):
     """Changes a tensor of a checkpoint to the shape that the model has, by a function of tensor, module and name."""
 
-    def __init__(self, fitted: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]):
+    def __init__(self, fitted: Callable[[torch.Tensor, Any, str], torch.Tensor]):
         self.fitted = fitted
 
-    def convert(self, input_dict, full_layer_name, model, **kwargs):
+    # transformers passes all arguments but the first by name.
+    def convert(self, input_dict, full_layer_name, model, **kwargs):  # type: ignore[override]
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         path, _, name = full_layer_name.rpartition(".")
@@ -173,7 +178,7 @@ class FitFocalWeight(ConversionOps):
 class SaveAsItIs(ConversionOps):
     """The reverse of `FitFocalWeight`: tensors are saved unchanged."""
 
-    def convert(self, input_dict, full_layer_name, **kwargs):
+    def convert(self, input_dict, full_layer_name, **kwargs):  # type: ignore[override]  # see above
         (tensors,) = input_dict.values()
         return {full_layer_name: tensors}
 
