@@ -127,7 +127,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
             neighborhood=neighborhoods[module.neighborhood],
             map_size=(height, width),
             window_size=module.window_size,
-            shift_size=module.shift_of(*args[0].shape[1:3]),
+            shift_size=module.shift_of(height, width),
             cells=[1] if module.pooling is None else [1, *module.pooling.cells],
         )
 
