@@ -6,6 +6,7 @@ from pathlib import Path
 # Before anything imports PyTorch: the C++ that torch.compile writes has no vectors, whose headers take long to compile.
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +16,26 @@ sys.path[:0] = [str(ROOT / "convert"), str(ROOT / "examples")]
 # Before anything imports Triton: where there is no GPU, its kernels are interpreted. Nothing else here asks for Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    files = "test_golden.py, test_model.py, test_attention.py and test_export.py"
+    parser.addoption("--device", help=f"device of the models in {files}, such as cuda (default: PyTorch's, the CPU)")
+
+
+def pytest_configure(config):
+    """With --device, every tensor is created on that device unless a test names another."""
+    if device := config.getoption("--device"):
+        torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # in convolutions; in matrix products it is off by default
+
+
+@pytest.fixture
+def without_default_device(pytestconfig):
+    """For what torch.compile traces, because it cannot trace the choice of a default device."""
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(pytestconfig.getoption("--device"))
 
 
 def pytest_terminal_summary(terminalreporter):

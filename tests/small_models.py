@@ -17,6 +17,7 @@ from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.configuration_focal import POOLS
 from focal_hf.modeling_focal import FocalAttention
 
+DEVICE = torch.get_default_device()  # that of --device: see conftest.py
 BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
 # For tests of examples that a user copies.
 PUBLIC_PROCESSOR = pytest.mark.skipif(
@@ -34,16 +35,17 @@ def tiny(attention_type="focal", **changes):
 
 
 def randomized(model):
-    """Draws weights so that every part of the model affects its output."""
+    """Draws weights so that every part of the model affects its output. They are the same on every device."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=0.2, generator=generator))
+    return model.to(DEVICE).eval()
 
 
 def pixels(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    """Draws images, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE)
 
 
 def prepare(folder, attention_type):

@@ -11,7 +11,9 @@ from focal_hf import FocalConfig, cpu_attention_focal
 from focal_hf.attention_focal import attend_densely, attend_in_chunks, choose_attention
 from focal_hf.modeling_focal import FocalAttention
 from reference import reference_attention
-from small_models import build, one_stage_configs
+from small_models import DEVICE, build, one_stage_configs
+
+needs_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="dense attention is for CPUs")
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,6 +76,7 @@ def test_index_tables_cached_in_inference_work_in_training(attention_type):
     assert all(parameter.grad is not None for parameter in attention.parameters())
 
 
+@needs_cpu
 def test_cached_bias_of_one_size_is_not_used_for_another():
     """Small maps use dense attention, others attention in chunks."""
     config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
@@ -93,9 +96,10 @@ def test_cached_bias_of_one_size_is_not_used_for_another():
             torch.testing.assert_close(attention(maps)[0], expected, rtol=1e-9, atol=1e-9)
 
 
+@needs_cpu
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch before 2.8 cannot tell for which sizes it compiles")
 @pytest.mark.parametrize("shift", [False, True])
-def test_compiled_small_maps_use_dense_attention(shift):
+def test_compiled_small_maps_use_dense_attention(shift, without_default_device):
     config = FocalConfig(patch_size=1, depths=(2,), embed_dim=8, num_heads=(2,), focal_levels=(2,), focal_windows=(3,),
                          expand_sizes=(2,), window_size=5, use_shift=shift)  # fmt: skip
     config._attn_implementation = "sdpa"

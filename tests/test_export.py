@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import __version__ as transformers_version
 
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, cpu_attention_focal
-from small_models import BOTH, NO_COMPILER, pixels, randomized, tiny
+from small_models import BOTH, DEVICE, NO_COMPILER, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
 BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
@@ -36,7 +36,7 @@ def values(outputs):
 
 
 @pytest.fixture
-def graphs():
+def graphs(without_default_device):
     """A function that returns the number of compiled graphs. A graph break fails the test."""
     torch.compiler.reset()
     counters.clear()
@@ -75,7 +75,7 @@ def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
     config = tiny(attention_type, **BLOCK, problem_type="single_label_classification")
     model, twin = (randomized(FocalForImageClassification(config)).train() for _ in range(2))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    labels = torch.tensor([1, 4])
+    labels = torch.tensor([1, 4], device=DEVICE)
     for trained, called in ((model, compiled), (twin, twin)):
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
         for step in range(3):
@@ -111,7 +111,7 @@ def test_inductor_trains_on_images_of_changing_size(graphs):
     config = tiny("focal", **stages, problem_type="single_label_classification")
     model = randomized(FocalForImageClassification(config)).train()
     compiled = torch.compile(model, fullgraph=True)
-    labels = torch.tensor([1, 4])
+    labels = torch.tensor([1, 4], device=DEVICE)
     for height, width in SIZES[:2]:
         found, expected = (
             torch.autograd.grad(called(pixels(2, 3, height, width), labels=labels).loss, list(model.parameters()))
@@ -136,6 +136,8 @@ def called(exported, images):
 @pytest.mark.parametrize("exporter", [DynamoExporter, OnnxExporter])
 def test_exports_serve_any_batch(attention_type, implementation, model_class, exporter, tmp_path):
     if exporter is OnnxExporter:
+        if DEVICE.type != "cpu":
+            pytest.skip("onnxruntime runs on the CPU here")
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
     model = randomized(model_class(tiny(attention_type, **BLOCK)))

@@ -1,4 +1,4 @@
-"""The outputs of the original are reproduced for every golden case, to within 1e-5 in float32."""
+"""The outputs of the original are reproduced for every golden case, to within 1e-5 in float32 (2e-5 on a GPU)."""
 
 import copy
 
@@ -9,8 +9,9 @@ import golden_cases
 import original
 from focal_hf import FocalBackbone, FocalForImageClassification
 from golden_cases import RELEASED, SMALL, load
+from small_models import DEVICE
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5 if DEVICE.type == "cpu" else 2e-5
 
 # In millions, as published in the original's repository.
 PUBLISHED_PARAMETERS = {

@@ -42,7 +42,7 @@ from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.configuration_focal import ATTENTION_TYPES, EXPAND_LAYERS, POOLS
 from focal_hf.modeling_focal import FocalAttention
 from hub_server import serve
-from small_models import BOTH, SWIN, pixels, randomized, tiny
+from small_models import BOTH, DEVICE, SWIN, pixels, randomized, tiny
 
 CLASSES = {
     FocalModel: AutoModel,
@@ -206,7 +206,7 @@ def test_masked_image_modelling(attention_type, size):
     height, width = size
     rows, cols = -(-height // 4), -(-width // 4)
     image = pixels(2, 3, height, width)
-    mask = torch.rand(2, rows * cols, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask = pixels(2, rows * cols) < 0
     outputs = model(image, bool_masked_pos=mask)
     assert outputs.reconstruction.shape == image.shape
     hidden = torch.zeros(2, 3, height, width, dtype=torch.bool)
@@ -236,7 +236,7 @@ def test_remainder_is_dropped_at_every_size(attention_type, use_conv_embed):
     assert [tuple(of_stage.shape[2:]) for of_stage in hidden_states] == [(9, 13), (4, 6), (2, 3), (2, 3)]
 
     model = randomized(FocalForMaskedImageModeling(config))
-    mask = torch.rand(2, 9 * 13, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask = pixels(2, 9 * 13) < 0
     outputs = model(image, bool_masked_pos=mask)
     assert outputs.reconstruction.shape == (2, 3, 32, 48)
     hidden = mask.view(2, 1, 9, 13).repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :32, :48].expand(2, 3, 32, 48)
@@ -396,9 +396,9 @@ def test_tracing_and_exporting_without_gradients(attention_type):
 def test_offloading(attention_type, tmp_path):
     """Weights that are brought in only while a module runs: every parameter must belong to a module that is called."""
     expected = randomized(FocalModel(tiny(attention_type)))(pixels(1, 3, 32, 32)).last_hidden_state
-    offloaded = cpu_offload(randomized(FocalModel(tiny(attention_type))), execution_device="cpu")
+    offloaded = cpu_offload(randomized(FocalModel(tiny(attention_type))), execution_device=DEVICE)
     torch.testing.assert_close(offloaded(pixels(1, 3, 32, 32)).last_hidden_state, expected)
-    on_disk = disk_offload(randomized(FocalModel(tiny(attention_type))), tmp_path, execution_device="cpu")
+    on_disk = disk_offload(randomized(FocalModel(tiny(attention_type))), tmp_path, execution_device=DEVICE)
     torch.testing.assert_close(on_disk(pixels(1, 3, 32, 32)).last_hidden_state, expected)
 
 
