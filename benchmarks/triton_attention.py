@@ -20,13 +20,12 @@ with --peer sdpa swin, it compares them with PyTorch's attention and with Swin.
 import argparse
 import itertools
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import torch
-from throughput import MODEL_SIZES, Setting, device_name, matmul_rate
+from throughput import MODEL_SIZES, Setting, device_name, log, matmul_rate
 
 from focal_hf import FocalConfig
 from focal_hf.attention_focal import choose_attention
@@ -144,7 +143,7 @@ def tune(call: Call) -> list[tuple[float, tuple[int, ...]]]:
         try:
             found.append((sum(call.seconds("triton")), numbers))
         except Exception as error:  # such as too little shared memory or too few registers
-            print(f"    {numbers}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            log(f"    {numbers}: {type(error).__name__}: {str(error).splitlines()[0]}")
     kernels.LAUNCH_SIZES[size] = kept
     return sorted(found)
 
@@ -185,28 +184,25 @@ def main() -> None:
     print(f"{bandwidth / 1e9:,.0f} GB/s copied, {rate / 1e12:,.2f} TFLOP/s in a matrix product. Times in ms.\n")
     heads = ["model", "pixels", "batch", "stage", "pass", *IMPLEMENTATIONS, "floor", "sdpa / triton", "triton / floor"]
     print(row(heads), row(["---"] * len(heads)), sep="\n")
-    notes = []
     for name, pixels in itertools.product(arguments.models, arguments.sizes):
         size, _, kind = name.partition("-")
         batch, totals = arguments.batch_size or max(1, 64 * 224**2 // pixels**2), {}
         for stage in range(4):
             call = Call(size, kind or "focal", stage, pixels, batch, setting, arguments.eager)
             if arguments.first_call:
-                notes.append(f"{name}, {pixels} pixels, stage {stage + 1}: first call {first_call(call):.1f} s")
+                log(f"{name}, {pixels} pixels, stage {stage + 1}: first call {first_call(call):.1f} s")
             if arguments.tune:
                 fastest = ", ".join(f"{numbers} {seconds * 1e3:.3f} ms" for seconds, numbers in tune(call)[:3])
-                notes.append(f"{name}, {pixels} pixels, stage {stage + 1}: fastest {fastest}")
+                log(f"{name}, {pixels} pixels, stage {stage + 1}: fastest {fastest}")
             times = *(call.seconds(implementation) for implementation in IMPLEMENTATIONS), call.floors(bandwidth, rate)
             for number, direction in enumerate(("forward", "backward")):
                 cells = [1e3 * of_passes[number] for of_passes in times]
                 before = totals.get(direction, [0.0] * len(cells))
                 totals[direction] = [total + call.blocks * cell for total, cell in zip(before, cells, strict=True)]
-                print(
-                    row([name, pixels, batch, stage + 1, direction, *cells, cells[1] / cells[0], cells[0] / cells[2]])
-                )
+                ratios = cells[1] / cells[0], cells[0] / cells[2]
+                print(row([name, pixels, batch, stage + 1, direction, *cells, *ratios]), flush=True)
         for direction, cells in totals.items():
             print(row([name, pixels, batch, "all blocks", direction, *cells, cells[1] / cells[0], cells[0] / cells[2]]))
-    print("", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Training in several processes, without a GPU, with PyTorch's own engines."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from PIL import Image
 from common.engine import NEEDS_WHOLE_MODEL
 from common.options import Problem
 from detection_scenes import LEVELS, STAGES, detector_config, draw_scenes
-from example_runs import EXAMPLES, example_command, tiny_config
+from example_runs import BIN, EXAMPLES, curve, draw_noise, example_command, tiny_config
 from focal_hf import FocalForImageClassification
 from forked_scripts import ForkedScript
 from fsdp_training import STEPS, batch, build, optimizer_of
@@ -47,24 +50,35 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU, Accelerate takes DDP in place of FSDP2")
-def test_fsdp2_through_accelerate(tmp_path):
-    """Uses all GPUs. The script prints the engine that runs."""
-    from example_runs import draw_noise
-
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_engines_through_accelerate(engine, precision, tmp_path):
+    """On all GPUs: a run that is killed and resumed ends like one that is not. The script prints the engine."""
     for split in ("train", "validation"):
         draw_noise(tmp_path / "data" / split, 8)
     tiny_config(drop_path_rate=0.0).save_pretrained(tmp_path / "config")
-    accelerate = Path(sys.executable).with_name("accelerate"), "launch"
-    settings = "--config_file", EXAMPLES / "engines" / "fsdp2.yaml", "--num_processes", str(torch.cuda.device_count())
-    command = example_command(
-        *("finetune.py", "--config", "config", "--data", "data", "--output", "model", "--epochs", 2),
-        folder=tmp_path,
-        launcher=(*accelerate, *settings),
-    )
-    del command["env"]["ACCELERATE_USE_CPU"]
-    run = subprocess.run(**command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "on cuda (FSDP)" in run.stdout
+    settings = "--config_file", EXAMPLES / "engines" / f"{engine}.yaml", "--mixed_precision", precision
+    launcher = BIN / "accelerate", "launch", *settings, "--num_processes", str(torch.cuda.device_count())
+    options = "--config", "config", "--data", "data", "--epochs", 4, "--batch-size", 4, "--save-every", 1
+
+    def command(output: str) -> dict:
+        command = example_command(
+            "finetune.py", *options, "--output", output, "--resume", folder=tmp_path, launcher=launcher
+        )
+        del command["env"]["ACCELERATE_USE_CPU"]
+        return command
+
+    killed = subprocess.Popen(**command("model"), start_new_session=True)
+    while not list((tmp_path / "model" / "checkpoints").glob("step_[2-9]*")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for output in ("model", "whole"):
+        run = subprocess.run(**command(output), capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert f"on cuda ({'FSDP' if engine == 'fsdp2' else 'MULTI_GPU'})" in run.stdout
+    assert curve(tmp_path / "model") == pytest.approx(curve(tmp_path / "whole"), rel=0.05)
     FocalForImageClassification.from_pretrained(tmp_path / "model")
 
 
