@@ -21,6 +21,7 @@ from . import modeling_focal as _modeling
 from .backbone_weights_focal import load_backbone_weights
 from .compatibility_focal import AutoImageProcessor
 from .configuration_focal import AUTO_CLASSES, FocalConfig
+from .growing_focal import add_focal_levels
 from .modeling_focal import (
     FocalBackbone,
     FocalForImageClassification,
@@ -54,5 +55,6 @@ __all__ = [
     "FocalForMaskedImageModeling",
     "FocalModel",
     "FocalPreTrainedModel",
+    "add_focal_levels",
     "load_backbone_weights",
 ]
