@@ -7,9 +7,10 @@
 3. For comparison, the Swin is trained on for as many epochs, and a Focal is trained from scratch for all epochs.
 
 Tasks. "digits": the data of learning.py, classification of scikit-learn's 1797 digits, 1144 of them for training;
-accuracy on 450 others. "scenes": segmentation of scenes as dense_learning.py has them, 64 x 64 pixels, 400 for training;
-mean IoU on 100 others. Recipe: AdamW, a cosine schedule in each phase. All random numbers follow from a seed, and all
-runs of a seed see the same images in the same order. The results are the mean and standard deviation over seeds.
+accuracy on 450 others. "scenes": segmentation of scenes like those of dense_learning.py, 64 x 64 pixels, 400 for
+training; mean IoU on 100 others. Recipe: AdamW, a cosine schedule in each phase. All random numbers follow from a seed,
+and all runs of a seed see the same images in the same order. The results are the mean and standard deviation over
+seeds.
 
 Writes growing.md into --folder. Finished runs in the folder are reused.
 """
@@ -95,7 +96,7 @@ def digits_data() -> tuple[torch.Tensor, ...]:
 
 
 def scenes_data() -> tuple[torch.Tensor, ...]:
-    """As `digits_data`, with a class for each pixel. Training and test scenes share no digit and no part of a photograph."""
+    """As `digits_data`, with a class for each pixel. Training and test scenes share no digit and no part."""
     digits = load_digits()
     photographs = [photograph[::2, ::2] for photograph in load_sample_images().images]
     train, test = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=0)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig
 from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
@@ -24,6 +23,7 @@ from original import (
     why_original_cannot_run,
 )
 from output_files import check_output_files, move_into_place, run_script, staging_folder
+from saved_models import load_whole_model, read_config
 from settings_files import read_settings
 
 EPILOG = """\
@@ -53,29 +53,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load_model(name: str) -> FocalPreTrainedModel:
     """Loads the classifier or backbone. Every weight must be in its files."""
-    if special := [entry for entry in Path(name).glob("*") if not entry.is_file() and not entry.is_dir()]:
-        raise ConversionError(
-            f"--model {name} holds {special[0].name}, which is neither a file nor a folder. Remove {special[0].name}."
-        )
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model_type = config.model_type
-        if model_type == "focal":
-            is_backbone = config.architectures == [FocalBackbone.__name__]
-            model_class = FocalBackbone if is_backbone else FocalForImageClassification
-            model, report = model_class.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # transformers raises exceptions of almost any type for a damaged or missing model
-        raise ConversionError(
-            f"--model {name} cannot be loaded. Give a folder that holds a model, or the name of a model on the Hub. "
-            f"{error or type(error).__name__}"
-        ) from None
-    if model_type != "focal":
-        raise ConversionError(f"--model {name} is a {model_type} model. Give a Focal Transformer.")
-    if problems := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]])):
-        raise ConversionError(
-            f"--model {name} must be an image classifier or a backbone with all its weights. Weights that are missing, "
-            f"unexpected or of a wrong shape: {', '.join(problems[:4])}."
-        )
+    config = read_config(name)
+    if config.model_type != "focal":
+        raise ConversionError(f"--model {name} is a {config.model_type} model. Give a Focal Transformer.")
+    is_backbone = config.architectures == [FocalBackbone.__name__]
+    model_class = FocalBackbone if is_backbone else FocalForImageClassification
+    model = load_whole_model(name, model_class, "an image classifier or a backbone")
     if is_backbone and "stem" in model.out_features:
         raise ConversionError(
             f"--model {name} returns the map of the stem, for which the original has no norm. Load it with other "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from focal_hf import FocalConfig
+from focal_hf import FocalConfig, FocalPreTrainedModel
 
 ORIGINAL = "https://github.com/microsoft/Focal-Transformer"
 PADDLEVIT = "https://github.com/BR-IDL/PaddleViT"
@@ -209,3 +209,101 @@ def _origin(released: bool, source: Mapping[str, str | int], from_paddle: bool, 
             "licence: then correct this section and `license` above."
         )
     return "\n\n".join(paragraphs)
+
+
+# --- Models that were a Swin ------------------------------------------------------------------------------------------
+
+SWIN_CITATION = """\
+@inproceedings{liu2021swin,
+  title     = {Swin Transformer: Hierarchical Vision Transformer using Shifted Windows},
+  author    = {Liu, Ze and Lin, Yutong and Cao, Yue and Hu, Han and Wei, Yixuan and Zhang, Zheng and Lin, Stephen and
+               Guo, Baining},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2103.14030}
+}"""
+
+# Entries of a card's metadata that hold for the converted model, too.
+_KEPT_METADATA = ("license", "license_name", "license_link", "language", "datasets")
+
+
+def swin_model_card(
+    name: str,
+    model_class: type[FocalPreTrainedModel],
+    config: FocalConfig,
+    source: Mapping,
+    source_card: str | None,
+    new_share: float | None,
+) -> ModelCard:
+    """Returns the model card of a converted Swin.
+
+    Args:
+        name: Title of the card, and the folder from which the examples load the model.
+        model_class: Class of the model.
+        config: The model's config.
+        source: Content of conversion.json.
+        source_card: Text of the Swin's card, if it has one.
+        new_share: Share of the attention of new keys, if the model has grown.
+    """
+    # A card with invalid metadata keeps its text.
+    swin = ModelCard(source_card or "", ignore_metadata_errors=True)
+    metadata = {key: value for key, value in swin.data.to_dict().items() if key in _KEPT_METADATA}
+    on_hub = source["source"] != "local folder"
+    data = ModelCardData(
+        **metadata,
+        library_name="transformers",
+        pipeline_tag=_PIPELINES.get(model_class.__name__, "image-feature-extraction"),
+        tags=["focal-transformer", "swin", "vision"],
+        base_model=source["source"] if on_hub else None,
+    )
+    origin = f"[{source['source']}](https://huggingface.co/{source['source']})" if on_hub else "a local folder"
+    licence = metadata.get("license_name") or metadata.get("license")
+    sections = [
+        f"# {name}",
+        _swin_summary(config, new_share),
+        "## Use\n\n" + _use_of_class(model_class, config, name),
+        "## Licence and origin\n\n"
+        f"The weights are those of {origin}{', revision `' + source['revision'] + '`' if source['revision'] else ''}. "
+        + (
+            f"Its card states the licence `{licence}`, which holds for these weights, too."
+            if licence
+            else "It states no licence. Whoever trained the weights decides on their licence."
+        ),
+        f"## Citation\n\n```bibtex\n{SWIN_CITATION}\n\n{CITATION}\n```",
+        f"## The card of the Swin\n\n{swin.text.strip()}" if swin.text.strip() else "",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+_PIPELINES = {
+    "FocalForImageClassification": "image-classification",
+    "FocalForMaskedImageModeling": "image-feature-extraction",
+}
+
+
+def _swin_summary(config: FocalConfig, new_share: float | None) -> str:
+    summary = (
+        "A [Swin Transformer](https://arxiv.org/abs/2103.14030) (Liu et al., ICCV 2021) as a [Focal "
+        "Transformer](https://arxiv.org/abs/2107.00641) (Yang et al., NeurIPS 2021). "
+    )
+    if new_share is None:
+        return summary + "`focal_hf` converted it, and checked that the converted model gives the same outputs."
+    return (
+        f"{summary}`focal_hf` converted it and added the tokens around each window and pooled tokens, with "
+        f"`focal_levels={list(config.focal_levels)}`. The weights for these are not trained. They start with a share "
+        f"of {new_share} of the attention: fine-tune the model."
+    )
+
+
+def _use_of_class(model_class: type[FocalPreTrainedModel], config: FocalConfig, model_id: str) -> str:
+    class_name = model_class.__name__
+    if class_name in ("FocalForImageClassification", "FocalBackbone"):
+        return _use(config, model_id, with_code=False, is_backbone=class_name == "FocalBackbone")
+    return f"""\
+The model's code is in the Python package `focal_hf`.
+
+```python
+from focal_hf import {class_name}
+
+model = {class_name}.from_pretrained("{model_id}")
+```"""

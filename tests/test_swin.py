@@ -1,18 +1,31 @@
 """Swin as a Focal Transformer: the same function as transformers' Swin, in all its settings."""
 
+import copy
+import hashlib
 import itertools
+import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import SwinConfig
+from transformers import AutoImageProcessor, SwinConfig, ViTImageProcessorPil
 from transformers.models.swin.modeling_swin import SwinDropPath
 
-from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
+import convert_swin_to_focal
+from conftest import ROOT
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, add_focal_levels
 from focal_hf.modeling_focal import FocalDropPath
+from focal_hf.visualization import record_attention
+from hub_server import REVISION, serve
 from messages import ConversionError
 from small_models import pixels, randomized
 from swin import MODEL_CLASSES, config_from_swin, from_swin
@@ -243,3 +256,274 @@ def test_every_tensor_is_accounted_for():
     ):
         with pytest.raises(ConversionError, match=message):
             from_swin(changed, config, FocalForImageClassification)
+
+
+# --- Growing ----------------------------------------------------------------------------------------------------------
+
+LEVELS = {"focal_levels": (2, 3, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 1, 2)}
+
+
+def new_weights(grown, model):
+    old = dict(model.named_parameters())
+    return {name: parameter for name, parameter in grown.named_parameters() if name not in old}
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_share_0_gives_the_answers_of_swin(name):
+    swin = random_swin(name)
+    model = as_focal(swin)
+    grown = add_focal_levels(model, **LEVELS, new_share=0)
+    assert type(grown) is type(model)
+    assert grown.config.focal_levels == [2, 3, 2]
+    assert model.config.focal_levels == [0, 0, 0]
+    for size in ((48, 48), (32, 32)):  # Swin forgets its shift at a small size
+        expected = tensors_of(swin(pixels(2, 3, *size)), size)
+        for one, other in zip(tensors_of(grown(pixels(2, 3, *size)), size), expected, strict=True):
+            assert_close(one, other)
+    for name, weight in new_weights(grown, model).items():
+        assert weight.isfinite().all(), name
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+@pytest.mark.parametrize("own_bias", [0.0, 2.0])
+def test_new_keys_have_the_share_that_was_asked_for(share, own_bias):
+    """Where all products are equal. Own biases that are equal, whatever they are, do not change the share."""
+    model = as_focal(random_swin(image_size=96))
+    for block in (block for stage in model.focal.encoder.layers for block in stage.blocks):
+        torch.nn.init.zeros_(block.attention.q_proj.weight)
+        torch.nn.init.zeros_(block.attention.q_proj.bias)
+        torch.nn.init.constant_(block.attention.neighborhood.relative_position_bias_table, own_bias)
+    grown = add_focal_levels(model, **LEVELS, new_share=share)
+    record = record_attention(grown, pixels(1, 3, 96, 96))
+    for stage, (level, expand) in enumerate(zip(LEVELS["focal_levels"], LEVELS["expand_sizes"], strict=True)):
+        block = record.stages[stage][0]
+        side = 4 + 2 * expand
+        inner = torch.zeros(side, side, dtype=torch.bool)
+        inner[expand:-expand, expand:-expand] = True
+        own = torch.cat([inner.flatten(), torch.zeros(block.weights.shape[-1] - side**2, dtype=torch.bool)])
+        complete = (block.neighborhood.index >= 0).all(-1).flatten()  # windows with no key beyond the edge
+        assert complete.any()
+        assert len(block.cells) == level
+        shares = block.weights[complete][..., ~own].sum(-1)
+        torch.testing.assert_close(shares, torch.full_like(shares, share))
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_all_new_weights_receive_gradients_at_a_small_share(name):
+    model = as_focal(random_swin(name, image_size=64, out_features=["stage1", "stage2", "stage3"]))
+    grown = add_focal_levels(model, **LEVELS, new_share=0.01)
+    weights = new_weights(grown, model)
+    # By block: a table for the surroundings; for each pooled level a table, a weight and a bias.
+    assert len(weights) == 4 + 2 * 7 + 2 * 4
+    sum(output.square().sum() for output in tensors_of(grown(pixels(1, 3, 64, 64)), (64, 64))).backward()
+    for name, weight in weights.items():
+        assert weight.grad is not None, name
+        assert weight.grad.isfinite().all(), name
+        assert weight.grad.abs().max() > 0, name
+    (pooling,) = (
+        module for path, module in grown.named_modules() if path.endswith("layers.1.blocks.1.attention.pooling")
+    )
+    for layer, cell in zip(pooling.layers, (4, 2), strict=True):
+        assert layer(torch.arange(cell**2.0)).item() == pytest.approx((cell**2 - 1) / 2)  # the mean
+
+
+@pytest.mark.parametrize("pool", ["fc", "conv", "mean", "max", "none"])
+def test_growing_keeps_class_dtype_and_mode(pool):
+    model = as_focal(random_swin()).to(torch.bfloat16).train()
+    model.config.focal_pool = pool
+    grown = add_focal_levels(model, [1, 0, 2], expand_sizes=[0, 0, 1], new_share=0.1)
+    assert (grown.dtype, grown.training) == (torch.bfloat16, True)
+    assert all(weight.isfinite().all() for weight in grown.parameters())
+    assert grown.config.focal_windows == [5, 3, 1]
+    grown(pixels(1, 3, 32, 32).bfloat16()).logits.sum().backward()
+
+
+def test_a_saved_grown_model(tmp_path):
+    grown = add_focal_levels(as_focal(random_swin()), **LEVELS)
+    grown.save_pretrained(tmp_path)
+    loaded = FocalForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(pixels(1, 3, 32, 32)).logits, grown(pixels(1, 3, 32, 32)).logits)
+
+
+def test_what_cannot_grow():
+    model = as_focal(random_swin())
+    grown = add_focal_levels(model, **LEVELS)
+    with_more = copy.deepcopy(model)
+    with_more.adapter = nn.Linear(2, 2)
+    for grower, share, message in (
+        (nn.Linear(2, 2), 0.1, "takes a Focal model; got Linear"),
+        (model, 1, "below 1; got 1"),
+        (model, -0.1, "at least 0"),
+        (model, float("nan"), "got nan"),
+        (grown, 0.1, r"focal_levels=\(2, 3, 2\)"),
+        (with_more, 0.1, "adapter.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_focal_levels(grower, **LEVELS, new_share=share)
+    with pytest.raises(Exception, match="expand_sizes must be at most window_size = 4"):
+        add_focal_levels(model, [1, 1, 1], expand_sizes=[5, 5, 5])
+
+
+# --- The converter ----------------------------------------------------------------------------------------------------
+
+CARD = "---\nlicense: apache-2.0\ndatasets:\n- imagenet-1k\n---\n\n# A Swin\n\nIts own text.\n"
+LABELS = {"id2label": {0: "cat", 1: "dog", 2: "cow"}, "label2id": {"cat": 0, "dog": 1, "cow": 2}}
+MODEL_FILES = ["README.md", "config.json", "conversion.json", "model.safetensors", "preprocessor_config.json"]
+
+
+def write_swin(folder, name="SwinForImageClassification", **changes):
+    changes = {"num_labels": 3} | LABELS | changes
+    swin = random_swin(name, **changes)
+    swin.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.4] * 3).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    return swin
+
+
+def convert(*arguments):
+    convert_swin_to_focal.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_a_folder_is_converted(name, tmp_path):
+    swin = write_swin(tmp_path / "swin", name, image_size=64, out_features=["stage1", "stage3"])
+    convert("--model", tmp_path / "swin", "--output", tmp_path / "focal")
+    assert sorted(file.name for file in (tmp_path / "focal").iterdir()) == MODEL_FILES
+    focal = MODEL_CLASSES[name].from_pretrained(tmp_path / "focal")
+    assert_same_function(swin, focal, pixels(1, 3, 64, 64))
+    assert focal.config.id2label == LABELS["id2label"]
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "focal").image_mean) == [0.4] * 3
+    record = json.loads((tmp_path / "focal" / "conversion.json").read_text())
+    weights = (tmp_path / "swin" / "model.safetensors").read_bytes()
+    file = {"file": "model.safetensors", "size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    assert record == {"source": "local folder", "revision": None, "files": [file]}
+    card = ModelCard.load(tmp_path / "focal" / "README.md")
+    assert (card.data.license, card.data.datasets) == ("apache-2.0", ["imagenet-1k"])
+    assert card.text.index("liu2021swin") < card.text.index("yang2021focal") < card.text.index("Its own text.")
+    if name != "SwinForMaskedImageModeling":
+        with pytest.raises(ConversionError, match="Choose another folder, or add --overwrite"):
+            convert("--model", tmp_path / "swin", "--output", tmp_path / "focal")
+        convert("--model", tmp_path / "swin", "--output", tmp_path / "focal", "--overwrite", "--levels", 1, 1, 1)
+        assert "weights for these are not trained" in (tmp_path / "focal" / "README.md").read_text()
+
+
+def test_levels_are_added(tmp_path):
+    swin = write_swin(tmp_path / "swin", window_size=3, image_size=48)
+    levels = ("--levels", 2, 1, 2, "--focal-windows", 5, 1, 1, "--expand-sizes", 1, 2, 0)
+    convert("--model", tmp_path / "swin", "--output", tmp_path / "focal", *levels, "--new-share", 0)
+    focal = FocalForImageClassification.from_pretrained(tmp_path / "focal")
+    config = focal.config
+    assert (config.focal_levels, config.focal_windows, config.expand_sizes) == ([2, 1, 2], [5, 1, 1], [1, 2, 0])
+    assert_close(focal(pixels(1, 3, 48, 50)).logits, swin(pixels(1, 3, 48, 50)).logits)
+    convert("--model", tmp_path / "swin", "--output", tmp_path / "default", "--levels", 2, 2, 2)
+    default = FocalForImageClassification.from_pretrained(tmp_path / "default")
+    expected = add_focal_levels(as_focal(swin), [2, 2, 2], focal_windows=[5, 3, 1], expand_sizes=[1, 1, 1])
+    assert_close(default(pixels(1, 3, 48, 50)).logits, expected(pixels(1, 3, 48, 50)).logits)
+
+
+def test_shards_dtype_and_missing_files(tmp_path):
+    """A model in several files, in bfloat16, larger windows than maps, and with neither card nor image processor."""
+    swin = random_swin(image_size=8, use_absolute_embeddings=True).to(torch.bfloat16)
+    swin.save_pretrained(tmp_path / "swin", max_shard_size="20KB")
+    convert("--model", tmp_path / "swin", "--output", tmp_path / "focal")
+    assert sorted(file.name for file in (tmp_path / "focal").iterdir()) == MODEL_FILES[:-1]
+    focal = FocalForImageClassification.from_pretrained(tmp_path / "focal")
+    assert focal.dtype == torch.bfloat16
+    record = json.loads((tmp_path / "focal" / "conversion.json").read_text())
+    shards = sorted(file.name for file in (tmp_path / "swin").glob("*.safetensors"))
+    assert [file["file"] for file in record["files"]] == shards
+    assert len(shards) > 1
+    assert "states no licence" in (tmp_path / "focal" / "README.md").read_text()
+
+
+def test_a_name_on_the_hub_is_converted(tmp_path):
+    """Two runs in one process: a name that exists, and one that does not."""
+    swin = write_swin(tmp_path / "hub")
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "convert")!r})
+from convert_swin_to_focal import main
+from output_files import run_script
+main(["--model", "me/swin", "--output", "focal"])
+run_script(lambda: main(["--model", "me/none", "--output", "none"]))
+"""
+    with serve(tmp_path / "hub", "me/swin") as address:
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --model me/none cannot be loaded\. .*\n", done.stderr)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["focal", "home", "hub"]
+    focal = FocalForImageClassification.from_pretrained(tmp_path / "focal")
+    assert_same_function(swin, focal, pixels(1, 3, 32, 32))
+    record = json.loads((tmp_path / "focal" / "conversion.json").read_text())
+    assert (record["source"], record["revision"]) == ("me/swin", REVISION)
+    card = ModelCard.load(tmp_path / "focal" / "README.md")
+    assert card.data.base_model == "me/swin"
+    assert f"[me/swin](https://huggingface.co/me/swin), revision `{REVISION}`" in card.text
+
+
+def test_a_name_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConversionError, match=r"--model me/other cannot be loaded\. Give a folder"):
+        convert("--model", "me/other", "--output", tmp_path / "focal")
+    assert not (tmp_path / "focal").exists()
+
+
+def without_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["swin.encoder.layers.1.blocks.0.layernorm_before.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_settings(**settings):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (without_a_tensor, (), "all its weights. Weights that are missing.*layers.1.blocks.0.layernorm_before.weight"),
+        (with_settings(model_type="swinv2"), (), "is a swinv2 model. It has attention by cosine similarity"),
+        (with_settings(model_type="vit"), (), "is a vit model. Give a Swin"),
+        (with_settings(architectures=["SwinForTokens"]), (), "is of class SwinForTokens; expected one of SwinFor"),
+        (with_settings(architectures=None), (), "is of class unknown"),
+        (with_settings(embed_dim=16), (), "wrong shape|size mismatch|cannot be loaded"),
+        (with_settings(patch_size=[2, 4]), (), r"square patches; this model has patch_size = \[2, 4\]"),
+        (lambda folder: (folder / "config.json").unlink(), (), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), (), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), (), "cannot be loaded"),
+        (with_settings(), ("--levels", 2, 2), "focal_levels must hold one value for each of the 3 stages"),
+        (with_settings(), ("--levels", 2, 2, 2, "--focal-windows", 3, 4, 1), "focal_windows must be odd"),
+        (with_settings(), ("--levels", 1, 1, 1, "--expand-sizes", 5, 1, 1), "expand_sizes must be at most window_size"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(change, options, message, tmp_path, capfd):
+    write_swin(tmp_path / "swin")
+    change(tmp_path / "swin")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConversionError, match=message):
+        convert("--model", tmp_path / "swin", "--output", tmp_path / "focal", *options)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--new-share", "0.1"), ("--levels", "2", "--new-share", "1")])
+def test_options_that_do_not_fit(options, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert("--model", tmp_path, "--output", tmp_path / "focal", *options)
+    assert "argument --new-share: " in capsys.readouterr().err
+
+
+def test_the_script(tmp_path):
+    write_swin(tmp_path / "swin")
+    with_settings(model_type="swinv2")(tmp_path / "swin")
+    script = ROOT / "convert" / "convert_swin_to_focal.py"
+    command = [sys.executable, script, "--model", tmp_path / "swin", "--output", tmp_path / "focal"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --model \S+ is a swinv2 model\. .*\n", done.stderr)

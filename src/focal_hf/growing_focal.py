@@ -9,6 +9,8 @@ import torch
 from .modeling_focal import FocalAttention, FocalPreTrainedModel
 from .neighborhood_focal import FocalNeighborhood
 
+# Default share of the attention of new keys: see benchmarks/growing.py.
+NEW_SHARE = 0.05
 # With this bias, the weight of a key is 0 in floating point: e^-10000 beside any practical score.
 NO_SHARE = -1e4
 
@@ -18,7 +20,7 @@ def add_focal_levels(
     focal_levels: Sequence[int],
     focal_windows: Sequence[int] | None = None,
     expand_sizes: Sequence[int] | None = None,
-    new_share: float = 0.05,
+    new_share: float = NEW_SHARE,
 ) -> FocalPreTrainedModel:
     r"""
     Lets the windows of a trained model attend to the tokens around them and to pooled tokens. The model must have
@@ -68,8 +70,14 @@ def add_focal_levels(
     with torch.device("meta"):
         grown = type(model)(config)
     grown = grown.to(model.dtype).to_empty(device=model.device).train(model.training)
-    # What `model` lacks is filled below.
-    grown.load_state_dict(model.state_dict(), strict=False)
+    loaded = grown.load_state_dict(model.state_dict(), strict=False)
+    # `_start_attention` fills the new weights of neighbourhoods and pooling.
+    missing = [name for name in loaded.missing_keys if ".neighborhood." not in name and ".pooling." not in name]
+    if missing or loaded.unexpected_keys:
+        raise ValueError(
+            f"this {type(model).__name__} has other weights than its config says: it lacks {missing[:3]}, and has "
+            f"{loaded.unexpected_keys[:3]}. Add levels before adapters or the like."
+        )
     old_modules = dict(model.named_modules())
     with torch.no_grad():
         for name, module in grown.named_modules():
