@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "convert"), str(ROOT / "examples")]
 
 from make_scenes import NAMES, compose  # noqa: E402
-from swin import MODEL_CLASSES, config_from_swin, from_swin  # noqa: E402
+from swin import focal_from_swin  # noqa: E402
 
 SHARES = (0.01, 0.1)
 BATCH_SIZE = 32
@@ -177,14 +177,6 @@ def build(task: str, swin: bool) -> nn.Module:
     return Segmenter((SwinBackbone if swin else FocalBackbone)(config))
 
 
-def converted(swin: nn.Module) -> FocalPreTrainedModel:
-    model_class = MODEL_CLASSES[type(swin).__name__]
-    config = config_from_swin(swin.config, model_class)
-    model = model_class(config)
-    model.load_state_dict(from_swin(swin.state_dict(), config, model_class))
-    return model
-
-
 def grown_with_nearest_offsets(model: FocalPreTrainedModel, levels: dict) -> FocalPreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -197,8 +189,8 @@ def starts(task: str) -> dict[str, Callable[[nn.Module], nn.Module]]:
     named = {"Swin, trained on": copy.deepcopy}
     for share in SHARES:
         name = f"Focal from Swin, new share {share}"
-        named[name] = lambda swin, share=share: add_focal_levels(converted(swin), **levels, new_share=share)
-    named["Focal from Swin, nearest offsets"] = lambda swin: grown_with_nearest_offsets(converted(swin), levels)
+        named[name] = lambda swin, share=share: add_focal_levels(focal_from_swin(swin), **levels, new_share=share)
+    named["Focal from Swin, nearest offsets"] = lambda swin: grown_with_nearest_offsets(focal_from_swin(swin), levels)
     return named
 
 

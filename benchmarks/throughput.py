@@ -4,7 +4,8 @@ Models. All models of a row have random weights and share the images and the dty
 pixels, like the published models, whatever the size of the images in the row. Only the authors' code is built for the
 size in the row, because it runs at no other. Each peer uses sdpa or eager attention, whichever is faster here
 uncompiled. Focal uses its default attention or, on a GPU with Triton installed, attn_implementation="triton". The peer
-"sdpa" is Focal with PyTorch's attention.
+"sdpa" is Focal with PyTorch's attention. The peer "swin-as-focal" is the Swin of the row, with the same weights, as
+convert_swin_to_focal.py converts it: this package computes it.
 
 Time. Each row runs in its own process. After a warm-up the models take turns, one step each, until the time of the row
 (--seconds) is over and each model has made three steps. The output has the median and the quartiles. A step of
@@ -60,6 +61,10 @@ from transformers.utils import is_triton_available
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
 from focal_hf.modeling_focal import FocalDropPath
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "convert"))
+
+from swin import focal_from_swin
+
 EXAMPLES = """\
 examples:
   the first table of benchmarks/README.md, for this machine:
@@ -82,12 +87,13 @@ examples:
     python benchmarks/throughput.py --original Focal-Transformer --peer
 """
 
-OURS, SDPA, ORIGINAL = "focal_hf", "sdpa", "original"
+OURS, SDPA, ORIGINAL, CONVERTED = "focal_hf", "sdpa", "original", "swin-as-focal"
 PEERS = {
     "swin": (SwinConfig, SwinForImageClassification, SwinBackbone),
     "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
 }
 LABELS = {OURS: "Focal", SDPA: "sdpa Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
+LABELS[CONVERTED] = "converted Swin"
 MODEL_SIZES = {  # the published sizes, the same for all models compared here
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
@@ -214,13 +220,15 @@ def build(name: str, work: Workload, checkout: str | None) -> torch.nn.Module:
         classes = FocalConfig, FocalForImageClassification, FocalBackbone
         settings = settings | {"attention_type": work.attention, "use_conv_embed": overlapping}
     else:
-        classes = PEERS[name]
+        classes = PEERS["swin" if name == CONVERTED else name]
     if name == "focalnet":
         settings = {key: value for key, value in settings.items() if key != "num_heads"}
     config_class, classifier_class, backbone_class = classes
     if work.backbone:
-        return backbone_class(config_class(**settings, out_features=["stage1", "stage2", "stage3", "stage4"]))
-    return classifier_class(config_class(**settings, num_labels=1000))
+        model = backbone_class(config_class(**settings, out_features=["stage1", "stage2", "stage3", "stage4"]))
+    else:
+        model = classifier_class(config_class(**settings, num_labels=1000))
+    return focal_from_swin(model) if name == CONVERTED else model
 
 
 class Contender:
@@ -545,6 +553,7 @@ def draw(file: Path, lines: list[dict], machine: str) -> None:
 
     figure, axes = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
     colours = {OURS: "#2456c8", SDPA: "#7fa3f0", "swin": "#d1372c", "focalnet": "#2a8f5b", ORIGINAL: "#8a93a6"}
+    colours[CONVERTED] = "#e79a5b"
     for (label, model, size, task), points in sorted(curves.items(), key=lambda curve: -max(curve[1].values())):
         axes.plot(
             *zip(*sorted(points.items()), strict=True),
@@ -614,9 +623,13 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--growth", action="store_true", help=f"both attention types at {sides}; adds columns per pixel")
 
     group = parser.add_argument_group("other models")
-    peers = {"choices": [*PEERS, SDPA], "default": list(PEERS)}
+    peers = {"choices": [*PEERS, CONVERTED, SDPA], "default": ["swin", CONVERTED, "focalnet"]}
     group.add_argument(
-        "--peer", nargs="*", **peers, help="default: swin focalnet; sdpa: Focal with PyTorch's attention"
+        "--peer",
+        nargs="*",
+        **peers,
+        help="default: swin swin-as-focal focalnet; swin-as-focal: the same Swin, converted to Focal; sdpa: Focal with "
+        "PyTorch's attention",
     )
     group.add_argument("--original", metavar="PATH", help="checkout of microsoft/Focal-Transformer; its code is run")
 

@@ -22,10 +22,9 @@ from focal_hf import FocalBackbone, FocalConfig, FocalForMaskedImageModeling, Fo
 from focal_hf.growing_focal import NEW_SHARE
 from messages import ConversionError, print_progress, printable_line, wrap_errors
 from model_card import swin_model_card
-from original import build_on_meta
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
 from saved_models import load_whole_model, read_config
-from swin import MODEL_CLASSES, config_from_swin, from_swin
+from swin import MODEL_CLASSES, config_from_swin, focal_from_swin
 
 EPILOG = """\
 The output folder holds config.json, model.safetensors, README.md (a model card with that of the Swin), conversion.json
@@ -219,10 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_progress(f"Reading {options.model}")
     swin_class = getattr(transformers, swin_config.architectures[0])
     swin = load_whole_model(options.model, swin_class, "a Swin Transformer")
-    state = swin.state_dict()
-    model = build_on_meta(config, model_class).to(swin.dtype).to_empty(device="cpu").eval()
-    model.load_state_dict(from_swin(state, config, model_class))
-    print_progress(f"Converted all {len(state)} tensors: {model.num_parameters():,} parameters")
+    model = focal_from_swin(swin)
+    print_progress(f"Converted all {len(swin.state_dict())} tensors: {model.num_parameters():,} parameters")
     check_same_outputs(swin, model)
     del swin
     if options.levels is not None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from transformers import SwinConfig
+from transformers import PreTrainedModel, SwinConfig
 
 from focal_hf import (
     FocalBackbone,
@@ -35,6 +35,19 @@ _SHARED_SETTINGS = (
 )
 # Released Focal models have these at four stages and windows of 7.
 _EXPAND_SIZE = 3
+
+
+def focal_from_swin(swin: PreTrainedModel) -> FocalPreTrainedModel:
+    """Returns a model that computes what `swin` computes, with copies of its weights, on the CPU.
+
+    Raises:
+        ConversionError: if Focal cannot compute this.
+    """
+    model_class = MODEL_CLASSES[type(swin).__name__]
+    config = config_from_swin(swin.config, model_class)
+    model = build_on_meta(config, model_class).to(swin.dtype).to_empty(device="cpu").train(swin.training)
+    model.load_state_dict(from_swin(swin.state_dict(), config, model_class))
+    return model
 
 
 def config_from_swin(swin: SwinConfig, model_class: type[FocalPreTrainedModel]) -> FocalConfig:

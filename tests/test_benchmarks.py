@@ -149,10 +149,12 @@ def test_original_is_timed_and_its_checkout_left_alone(checkout, tmp_path):
 
 def test_backbones_see_the_images_of_detectors(tmp_path):
     small = ("--device", "cpu", "--backbone", "--sizes", "48", "--task", "training", "--seconds", "0.1")
-    done = run(*small, "--peer", "swin", "--output", tmp_path)
+    done = run(*small, "--peer", "swin", "swin-as-focal", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("-Tiny backbone ") == done.stdout.count(" 48x80 |") == 2
-    for line in read_csv(tmp_path):
+    assert done.stdout.count("-Tiny backbone ") == done.stdout.count(" 48x80 |") == 3
+    lines = read_csv(tmp_path)
+    assert [line["model"] for line in lines] == ["focal_hf", "swin", "swin-as-focal"]
+    for line in lines:
         assert float(line["ns_per_pixel"]) == pytest.approx(float(line["median_ms"]) * 1e6 / (48 * 80), rel=1e-3)
         assert float(line["peak_mib"]) > 100  # the gradients of 27.5 million parameters
 

@@ -28,7 +28,7 @@ from focal_hf.visualization import record_attention
 from hub_server import REVISION, serve
 from messages import ConversionError
 from small_models import pixels, randomized
-from swin import MODEL_CLASSES, config_from_swin, from_swin
+from swin import MODEL_CLASSES, config_from_swin, focal_from_swin, from_swin
 
 SMALL = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (1, 2, 2), "num_heads": (1, 2, 2)}
 SMALL |= {"window_size": 4, "encoder_stride": 8, "num_labels": 5}
@@ -36,14 +36,6 @@ SMALL |= {"window_size": 4, "encoder_stride": 8, "num_labels": 5}
 
 def random_swin(name="SwinForImageClassification", **changes):
     return randomized(getattr(transformers, name)(SwinConfig(**SMALL | changes)))
-
-
-def as_focal(swin):
-    model_class = MODEL_CLASSES[type(swin).__name__]
-    config = config_from_swin(swin.config, model_class)
-    focal = model_class(config)
-    focal.load_state_dict(from_swin(swin.state_dict(), config, model_class))
-    return focal.eval()
 
 
 def tensors_of(outputs, size=None):
@@ -134,19 +126,19 @@ def swins(draw):
 def test_focal_computes_what_swin_computes(case):
     name, changes, size, options = case
     swin = random_swin(name, **changes)
-    assert_same_function(swin, as_focal(swin), pixels(2, swin.config.num_channels, *size), **options)
+    assert_same_function(swin, focal_from_swin(swin), pixels(2, swin.config.num_channels, *size), **options)
 
 
 @pytest.mark.parametrize("name", ["SwinForImageClassification", "SwinBackbone"])
 def test_absolute_positions_of_rectangular_images(name):
     """At the model's own size, which is the only one at which Swin has the right positions."""
     swin = random_swin(name, use_absolute_embeddings=True, image_size=(32, 48))
-    assert_same_function(swin, as_focal(swin), pixels(2, 3, 32, 48))
+    assert_same_function(swin, focal_from_swin(swin), pixels(2, 3, 32, 48))
 
 
 def test_absolute_positions_where_patches_do_not_fill_the_image():
     swin = random_swin(use_absolute_embeddings=True, image_size=35, patch_size=2)
-    focal = as_focal(swin)
+    focal = focal_from_swin(swin)
     assert focal.config.image_size == 34
     assert_same_function(swin, focal, pixels(2, 3, 34, 34))
 
@@ -156,7 +148,7 @@ def test_absolute_positions_where_patches_do_not_fill_the_image():
 def test_inference_on_a_cpu(attn_implementation, sides):
     """In chunks or densely, where the attention has no gradients."""
     swin = random_swin()
-    focal = as_focal(swin)
+    focal = focal_from_swin(swin)
     focal.set_attn_implementation(attn_implementation)
     with torch.inference_mode():
         assert_close(focal(pixels(2, 3, *sides)).logits, swin(pixels(2, 3, *sides)).logits)
@@ -164,7 +156,7 @@ def test_inference_on_a_cpu(attn_implementation, sides):
 
 def test_masked_images():
     swin = random_swin("SwinForMaskedImageModeling")
-    focal = as_focal(swin)
+    focal = focal_from_swin(swin)
     mask = torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) < 0.5
     one, other = (model(pixels(2, 3, 32, 32), bool_masked_pos=mask) for model in (focal, swin))
     assert_close(one.loss, other.loss)
@@ -178,8 +170,8 @@ def test_a_map_of_one_window_is_shifted_in_a_backbone_alone():
     backbone.swin.load_state_dict(classifier.swin.state_dict())
     for side in (32, 41, 64):
         swin = random_swin(image_size=16)  # which has not seen another size: Swin forgets its shift at a small one
-        assert_same_function(swin, as_focal(swin), pixels(1, 3, side, side))
-        focal = as_focal(backbone)
+        assert_same_function(swin, focal_from_swin(swin), pixels(1, 3, side, side))
+        focal = focal_from_swin(backbone)
         assert [block.attention.shift_of(4, 4) for block in focal.focal.encoder.layers[2].blocks] == [0, 2]
         assert_same_function(backbone, focal, pixels(1, 3, side, side))
 
@@ -190,7 +182,7 @@ def test_dropout_and_stochastic_depth_are_in_the_same_places(monkeypatch):
     for drop_path in (SwinDropPath, FocalDropPath):
         monkeypatch.setattr(drop_path, "forward", lambda self, inputs: inputs * (1 - self.drop_prob / 3))
     swin = random_swin(hidden_dropout_prob=0.4, drop_path_rate=0.6)
-    focal = as_focal(swin)
+    focal = focal_from_swin(swin)
     assert_same_function(swin.train(), focal.train(), pixels(2, 3, 32, 40))
 
 
@@ -271,7 +263,7 @@ def new_weights(grown, model):
 @pytest.mark.parametrize("name", MODEL_CLASSES)
 def test_share_0_gives_the_answers_of_swin(name):
     swin = random_swin(name)
-    model = as_focal(swin)
+    model = focal_from_swin(swin)
     grown = add_focal_levels(model, **LEVELS, new_share=0)
     assert type(grown) is type(model)
     assert grown.config.focal_levels == [2, 3, 2]
@@ -288,7 +280,7 @@ def test_share_0_gives_the_answers_of_swin(name):
 @pytest.mark.parametrize("own_bias", [0.0, 2.0])
 def test_new_keys_have_the_share_that_was_asked_for(share, own_bias):
     """Where all products are equal. Own biases that are equal, whatever they are, do not change the share."""
-    model = as_focal(random_swin(image_size=96))
+    model = focal_from_swin(random_swin(image_size=96))
     for block in (block for stage in model.focal.encoder.layers for block in stage.blocks):
         torch.nn.init.zeros_(block.attention.q_proj.weight)
         torch.nn.init.zeros_(block.attention.q_proj.bias)
@@ -310,7 +302,7 @@ def test_new_keys_have_the_share_that_was_asked_for(share, own_bias):
 
 @pytest.mark.parametrize("name", MODEL_CLASSES)
 def test_all_new_weights_receive_gradients_at_a_small_share(name):
-    model = as_focal(random_swin(name, image_size=64, out_features=["stage1", "stage2", "stage3"]))
+    model = focal_from_swin(random_swin(name, image_size=64, out_features=["stage1", "stage2", "stage3"]))
     grown = add_focal_levels(model, **LEVELS, new_share=0.01)
     weights = new_weights(grown, model)
     # By block: a table for the surroundings; for each pooled level a table, a weight and a bias.
@@ -329,7 +321,7 @@ def test_all_new_weights_receive_gradients_at_a_small_share(name):
 
 @pytest.mark.parametrize("pool", ["fc", "conv", "mean", "max", "none"])
 def test_growing_keeps_class_dtype_and_mode(pool):
-    model = as_focal(random_swin()).to(torch.bfloat16).train()
+    model = focal_from_swin(random_swin()).to(torch.bfloat16).train()
     model.config.focal_pool = pool
     grown = add_focal_levels(model, [1, 0, 2], expand_sizes=[0, 0, 1], new_share=0.1)
     assert (grown.dtype, grown.training) == (torch.bfloat16, True)
@@ -339,14 +331,14 @@ def test_growing_keeps_class_dtype_and_mode(pool):
 
 
 def test_a_saved_grown_model(tmp_path):
-    grown = add_focal_levels(as_focal(random_swin()), **LEVELS)
+    grown = add_focal_levels(focal_from_swin(random_swin()), **LEVELS)
     grown.save_pretrained(tmp_path)
     loaded = FocalForImageClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(pixels(1, 3, 32, 32)).logits, grown(pixels(1, 3, 32, 32)).logits)
 
 
 def test_what_cannot_grow():
-    model = as_focal(random_swin())
+    model = focal_from_swin(random_swin())
     grown = add_focal_levels(model, **LEVELS)
     with_more = copy.deepcopy(model)
     with_more.adapter = nn.Linear(2, 2)
@@ -417,7 +409,7 @@ def test_levels_are_added(tmp_path):
     assert_close(focal(pixels(1, 3, 48, 50)).logits, swin(pixels(1, 3, 48, 50)).logits)
     convert("--model", tmp_path / "swin", "--output", tmp_path / "default", "--levels", 2, 2, 2)
     default = FocalForImageClassification.from_pretrained(tmp_path / "default")
-    expected = add_focal_levels(as_focal(swin), [2, 2, 2], focal_windows=[5, 3, 1], expand_sizes=[1, 1, 1])
+    expected = add_focal_levels(focal_from_swin(swin), [2, 2, 2], focal_windows=[5, 3, 1], expand_sizes=[1, 1, 1])
     assert_close(default(pixels(1, 3, 48, 50)).logits, expected(pixels(1, 3, 48, 50)).logits)
 
 
