@@ -185,5 +185,23 @@ def test_one_onnx_graph_serves_all_sizes(attention_type, model_class, tmp_path):
         torch.testing.assert_close([torch.from_numpy(array) for array in found], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_type": "topk", "focal_levels": (2, 2)},
+        {"swin_compatible": True, "downsample_type": "patch_merging", "focal_levels": (0, 0), "focal_pool": "none"},
+    ],
+    ids=["topk", "Swin"],
+)
+def test_exported_blocks_shift_as_the_model_does(settings):
+    """At 16 x 24 pixels, the map of the second stage is no larger than a window, and Swin does not shift it."""
+    stages = BLOCK | {"depths": (2, 2), "num_heads": (2, 2), "focal_windows": (1, 1), "expand_sizes": (0, 0)}
+    model = randomized(FocalForImageClassification(tiny(**stages | {"use_shift": True} | settings)))
+    images = pixels(2, 3, 16, 24)
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
+
+
 def exporter_config(exporter):
     return OnnxConfig if exporter is OnnxExporter else DynamoConfig

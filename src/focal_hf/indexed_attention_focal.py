@@ -49,8 +49,13 @@ def attends_by_index(module: "FocalAttention") -> bool:
     return is_exporting() and module.config._attn_implementation == "sdpa" and not drops
 
 
-def attention_tables(module: "FocalAttention", neighborhood: Neighborhood, height: int, width: int) -> AttentionTables:
-    """The tables of a [`FocalAttention`] for maps of `height` by `width`, which are padded to the neighbourhood's."""
+def attention_tables(
+    module: "FocalAttention", neighborhood: Neighborhood, height: int, width: int, shift_size: int
+) -> AttentionTables:
+    """The tables of a [`FocalAttention`] for maps of `height` by `width`.
+
+    The neighbourhood is that of the maps after padding and after a shift by `shift_size`.
+    """
     index, heads, window = neighborhood.index, module.num_heads, module.window_size
     rows, cols, keys = index.shape
     head = torch.arange(heads, device=index.device)
@@ -60,7 +65,7 @@ def attention_tables(module: "FocalAttention", neighborhood: Neighborhood, heigh
 
     def place(length: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Window and place in it of the coordinates of the original map, along one axis."""
-        place = torch.arange(length, device=index.device) - module.shift_size
+        place = torch.arange(length, device=index.device) - shift_size
         place = torch.where(place < 0, place + windows * window, place)
         return place // window, place % window
 

@@ -459,7 +459,7 @@ class FocalAttention(nn.Module):
 
         tokens = maps.flatten(1, 2)
         if attends_by_index(self):
-            tables = attention_tables(self, neighborhood, input_height, input_width)
+            tables = attention_tables(self, neighborhood, input_height, input_width, shift_size)
             return attend_by_index(self, tokens, tables).unflatten(1, (input_height, input_width)), None
         query = self.q_proj(tokens)
         attention = choose_attention(self, query, neighborhood)
