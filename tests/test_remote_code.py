@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil
+from transformers.dynamic_module_utils import get_relative_imports
 
 import convert_focal_to_hf
 import focal_hf
@@ -188,6 +189,13 @@ def test_with_the_package(registering, tmp_path, registered, monkeypatch):
     for name, saved in (("model", loaded), ("config", AutoConfig.from_pretrained(tmp_path / "with"))):
         saved.save_pretrained(tmp_path / name)
         assert carried_code(tmp_path / name) == COMPLETE
+
+
+@pytest.mark.parametrize("top", ["configuration_focal", "modeling_focal"])
+def test_the_modules_that_transformers_loads_name_all_others(top):
+    """Up to 5.12, transformers copies only these from a folder."""
+    named = get_relative_imports(Path(focal_hf.__file__).with_name(f"{top}.py"))
+    assert {f"{name}.py" for name in {*named, top}} == CODE.keys()
 
 
 COPIES = """

@@ -7,6 +7,7 @@ and custom operators, the models run without those, and a warning says so.
 import torch
 import transformers
 from torch.autograd import forward_ad
+from torch.fx.experimental import symbolic_shapes
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
@@ -52,12 +53,8 @@ except ImportError as error:
 else:
     SEES_TRANSFORMS = True
 
-try:
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-except ImportError:  # before torch 2.8
-
-    def has_static_value(size) -> bool:  # type: ignore[misc]  # torch's takes other numbers than sizes, too
-        return False
+# torch before 2.8 cannot tell.
+has_static_value = getattr(symbolic_shapes, "has_static_value", lambda size: False)
 
 
 def may_be_fake() -> bool:

@@ -12,11 +12,13 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 if TYPE_CHECKING:
     # Not needed here. transformers reads these lines to find the modules that it copies beside a config. Up to 5.12, it
-    # does not read the lines of those modules when it loads from a folder.
+    # does not read the lines of those modules when it loads from a folder, so every module of a model is named here and
+    # in `modeling_focal`.
     from .attention_focal import choose_attention  # noqa: F401
     from .compatibility_focal import has_static_value  # noqa: F401
     from .cpu_attention_focal import attend_in_chunks  # noqa: F401
     from .geometry_focal import level_grid  # noqa: F401
+    from .indexed_attention_focal import AttentionTables  # noqa: F401
     from .layout_focal import fold_windows  # noqa: F401
     from .modeling_focal import FocalPreTrainedModel  # noqa: F401
     from .neighborhood_focal import Neighborhood  # noqa: F401

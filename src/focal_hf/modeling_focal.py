@@ -1,6 +1,7 @@
 """The network. Section numbers are those of Yang et al. 2021 (https://arxiv.org/abs/2107.00641)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,6 +29,10 @@ from .layout_focal import cat_unless_single, split_windows
 from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
 from .run_state_focal import has_symbols, is_compiling, is_exporting, is_transforming
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
+
+if TYPE_CHECKING:
+    # Not needed here: see `configuration_focal`.
+    from .triton_attention_focal import attend_by_triton  # noqa: F401
 
 # A child of transformers' own logger, so that transformers' verbosity applies.
 logger = logging.get_logger(f"transformers.{__name__}")
