@@ -26,7 +26,14 @@ SMALL = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1,
 SMALL |= {"focal_levels": (2, 2, 2), "focal_windows": (3, 3, 1), "expand_sizes": (2, 2, 2), "encoder_stride": 16}
 CODE = {file.name: file.read_bytes() for file in Path(focal_hf.__file__).parent.glob("*.py")}
 del CODE["__init__.py"]  # transformers' registrations, which an auto_map takes the place of
-for name in ("backbone_weights_focal", "torchvision_focal", "attention_records", "attention_figures", "visualization"):
+for name in (
+    "backbone_weights_focal",
+    "growing_focal",
+    "torchvision_focal",
+    "attention_records",
+    "attention_figures",
+    "visualization",
+):
     del CODE[f"{name}.py"]  # no part of a model
 
 WITHOUT_THE_PACKAGE = """
