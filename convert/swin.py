@@ -33,6 +33,16 @@ _SHARED_SETTINGS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range", "layer_norm_eps"),
     *("encoder_stride", "id2label", "label2id", "problem_type"),
 )
+_NAME_SUBSTITUTIONS = (
+    (r"^swin\.", "focal."),
+    (r"\.attention\.relative_position_bias\.", ".attention.neighborhood."),
+    # Names of transformers before 5.9.
+    (r"\.attention\.self\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
+    (r"\.attention\.self\.relative_position_bias_table$", ".attention.neighborhood.relative_position_bias_table"),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
 # Released Focal models have these at four stages and windows of 7.
 _EXPAND_SIZE = 3
 
@@ -101,6 +111,8 @@ def from_swin(
         ConversionError: if a tensor is missing, is not part of the model, has a wrong shape or is not finite.
     """
     expected = build_on_meta(config, model_class).state_dict()
+    # An index that is determined by the window size.
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".relative_position_index")}
     converted = {_focal_name(name): tensor for name, tensor in state.items()}
     if model_class is FocalBackbone:
         converted = {name: tensor for name, tensor in converted.items() if not name.startswith("focal.layernorm.")}
@@ -120,5 +132,6 @@ def from_swin(
 
 
 def _focal_name(name: str) -> str:
-    name = re.sub(r"^swin\.", "focal.", name)
-    return name.replace(".attention.relative_position_bias.", ".attention.neighborhood.")
+    for pattern, replacement in _NAME_SUBSTITUTIONS:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -240,6 +240,17 @@ def test_every_tensor_is_accounted_for():
     swin = random_swin()
     config, state = config_from_swin(swin.config, FocalForImageClassification), swin.state_dict()
     table = "swin.encoder.layers.1.blocks.1.attention.relative_position_bias.relative_position_bias_table"
+    before_5_9 = {}
+    for name, tensor in state.items():
+        for new, old in (("q_proj", "self.query"), ("k_proj", "self.key"), ("v_proj", "self.value"),
+                         ("o_proj", "output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+                         ("relative_position_bias.rel", "self.rel")):  # fmt: skip
+            name = name.replace(f".{new}", f".{old}")
+        before_5_9[name] = tensor
+    before_5_9[f"{table}".replace("relative_position_bias.", "self.").replace("bias_table", "index")] = torch.zeros(1)
+    converted = from_swin(before_5_9, config, FocalForImageClassification)
+    for name, tensor in from_swin(state, config, FocalForImageClassification).items():
+        assert torch.equal(converted[name], tensor)
     for changed, message in (
         ({name: tensor for name, tensor in state.items() if name != table}, "lacks focal.*bias_table"),
         (state | {"swin.other": torch.zeros(1)}, "holds focal.other"),

@@ -69,7 +69,8 @@ def add_focal_levels(
     config.expand_sizes = list(expand_sizes or config.expand_sizes)
     with torch.device("meta"):
         grown = type(model)(config)
-    grown = grown.to(model.dtype).to_empty(device=model.device).train(model.training)
+    grown = grown.to(dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps the method
+    grown = grown.to_empty(device=model.device).train(model.training)
     loaded = grown.load_state_dict(model.state_dict(), strict=False)
     # `_start_attention` fills the new weights of neighbourhoods and pooling.
     missing = [name for name in loaded.missing_keys if ".neighborhood." not in name and ".pooling." not in name]
@@ -90,9 +91,13 @@ def _start_attention(new: FocalAttention, old: FocalAttention, new_share: float)
     """Initialises the weights of `new` that `old` does not have."""
     if new.pooling is not None:
         for layer in new.pooling.layers:
-            layer.weight.fill_(1 / layer.weight[0].numel())
-            layer.bias.zero_()
-    tables: list[torch.Tensor] = new.neighborhood.tables()[1:]
+            weight = layer.get_parameter("weight")  # (pooled tokens or channels, …, tokens of a cell)
+            weight.fill_(1 / weight[0].numel())
+            layer.get_parameter("bias").zero_()
+    own, neighborhood = old.neighborhood, new.neighborhood
+    assert isinstance(own, FocalNeighborhood)
+    assert isinstance(neighborhood, FocalNeighborhood)
+    tables = neighborhood.tables()[1:]
     if not tables:
         return
     if new_share == 0:
@@ -101,8 +106,8 @@ def _start_attention(new: FocalAttention, old: FocalAttention, new_share: float)
         return
     # Of the old keys of a query, the logarithm of the sum of exp(bias): with equal products, what their share is
     # proportional to. A head has one bias for all queries, so the mean over them.
-    old_sum = old.neighborhood.fine_bias().logsumexp(dim=-1).mean(dim=-1)
-    bias = old_sum + math.log(new_share / (1 - new_share)) - math.log(_new_keys(new.neighborhood))
+    old_sum = own.fine_bias().logsumexp(dim=-1).mean(dim=-1)
+    bias = old_sum + math.log(new_share / (1 - new_share)) - math.log(_new_keys(neighborhood))
     for table in tables:
         table.copy_(bias.view(-1, 1, 1) if table.ndim == 4 else bias[:, None])
 
