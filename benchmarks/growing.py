@@ -4,7 +4,8 @@
 2. It is converted (convert/swin.py) and grown to two levels (focal_hf.add_focal_levels), and trained on. The start of
    the new weights differs: shares of the attention, or what FocalConfig's from_pretrained does where a checkpoint lacks
    tables (the bias of the nearest offset, random pooling).
-3. For comparison, the Swin is trained on for as many epochs, and a Focal is trained from scratch for all epochs.
+3. For comparison, the Swin is trained on for as many epochs, and a Swin and a Focal are trained from scratch for the
+   epochs of both phases, in one schedule with the learning rate of the first.
 
 Tasks. "digits": the data of learning.py, classification of scikit-learn's 1797 digits, 1144 of them for training;
 accuracy on 450 others. "scenes": segmentation of scenes like those of dense_learning.py, 64 x 64 pixels, 400 for
@@ -42,7 +43,7 @@ from make_scenes import NAMES, compose  # noqa: E402
 from swin import focal_from_swin  # noqa: E402
 
 SHARES = (0.01, 0.1)
-BATCH_SIZE = 32
+BATCH_SIZE = {"digits": 32, "scenes": 8}
 FIRST_RATE, SECOND_RATE = 1.5e-3, 5e-4  # learning rates from scratch, and of a trained model
 NETWORKS = {
     "digits": {"image_size": 32, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4},
@@ -137,7 +138,7 @@ def score(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float
     return (pairs.diag() / (pairs.sum(0) + pairs.sum(1) - pairs.diag())).nanmean().item()
 
 
-def train(model: nn.Module, data: tuple, epochs: int, rate: float, seed: int) -> list[float]:
+def train(model: nn.Module, data: tuple, batch_size: int, epochs: int, rate: float, seed: int) -> list[float]:
     """Trains the model. Returns its score before training and after each epoch."""
     images, labels, *test = data
     generator = torch.Generator().manual_seed(seed)
@@ -145,14 +146,14 @@ def train(model: nn.Module, data: tuple, epochs: int, rate: float, seed: int) ->
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
-    steps, warm_up = epochs * -(-len(images) // BATCH_SIZE), -(-len(images) // BATCH_SIZE)
+    steps, warm_up = epochs * -(-len(images) // batch_size), -(-len(images) // batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     scores = [score(model, *test)]
     for _ in range(epochs):
         model.train()
-        for batch in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
+        for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             pixels = augmented(images[batch], generator) if labels.ndim == 1 else images[batch]
             loss = nn.functional.cross_entropy(model(pixels), labels[batch])
             loss.backward()
@@ -204,7 +205,7 @@ def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) 
         if not file.exists():
             torch.manual_seed(seed)
             model = make()
-            result = train(model, data, epochs, rate, seed)
+            result = train(model, data, BATCH_SIZE[task], epochs, rate, seed)
             if name == "Swin":
                 torch.save(model.state_dict(), file.with_suffix(".pth"))
             count = sum(parameter.numel() for parameter in model.parameters())
@@ -226,7 +227,8 @@ def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) 
 
         for name, start in starts(task).items():
             run(name, seed, lambda start=start: grown(start), second, SECOND_RATE)
-        run("Focal from scratch", seed, lambda: build(task, swin=False), first + second, FIRST_RATE)
+        for name, swin in (("Swin from scratch", True), ("Focal from scratch", False)):
+            run(name, seed, lambda swin=swin: build(task, swin), first + second, FIRST_RATE)
     return scores, parameters
 
 

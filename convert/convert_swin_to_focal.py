@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+# Up to 5.17, transformers itself has a stand-in for it where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 

@@ -115,6 +115,8 @@ def from_swin(
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".relative_position_index")}
     converted = {_focal_name(name): tensor for name, tensor in state.items()}
     if model_class is FocalBackbone:
+        # Before transformers 5.9, the parts of a SwinBackbone have no prefix.
+        converted = {re.sub(r"^(embeddings|encoder)\.", r"focal.\1.", name): value for name, value in converted.items()}
         converted = {name: tensor for name, tensor in converted.items() if not name.startswith("focal.layernorm.")}
     if missing := sorted(expected.keys() - converted.keys()):
         raise ConversionError(f"The model lacks {join_names(missing)}, which a Swin of these settings has.")

@@ -10,7 +10,7 @@ from .modeling_focal import FocalAttention, FocalPreTrainedModel
 from .neighborhood_focal import FocalNeighborhood
 
 # Default share of the attention of new keys: see benchmarks/growing.py.
-NEW_SHARE = 0.05
+NEW_SHARE = 0.01
 # With this bias, the weight of a key is 0 in floating point: e^-10000 beside any practical score.
 NO_SHARE = -1e4
 
@@ -35,7 +35,7 @@ def add_focal_levels(
         focal_levels, focal_windows, expand_sizes (`Sequence[int]`, the last two *optional*):
             The settings of [`FocalConfig`] with the same names, one value per stage. By default `focal_windows` and
             `expand_sizes` are those of the model.
-        new_share (`float`, *optional*, defaults to 0.05):
+        new_share (`float`, *optional*, defaults to 0.01):
             The share of the attention that the new keys of a query have together, if all products of queries and keys
             are equal and no key is beyond the edge of the map. At least 0 and below 1. At 0 the new model computes
             exactly what `model` computes, but its new weights receive no gradients.
