@@ -21,6 +21,7 @@ from . import modeling_focal as _modeling
 from .backbone_weights_focal import load_backbone_weights
 from .compatibility_focal import AutoImageProcessor
 from .configuration_focal import AUTO_CLASSES, FocalConfig
+from .freezing import freeze
 from .growing_focal import add_focal_levels
 from .modeling_focal import (
     FocalBackbone,
@@ -56,5 +57,6 @@ __all__ = [
     "FocalModel",
     "FocalPreTrainedModel",
     "add_focal_levels",
+    "freeze",
     "load_backbone_weights",
 ]

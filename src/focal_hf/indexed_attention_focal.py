@@ -11,17 +11,21 @@ from torch import nn
 
 from .geometry_focal import level_grid, window_tokens
 from .layout_focal import at_least_float32, cat_unless_single
-from .neighborhood_focal import Neighborhood
+from .neighborhood_focal import HIDDEN, Neighborhood
 from .run_state_focal import is_exporting
 
 if TYPE_CHECKING:
     from .modeling_focal import FocalAttention, FocalPooling
 
+# Largest ratio of all tokens to the keys of a window with which a frozen model attends densely.
+DENSE_RATIO = 1.6
+
 
 class AttentionTables(NamedTuple):
     """What a block gathers on maps of one size, and its bias.
 
-    Indices count heads of tokens: head h of token t is number t · heads + h.
+    Indices count heads of tokens: head h of token t is number t · heads + h. In dense tables, all queries attend to all
+    tokens, in order: there is no index of queries and keys, and `outputs` counts tokens, or is None for all in order.
 
     Args:
         queries (`torch.Tensor` of shape `(windows · heads · queries,)`):
@@ -33,20 +37,26 @@ class AttentionTables(NamedTuple):
         cells (`list[torch.Tensor]`):
             For each pooled level, the numbers of the tokens in its cells, `(cells · tokens in a cell,)`.
         bias (`torch.Tensor` of shape `(1, windows · heads, queries, keys)`):
-            The bias, -inf for hidden keys.
+            The bias. In dense tables, `(1, heads, tokens of the map, all tokens)`.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    outputs: torch.Tensor
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
+    outputs: torch.Tensor | None
     cells: list[torch.Tensor]
     bias: torch.Tensor
 
 
-def attends_by_index(module: "FocalAttention") -> bool:
-    """Whether a [`FocalAttention`] is being exported with its default attention."""
+def attends_by_index(module: "FocalAttention", neighborhood: Neighborhood) -> bool:
+    """Whether a [`FocalAttention`] is exported with its default attention, or has dense tables."""
     drops = module.training and module.attention_dropout > 0
-    return is_exporting() and module.config._attn_implementation == "sdpa" and not drops
+    by_index = is_exporting() or neighborhood.tables is not None
+    return by_index and module.config._attn_implementation == "sdpa" and not drops
+
+
+def cell_sides(module: "FocalAttention") -> list[int]:
+    """The sides in tokens of the cells of each pooled level of a [`FocalAttention`]."""
+    return module.pooling.cells if module.pooling is not None else []
 
 
 def attention_tables(
@@ -74,7 +84,7 @@ def attention_tables(
     query = (of_window[..., None] * heads + head) * window**2 + (down[:, None] * window + right)[..., None]
 
     cells = []
-    for level in range(1, len(module.pooling.cells) + 1 if module.pooling else 1):
+    for level in range(1, len(cell_sides(module)) + 1):
         grid = level_grid(rows * window, cols * window, window, level)
         cells.append(window_tokens(grid, cols * window, index.device).flatten())
     windows = level_grid(rows * window, cols * window, window, 1)
@@ -83,8 +93,36 @@ def attention_tables(
         keys=of_heads(index.clamp(min=0).view(rows * cols, keys).long()),
         outputs=query.flatten(),
         cells=cells,
-        bias=neighborhood.bias().flatten(0, 1)[None],
+        bias=neighborhood.exported_bias(),
     )
+
+
+def dense_tables(
+    module: "FocalAttention", neighborhood: Neighborhood, tables: AttentionTables
+) -> AttentionTables | None:
+    """Tables with which all queries attend to all tokens, or None where windows attend to a small part of them.
+
+    A token that a window lists several times, with biases a and b, has the bias log(eᵃ + eᵇ).
+    """
+    rows, cols, keys = neighborhood.index.shape
+    window, heads = module.window_size, module.num_heads
+    map_tokens = rows * cols * window**2
+    pooled = sum(cells.shape[0] // side**2 for cells, side in zip(tables.cells, cell_sides(module), strict=True))
+    if map_tokens + pooled > keys * DENSE_RATIO:
+        return None
+    listed = neighborhood.bias()  # (windows, heads, queries, keys)
+    index = neighborhood.index.clamp(min=0).view(-1, 1, 1, keys).expand(listed.shape).long()
+    largest = listed.new_full((*listed.shape[:3], map_tokens + pooled), HIDDEN).scatter_reduce(3, index, listed, "amax")
+    total = torch.zeros_like(largest).scatter_add(3, index, (listed - largest.gather(3, index)).exp())
+    bias = largest + total.clamp(min=1).log()
+    # From the order of windows to that of the map.
+    grid = level_grid(rows * window, cols * window, window, 1)
+    tokens = window_tokens(grid, cols * window, index.device).flatten()
+    bias = bias.transpose(0, 1).flatten(1, 2)[:, tokens.argsort()]
+    of_window = tables.outputs.view(-1, heads)[:, 0]
+    outputs = tokens[of_window // (heads * window**2) * window**2 + of_window % window**2]
+    in_order = torch.equal(outputs, torch.arange(map_tokens, device=outputs.device))
+    return AttentionTables(None, None, None if in_order else outputs, tables.cells, bias[None])
 
 
 def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[torch.Tensor]) -> torch.Tensor:
@@ -109,17 +147,30 @@ def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[tor
 def attend_by_index(module: "FocalAttention", tokens: torch.Tensor, tables: AttentionTables) -> torch.Tensor:
     """The output (batch, height · width, channels) of a [`FocalAttention`] for a map's tokens, padded and shifted."""
     batch, channels = tokens.shape[0], tokens.shape[2]
-    head_dim, queries, keys = module.head_dim, *tables.bias.shape[2:]
 
-    def gather(layer: nn.Module, tokens: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
-        heads = layer(tokens).reshape(batch, -1, head_dim).index_select(1, index)
-        return heads.view(batch, -1, length, head_dim)
+    def gather(layer: nn.Module, tokens: torch.Tensor, index: torch.Tensor | None, length: int) -> torch.Tensor:
+        if index is None:
+            return layer(tokens).view(batch, -1, module.num_heads, module.head_dim).transpose(1, 2)
+        heads = layer(tokens).reshape(batch, -1, module.head_dim).index_select(1, index)
+        return heads.view(batch, -1, length, module.head_dim)
 
+    queries, keys = tables.bias.shape[2:]
     query = gather(module.q_proj, tokens, tables.queries, queries)
     if module.pooling is not None:
         tokens = torch.cat([tokens, pool_by_index(module.pooling, tokens, tables.cells)], dim=1)
     key, value = (gather(layer, tokens, tables.keys, keys) for layer in (module.k_proj, module.v_proj))
-    scores = torch.matmul(query * module.scaling, key.transpose(2, 3)) + tables.bias.to(query.dtype)
-    output = torch.matmul(at_least_float32(scores).softmax(dim=-1).to(value.dtype), value)
-    output = output.view(batch, -1, head_dim).index_select(1, tables.outputs)
+    if is_exporting():
+        # Exporters decompose PyTorch's own attention into more operations, or fail.
+        scores = torch.matmul(query * module.scaling, key.transpose(2, 3)) + tables.bias.to(query.dtype)
+        output = torch.matmul(at_least_float32(scores).softmax(dim=-1).to(value.dtype), value)
+    else:
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=tables.bias.to(query.dtype), scale=module.scaling
+        )
+    if tables.queries is None:
+        output = output.transpose(1, 2).reshape(batch, -1, channels)
+        if tables.outputs is not None:
+            output = output.index_select(1, tables.outputs)
+    else:
+        output = output.view(batch, -1, module.head_dim).index_select(1, tables.outputs)
     return module.o_proj(output.view(batch, -1, channels))

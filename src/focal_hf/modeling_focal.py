@@ -161,7 +161,7 @@ def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     height, width = ((side + multiple - 1) // multiple * multiple for side in maps.shape[-2:])
     bottom, right = height - maps.shape[-2], width - maps.shape[-1]
     # A compiled graph always pads, so that one graph serves images with and without a remainder.
-    if is_compiling() or bottom or right:
+    if (is_compiling() and not is_exporting()) or has_symbols(bottom, right) or bottom or right:
         maps = nn.functional.pad(maps, (0, right, 0, bottom))
     return maps
 
@@ -463,8 +463,8 @@ class FocalAttention(nn.Module):
             neighborhood = self.neighborhood(maps, shift_size=shift_size)
 
         tokens = maps.flatten(1, 2)
-        if attends_by_index(self):
-            tables = attention_tables(self, neighborhood, input_height, input_width, shift_size)
+        if attends_by_index(self, neighborhood):
+            tables = neighborhood.tables or attention_tables(self, neighborhood, input_height, input_width, shift_size)
             return attend_by_index(self, tokens, tables).unflatten(1, (input_height, input_width)), None
         query = self.q_proj(tokens)
         attention = choose_attention(self, query, neighborhood)

@@ -30,6 +30,10 @@ from .run_state_focal import cached_by_value, has_symbols
 
 T = TypeVar("T")
 
+# Bias of hidden keys in exported graphs. Their weights vanish beside others, as with -inf. But they are not denormal
+# numbers, with which runtimes are many times slower.
+HIDDEN = -70.0
+
 
 class BiasPart(NamedTuple):
     """The bias of consecutive columns of the index.
@@ -116,6 +120,7 @@ class Neighborhood:
         self.squares = squares or []
         self.shift_size = shift_size
         self.forms = {} if forms is None else forms
+        self.tables = None  # of a frozen model: see `freezing`
 
     @property
     def window_size(self) -> int:
@@ -124,6 +129,10 @@ class Neighborhood:
     def bias(self, rows: slice = slice(None), cols: slice = slice(None)) -> torch.Tensor:
         """The bias (windows, heads, queries, keys) of the windows in some rows and columns, by default of all."""
         return cat_unless_single([part.bias(rows, cols) for part in self.parts], dim=-1)
+
+    def exported_bias(self) -> torch.Tensor:
+        """`bias` of all windows for exported graphs, (1, windows · heads, queries, keys), with `HIDDEN` for -inf."""
+        return self.bias().clamp(min=HIDDEN).flatten(0, 1)[None]
 
     def derived(self, make: Callable[["Neighborhood"], T]) -> T:
         """`make(self)`, kept for the last size of the map: the form that an attention implementation needs."""
