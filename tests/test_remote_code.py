@@ -29,6 +29,7 @@ del CODE["__init__.py"]  # transformers' registrations, which an auto_map takes 
 for name in (
     "backbone_weights_focal",
     "growing_focal",
+    "freezing",
     "torchvision_focal",
     "attention_records",
     "attention_figures",
