@@ -27,7 +27,7 @@ from .geometry_focal import level_grid
 from .indexed_attention_focal import attend_by_index, attends_by_index, attention_tables
 from .layout_focal import cat_unless_single, split_windows
 from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
-from .run_state_focal import has_symbols, is_compiling, is_exporting, is_transforming
+from .run_state_focal import has_symbols, is_compiling, is_exporting, is_transforming, may_be_nonzero
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def pad_to_multiple(maps: torch.Tensor, multiple: int) -> torch.Tensor:
     # Not -(-side // multiple): ONNX divides integers towards zero.
     height, width = ((side + multiple - 1) // multiple * multiple for side in maps.shape[-2:])
     bottom, right = height - maps.shape[-2], width - maps.shape[-1]
-    # A compiled graph always pads, so that one graph serves images with and without a remainder.
-    if (is_compiling() and not is_exporting()) or has_symbols(bottom, right) or bottom or right:
+    if may_be_nonzero(bottom, right):
         maps = nn.functional.pad(maps, (0, right, 0, bottom))
     return maps
 
@@ -704,7 +703,7 @@ class FocalModel(FocalPreTrainedModel):
         self.embeddings = FocalEmbeddings(config, use_mask_token=use_mask_token)
         self.encoder = FocalEncoder(config)
         self.layernorm: nn.Module = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
-        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.add_pooling_layer = add_pooling_layer
         self.post_init()
 
     @can_return_tuple
@@ -733,15 +732,9 @@ class FocalModel(FocalPreTrainedModel):
             embeddings, input_dimensions, output_hidden_states=output_hidden_states, **kwargs
         )
         last_hidden_state = self.layernorm(encoder_outputs.last_hidden_state)
-        pooler_output = None
-        if self.pooler is not None:
-            if is_exporting():  # the pooler asks for the memory layout, and a graph would not serve a single image
-                pooler_output = last_hidden_state.mean(dim=1)
-            else:
-                pooler_output = self.pooler(last_hidden_state.transpose(1, 2)).flatten(1)
         return FocalModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=pooler_output,
+            pooler_output=last_hidden_state.mean(dim=1) if self.add_pooling_layer else None,
             hidden_states=encoder_outputs.hidden_states,
             attentions=encoder_outputs.attentions,
             reshaped_hidden_states=encoder_outputs.reshaped_hidden_states,

@@ -48,6 +48,14 @@ def has_symbols(*sizes: int) -> bool:
     return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def may_be_nonzero(*numbers: int) -> bool:
+    """Whether a number is not zero, or may be another one when the graph that is captured now is used again.
+
+    A compiled graph then serves images with and without padding.
+    """
+    return (is_compiling() and not is_exporting()) or has_symbols(*numbers) or any(numbers)
+
+
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active.
 
