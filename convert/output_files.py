@@ -19,8 +19,8 @@ _staging_folders: dict[Path, tuple[Path, ...]] = {}  # staging folders in use, w
 
 # Files that the converter writes to the folder of a classifier.
 MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "README.md", "conversion.json")
-# With the modules of --with-code.
-_REPLACED_FILES = {*MODEL_FILES, *(module.name for module in Path(focal_hf.__file__).parent.glob("*.py"))}
+# With a graph, and with the modules of --with-code.
+_REPLACED_FILES = {*MODEL_FILES, "model.onnx", *(module.name for module in Path(focal_hf.__file__).parent.glob("*.py"))}
 
 
 @contextmanager

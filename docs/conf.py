@@ -59,6 +59,7 @@ Start <self>
 docs/model
 docs/weights
 docs/tools
+docs/deploying
 examples/README
 docs/visualization
 ```
