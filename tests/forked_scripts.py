@@ -45,29 +45,42 @@ def run(command: list[str], folder: Path, environment: dict[str, str], output: s
         atexit._run_exitfuncs()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class ForkedScript:
     """examples/SCRIPT in one process, or in several as torchrun starts them. Offline, on a CPU, in `folder`.
 
-    `prepare` is called in each process before the script runs.
+    If `folder` is a list, there is one process in each folder, as on machines of their own. `prepare` is called in each
+    process before the script runs.
     """
 
     def __init__(
-        self, script: str, *arguments: object, folder: Path, processes: int = 1, prepare: Callable | None = None
+        self,
+        script: str,
+        *arguments: object,
+        folder: Path | list[Path],
+        processes: int = 1,
+        prepare: Callable | None = None,
     ):
         self.command = [str(EXAMPLES / script), *map(str, arguments)]
         self.outputs = tempfile.TemporaryDirectory()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        folders = folder if isinstance(folder, list) else [folder] * processes
+        one_each = folder is folders
         own = os.environ.copy()
         os.environ.update(ENVIRONMENT | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{own.get('PYTHONPATH', '')}"})
         try:
             self.processes = []
-            for rank in range(processes):
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-                place = {name: str(number) for name, number in place.items()} | meeting if processes > 1 else {}
+            for rank, own_folder in enumerate(folders):
+                place = {"RANK": rank, "LOCAL_RANK": 0 if one_each else rank}
+                place |= {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": 1 if one_each else len(folders)}
+                place = {name: str(number) for name, number in place.items()} | meeting if len(folders) > 1 else {}
                 output = f"{self.outputs.name}/{rank}"
-                process = FORKS.Process(target=run, args=(self.command, folder, place, output, prepare))
+                process = FORKS.Process(target=run, args=(self.command, own_folder, place, output, prepare))
                 process.start()
                 self.processes.append(process)
         finally:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,9 +19,19 @@ from PIL import Image
 from common.engine import NEEDS_WHOLE_MODEL
 from common.options import Problem
 from detection_scenes import LEVELS, STAGES, detector_config, draw_scenes
-from example_runs import BIN, EXAMPLES, curve, draw_noise, example_command, tiny_config
+from example_runs import (
+    BIN,
+    EXAMPLES,
+    assert_same,
+    curve,
+    draw_noise,
+    example_command,
+    results,
+    run_example,
+    tiny_config,
+)
 from focal_hf import FocalForImageClassification
-from forked_scripts import ForkedScript
+from forked_scripts import ForkedScript, free_port
 from fsdp_training import STEPS, batch, build, optimizer_of
 from small_models import BOTH
 
@@ -80,6 +91,80 @@ def test_engines_through_accelerate(engine, precision, tmp_path):
         assert f"on cuda ({'FSDP' if engine == 'fsdp2' else 'MULTI_GPU'})" in run.stdout
     assert curve(tmp_path / "model") == pytest.approx(curve(tmp_path / "whole"), rel=0.05)
     FocalForImageClassification.from_pretrained(tmp_path / "model")
+
+
+class Launched:
+    """examples/SCRIPT on two machines, as examples/README.md says: the launcher of each runs in a folder of its own."""
+
+    def __init__(self, machines: list[Path], script: str, *arguments: object):
+        settings = "--config_file", EXAMPLES / "engines" / "ddp.yaml", "--mixed_precision", "no", "--num_processes", 2
+        settings += "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()
+        self.launchers = []
+        for rank, machine in enumerate(machines):
+            launcher = map(str, (BIN / "accelerate", "launch", "--quiet", *settings, "--machine_rank", rank))
+            command = example_command(script, *arguments, folder=machine, launcher=[*launcher])
+            # Files, since a pipe that no one reads stops the writer when it is full.
+            with open(machine / "stdout", "w") as stdout, open(machine / "stderr", "w") as stderr:
+                self.launchers.append(psutil.Popen(**command, stdout=stdout, stderr=stderr))
+
+    def kill(self, rank: int) -> None:
+        """Kill a machine: its launcher and the process that it started, which is in a session of its own."""
+        for process in (*self.launchers[rank].children(recursive=True), self.launchers[rank]):
+            process.kill()
+
+    def poll(self) -> list[int | None]:
+        return [launcher.poll() for launcher in self.launchers]
+
+    def wait(self) -> list[int]:
+        return [launcher.wait(timeout=300) for launcher in self.launchers]
+
+
+def test_two_machines(tmp_path):
+    """Two machines share only the output folder. One of them is killed; resumed, the run ends with the same bytes.
+
+    Launchers start `finetune.py`. The environment that launchers set starts the other scripts, which takes less time.
+    """
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        for split, count in (("train", 4), ("validation", 3)):
+            draw_noise(machine / "data" / split, count)
+        tiny_config(drop_path_rate=0.0).save_pretrained(machine / "config")
+    shared, whole, alone = tmp_path / "shared", tmp_path / "whole", tmp_path / "alone"
+    options = "--config", "config", "--data", "data", "--epochs", 3, "--learning-rate", 5e-3
+    launched = "finetune.py", *options, "--batch-size", 2, "--output", shared / "out"
+
+    def errors() -> str:
+        return "\n".join((machine / "stderr").read_text() for machine in machines)
+
+    killed = Launched(machines, *launched, "--save-every", 1)
+    while not any(int(state.name[5:]) >= 2 for state in (shared / "out" / "checkpoints").glob("step_*")):
+        assert killed.poll() == [None, None], errors()
+        time.sleep(0.01)
+    killed.kill(1)
+    assert killed.wait() == [1, -signal.SIGKILL], errors()
+    assert Launched(machines, *launched, "--resume").wait() == [0, 0], errors()
+    said = (machines[0] / "stdout").read_text()
+    assert "2 process(es) on cpu (MULTI_CPU)" in said
+    assert "Resuming after step" in said
+
+    def run(folder: Path | list[Path], *command: object) -> None:
+        ended = run_example(*command, folder=folder)
+        assert ended.returncode == 0, ended.stderr
+
+    run(machines, "finetune.py", *options, "--batch-size", 2, "--output", whole / "out")
+    assert_same(shared / "out", whole / "out")
+    run(machines[0], "finetune.py", *options, "--batch-size", 4, "--output", alone / "out")
+    assert curve(shared / "out") == pytest.approx(curve(alone / "out"), rel=1e-4)
+
+    trained = "--model", shared / "out", "--data", "data"
+    for folder, output in ((machines, shared), (machines[0], alone)):
+        run(folder, "evaluate.py", *trained, "--report", output / "report")
+        run(folder, "extract_features.py", *trained, "--split", "train", "--shards", 4, "--output", output / "features")
+    of_two, of_one = results(shared / "report"), results(alone / "report")
+    assert (of_two.pop("processes"), of_one.pop("processes")) == (2, 1)
+    del of_two["images_per_second"], of_one["images_per_second"]
+    assert of_two == of_one
+    assert_same(shared / "features", alone / "features")
 
 
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
