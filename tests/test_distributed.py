@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from PIL import Image
 
-from common.engine import NEEDS_WHOLE_MODEL
+from common.engine import NEEDS_WHOLE_MODEL, convert_images
 from common.options import Problem
 from detection_scenes import LEVELS, STAGES, detector_config, draw_scenes
 from example_runs import (
@@ -91,6 +91,32 @@ def test_engines_through_accelerate(engine, precision, tmp_path):
         assert f"on cuda ({'FSDP' if engine == 'fsdp2' else 'MULTI_GPU'})" in run.stdout
     assert curve(tmp_path / "model") == pytest.approx(curve(tmp_path / "whole"), rel=0.05)
     FocalForImageClassification.from_pretrained(tmp_path / "model")
+
+
+def test_deepspeed_in_one_process(tmp_path):
+    """With the settings of examples/engines. Accelerate has no DeepSpeed of several processes on a CPU."""
+    pytest.importorskip("deepspeed")
+    for split in ("train", "validation"):
+        draw_noise(tmp_path / "data" / split, 2)
+    tiny_config().save_pretrained(tmp_path / "config")
+    settings = "--config_file", str(EXAMPLES / "engines" / "deepspeed_zero2.yaml"), "--num_processes", "1"
+    command = example_command(
+        *("finetune.py", "--config", "config", "--data", "data", "--output", "model", "--epochs", 2),
+        folder=tmp_path,
+        launcher=(sys.executable, "-m", "accelerate.commands.launch", *settings),
+    )
+    del command["env"]["ACCELERATE_USE_CPU"]
+    run = subprocess.run(**command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "(DEEPSPEED), precision bf16" in run.stdout
+    FocalForImageClassification.from_pretrained(tmp_path / "model")
+
+
+def test_images_are_converted_to_the_dtype_of_the_weights():
+    """Which DeepSpeed requires in bfloat16."""
+    model = FocalForImageClassification(tiny_config()).bfloat16()
+    model.register_forward_pre_hook(convert_images, with_kwargs=True)
+    assert model(pixel_values=torch.zeros(1, 3, 16, 16)).logits.dtype == torch.bfloat16
 
 
 class Launched:

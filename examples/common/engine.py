@@ -39,6 +39,12 @@ def is_finite(parameter: torch.nn.Parameter) -> bool:
     return bool(values.isfinite().all())
 
 
+def convert_images(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Convert `pixel_values` to the dtype of the weights, before a forward pass."""
+    dtype = next(model.parameters()).dtype
+    return args, kwargs | {"pixel_values": kwargs["pixel_values"].to(dtype)}
+
+
 def refuse_sharding(accelerator: Accelerator, reason: str, model: torch.nn.Module | None = None) -> None:
     """Raise an error, with `reason`, if the engine shards models among processes, or if the model is sharded."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -95,6 +101,9 @@ class Training:
         self.scheduler = schedule(optimizer, train_batches.steps * epochs)
         self.average = ema and AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed converts the weights to the precision of the run. Other engines convert in each operation.
+            self.model.register_forward_pre_hook(convert_images, with_kwargs=True)
         if unsharded:
             refuse_sharding(accelerator, unsharded, self.model)
         self.checkpoints = Checkpoints(accelerator, output, settings)
