@@ -181,6 +181,12 @@ def check_shards(args: argparse.Namespace, settings: dict) -> list[Path]:
     return list(others)
 
 
+def check_shared(path: Path) -> None:
+    """Raise an error if a file or folder of another process is missing here."""
+    if not path.exists():
+        raise Problem(f"{path}, from another machine, is missing: name an --output that all machines share.")
+
+
 def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
     """Write a shard to a temporary file and rename it, so that every shard is complete."""
     columns = []
@@ -253,6 +259,7 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
         for file in (*others, *args.output.glob(".features-*.part")):
             file.unlink()
     accelerator.wait_for_everyone()
+    check_shared(args.output)
     accelerator.print(f"{count} shard(s), {count - len(missing)} already there; {', '.join(settings['features'])}.")
 
     batches = Batches(
@@ -288,6 +295,8 @@ def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for item in unreadable:
         accelerator.print(f"Not a readable image, left out: {printable(item)}")
     files = [shard_file(args.output, shard, count) for shard in range(count)]
+    for file in files:
+        check_shared(file)
     images = sum(pq.read_metadata(file).num_rows for file in files)
     if not images:
         accelerator.wait_for_everyone()  # no process removes files before all have counted the images

@@ -192,6 +192,15 @@ def test_two_machines(tmp_path):
     assert of_two == of_one
     assert_same(shared / "features", alone / "features")
 
+    # An output folder that is not shared is refused, whether or not each machine has one of that name.
+    for machine in machines:
+        (machine / "made").mkdir()
+    for output, missing in (("own", "own"), ("made", "made/features-00001-of-00002.parquet")):
+        options = "--split", "train", "--shards", 2, "--output", output
+        ended = run_example("extract_features.py", *trained, *options, folder=machines)
+        assert ended.returncode == 1
+        assert f"error: {missing}, from another machine, is missing: name an --output" in ended.stderr
+
 
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 @pytest.mark.parametrize("script", ["finetune_detection", "finetune_segmentation"])
