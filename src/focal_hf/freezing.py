@@ -14,6 +14,12 @@ from .run_state_focal import is_exporting
 class FrozenNeighborhood(nn.Module):
     """The neighbourhoods of a [`FocalAttention`] for maps of one size, in buffers that are not saved."""
 
+    index: torch.Tensor
+    table_queries: torch.Tensor | None
+    table_keys: torch.Tensor | None
+    table_outputs: torch.Tensor | None
+    table_bias: torch.Tensor | None
+
     def __init__(self, attention: FocalAttention, height: int, width: int):
         super().__init__()
         maps = attention.o_proj.weight.new_empty(1, attention.o_proj.in_features, height, width)
@@ -23,14 +29,15 @@ class FrozenNeighborhood(nn.Module):
         neighborhood = attention.neighborhood(maps, **shift)
         tables = attention_tables(attention, neighborhood, height, width, shift_size)
         dense = dense_tables(attention, neighborhood, tables)
-        self.is_dense = dense is not None
         self.map_size = tuple(maps.shape[1:3])
         self.squares, self.shift_size = neighborhood.squares, neighborhood.shift_size
-        tensors = {"index": neighborhood.index}
+        tensors: dict[str, torch.Tensor | None] = {"index": neighborhood.index}
         for number, part in enumerate(neighborhood.parts):
             tensors |= {f"source_{number}": part.source, f"pattern_{number}": part.pattern}
-        tables = dense or tables._replace(bias=None)
-        tensors |= {f"table_{name}": tensor for name, tensor in tables._asdict().items() if name != "cells"}
+        tables = dense or tables
+        tensors |= {"table_queries": tables.queries, "table_keys": tables.keys, "table_outputs": tables.outputs}
+        # Elsewhere the bias follows from the parts, and a constant of all windows would be large.
+        tensors["table_bias"] = tables.bias if dense else None
         tensors |= {f"cells_{level}": cells for level, cells in enumerate(tables.cells)}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -45,9 +52,11 @@ class FrozenNeighborhood(nn.Module):
             )
         parts = [BiasPart(getattr(self, f"source_{n}"), getattr(self, f"pattern_{n}")) for n in range(self.parts)]
         neighborhood = Neighborhood(self.index, parts, self.squares, self.shift_size)
-        if self.is_dense or is_exporting():
+        bias = self.table_bias
+        if bias is None and is_exporting():
+            bias = neighborhood.exported_bias()
+        if bias is not None:
             cells = [getattr(self, f"cells_{level}") for level in range(self.levels)]
-            bias = self.table_bias if self.is_dense else neighborhood.exported_bias()
             neighborhood.tables = AttentionTables(self.table_queries, self.table_keys, self.table_outputs, cells, bias)
         return neighborhood
 
@@ -73,8 +82,8 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
         config = encoder.config
         for number, stage in enumerate(encoder.layers):
             size = config.reduced_size(image_size, config.patch_size * 2**number)
-            for block in stage.blocks:
-                block.attention.neighborhood = FrozenNeighborhood(block.attention, *size)
+            for attention in [module for module in stage.modules() if isinstance(module, FocalAttention)]:
+                attention.add_module("neighborhood", FrozenNeighborhood(attention, *size))
     return frozen
 
 

@@ -119,6 +119,7 @@ def dense_tables(
     grid = level_grid(rows * window, cols * window, window, 1)
     tokens = window_tokens(grid, cols * window, index.device).flatten()
     bias = bias.transpose(0, 1).flatten(1, 2)[:, tokens.argsort()]
+    assert tables.outputs is not None
     of_window = tables.outputs.view(-1, heads)[:, 0]
     outputs = tokens[of_window // (heads * window**2) * window**2 + of_window % window**2]
     in_order = torch.equal(outputs, torch.arange(map_tokens, device=outputs.device))
@@ -169,8 +170,8 @@ def attend_by_index(module: "FocalAttention", tokens: torch.Tensor, tables: Atte
         )
     if tables.queries is None:
         output = output.transpose(1, 2).reshape(batch, -1, channels)
-        if tables.outputs is not None:
-            output = output.index_select(1, tables.outputs)
     else:
-        output = output.view(batch, -1, module.head_dim).index_select(1, tables.outputs)
+        output = output.view(batch, -1, module.head_dim)
+    if tables.outputs is not None:
+        output = output.index_select(1, tables.outputs)
     return module.o_proj(output.view(batch, -1, channels))

@@ -120,7 +120,7 @@ class Neighborhood:
         self.squares = squares or []
         self.shift_size = shift_size
         self.forms = {} if forms is None else forms
-        self.tables = None  # of a frozen model: see `freezing`
+        self.tables: Any = None  # the `AttentionTables` of a frozen model
 
     @property
     def window_size(self) -> int:
