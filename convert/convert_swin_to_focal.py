@@ -13,15 +13,13 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
-
-# Up to 5.17, transformers itself has a stand-in for it where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from convert_focal_to_hf import relative_difference
 from download import check_sha256
 from focal_hf import FocalBackbone, FocalConfig, FocalForMaskedImageModeling, FocalPreTrainedModel, add_focal_levels
+from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.growing_focal import NEW_SHARE
 from messages import ConversionError, print_progress, printable_line, wrap_errors
 from model_card import swin_model_card
@@ -207,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    output, inputs = options.output.resolve(), (Path(options.model) / "config.json",)
+    output, config_file = options.output.resolve(), Path(options.model) / "config.json"
+    inputs = (config_file,) if config_file.exists() else ()
     check_output_folder(output, options.overwrite, inputs)
 
     swin_config = read_config(options.model)

@@ -58,6 +58,7 @@ CONTENTS = """
 Start <self>
 docs/model
 docs/weights
+docs/swin
 docs/tools
 docs/deploying
 examples/README

@@ -276,3 +276,25 @@ def test_files_are_replaced_completely_or_not_at_all(tmp_path):
 )
 def test_numbers_have_three_digits(value, text):
     assert throughput.number(value) == text
+
+
+def test_growing_compares_all_starts(tmp_path, monkeypatch):
+    """With some of the digits."""
+    spec = importlib.util.spec_from_file_location("growing", ROOT / "benchmarks" / "growing.py")
+    growing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(growing)
+    images, labels, *test = growing.digits_data()
+    monkeypatch.setattr(growing, "digits_data", lambda: (images[:16], labels[:16], *(part[:30] for part in test)))
+    monkeypatch.setattr(growing.logging, "set_verbosity_error", lambda: None)  # which other tests would notice
+    command = ["growing.py", "--folder", str(tmp_path), "--task", "digits", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--first", "1", "--second", "2"])
+    growing.main()
+    table = (tmp_path / "growing.md").read_text()
+    for name in (*growing.starts("digits"), "Swin from scratch", "Focal from scratch"):
+        assert table.count(f"\n| {name} | ") == 1
+    assert "nan" not in table
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert len(files) == 7
+    growing.main()  # reuses the finished runs
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")} == files
+    assert (tmp_path / "growing.md").read_text() == table

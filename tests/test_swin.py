@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -385,6 +386,16 @@ def write_swin(folder, name="SwinForImageClassification", **changes):
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.4] * 3).save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     return swin
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """The converter changes it, which other tests would notice."""
+    loggers = transformers.utils.logging, huggingface_hub.utils.logging
+    before = [logger.get_verbosity() for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.set_verbosity(level)
 
 
 def convert(*arguments):
