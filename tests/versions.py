@@ -80,7 +80,7 @@ def results(version: str) -> list[str]:
 def update(version: str, results: list[str]) -> None:
     """Adds or replaces the row of a version in the table of the page."""
     text = PAGE.read_text()
-    table = re.search(r"(?m)^\| transformers \|.*\n(\|.*\n)*", text)[0]
+    table = re.search(r"(?m)^\| transformers \| Focal \|.*\n(\|.*\n)*", text)[0]
     head, rows = table.splitlines()[:2], table.splitlines()[2:]
     by_version = {Version(row.split("|")[1].strip()): row for row in rows}
     by_version[Version(version)] = f"| {' | '.join([version, *results])} |"
