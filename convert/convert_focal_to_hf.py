@@ -17,7 +17,14 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
-from download import KNOWN_SHA256, PUBLIC_COPIES, cached_checkpoint, check_sha256, download_checkpoint
+from download import (
+    KNOWN_SHA256,
+    PUBLIC_COPIES,
+    add_cache_dir,
+    cached_checkpoint,
+    check_sha256,
+    download_checkpoint,
+)
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
 from hub import check_login, push_to_hub, repository_name
 from messages import ConversionError, print_progress, printable_line, wrap_errors
@@ -104,12 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the YAML file that the checkpoint was trained with (its BASE files are read too), or the name of a "
         "released model",
     )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder for downloaded checkpoints (default: focal_hf in Hugging Face's folder for assets)",
-    )
+    add_cache_dir(parser)
     parser.add_argument(
         "--expect-sha256",
         type=sha256_digest,

@@ -1,5 +1,6 @@
 """Downloads released models from PaddleViT's public copies on Google Drive, and computes checksums of checkpoints."""
 
+import argparse
 import hashlib
 import threading
 from pathlib import Path
@@ -59,6 +60,15 @@ FILE_TIMEOUT = 120  # seconds until the file begins: gdown follows the links on 
 def short_name(name: str) -> str:
     """Returns the name of a released model without its sizes, such as focal-tiny-useconv."""
     return name.removesuffix("_patch4_window7_224").replace("_", "-")
+
+
+def add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for downloaded checkpoints (default: focal_hf in Hugging Face's folder for assets)",
+    )
 
 
 def cached_checkpoint(name: str, cache_dir: Path | None) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import convert_focal_to_hf
-from download import PUBLIC_COPIES, UnavailableError, cached_checkpoint, short_name
+from download import PUBLIC_COPIES, UnavailableError, add_cache_dir, cached_checkpoint, short_name
 from focal_hf import FocalForImageClassification, modeling_focal
 from hub import check_login, namespace_name, push_to_hub
 from messages import print_progress, printable_line
@@ -51,12 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="ME",
         help="user or organization on the Hub that gets the repositories, such as ME/focal-tiny",
     )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder for downloaded checkpoints (default: focal_hf in Hugging Face's folder for assets)",
-    )
+    add_cache_dir(parser)
     parser.add_argument(
         "--private",
         action="store_true",
