@@ -37,7 +37,7 @@ examples:
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-onnx --size 224x224
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-any --size any
 
-  with weights of eight bits, about a quarter of the size:
+  with linear layers of eight bits, less than half the size:
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-int8 --int8
 """
 
@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="dtype of the graph")
     precision.add_argument(
-        "--int8", action="store_true", help="weights of eight bits; activations are quantized when the graph runs"
+        "--int8", action="store_true", help="linear layers of eight bits; activations are quantized when the graph runs"
     )
     parser.add_argument("--opset", type=int, default=20, help=f"{OPSETS[0]} to {OPSETS[-1]} (default: 20)")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it holds a model")
@@ -142,9 +142,15 @@ def compress(file: Path, options: argparse.Namespace) -> None:
 
         full = file.with_name("float32.onnx")
         file.rename(full)
-        # Products of activations with each other, as in attention, stay in float32.
+        # Products of activations with each other, as in attention, stay in float32. So do convolutions, because
+        # onnxruntime's are slower with integers.
         quantize_dynamic(
-            full, file, per_channel=True, weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True}
+            full,
+            file,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
         )
         full.unlink()
     elif options.dtype == "fp16":

@@ -16,6 +16,7 @@ from focal_hf import FocalBackbone, FocalForImageClassification
 from messages import ConversionError
 from small_models import pixels, prepare, randomized, tiny
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -40,7 +41,7 @@ def export(folder, *options):
 
 @pytest.mark.parametrize(
     ("options", "batch", "tolerance"),
-    [([], 3, 1e-5), (["--batch", "2", "--opset", "18", "--dtype", "fp16"], 2, 1e-2), (["--int8"], 1, 0.2)],
+    [([], 3, 1e-5), (["--batch", "2", "--opset", "18", "--dtype", "fp16"], 2, 1e-2)],
 )
 def test_graphs_of_one_size(folder, options, batch, tolerance, capsys):
     session = export(folder, "--size", "40x52", *options)
@@ -55,6 +56,21 @@ def test_graphs_of_one_size(folder, options, batch, tolerance, capsys):
     (found,) = session.run(["logits"], {"pixel_values": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
     assert "onnxruntime takes" in capsys.readouterr().out
+
+
+def test_eight_bits_are_for_linear_layers(folder):
+    session = export(folder, "--size", "40x52", "--int8")
+    with torch.no_grad():
+        expected = FocalForImageClassification.from_pretrained(folder)(pixels(1, 3, 40, 52)).logits
+    (found,) = session.run(["logits"], {"pixel_values": pixels(1, 3, 40, 52).numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0.2, atol=0.2)
+    graph = onnx.load(folder.parent / "exported" / "model.onnx").graph
+    weights = {value.name: value.data_type for value in graph.initializer}
+    quantized = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(quantized) == 7  # four projections, two layers of the MLP, and the classifier
+    assert {weights[node.input[1]] for node in quantized} == {onnx.TensorProto.INT8}
+    convolutions = [node for node in graph.node if node.op_type.startswith("Conv")]
+    assert {weights[node.input[1]] for node in convolutions} == {onnx.TensorProto.FLOAT}
 
 
 def test_backbones_return_feature_maps(folder):
