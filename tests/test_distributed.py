@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -131,15 +130,7 @@ class Launched:
             command = example_command(script, *arguments, folder=machine, launcher=[*launcher])
             # Files, since a pipe that no one reads stops the writer when it is full.
             with open(machine / "stdout", "w") as stdout, open(machine / "stderr", "w") as stderr:
-                self.launchers.append(psutil.Popen(**command, stdout=stdout, stderr=stderr))
-
-    def kill(self, rank: int) -> None:
-        """Kill a machine: its launcher and the process that it started, which is in a session of its own."""
-        for process in (*self.launchers[rank].children(recursive=True), self.launchers[rank]):
-            process.kill()
-
-    def poll(self) -> list[int | None]:
-        return [launcher.poll() for launcher in self.launchers]
+                self.launchers.append(subprocess.Popen(**command, stdout=stdout, stderr=stderr))
 
     def wait(self) -> list[int]:
         return [launcher.wait(timeout=300) for launcher in self.launchers]
@@ -148,7 +139,7 @@ class Launched:
 def test_two_machines(tmp_path):
     """Two machines share only the output folder. One of them is killed; resumed, the run ends with the same bytes.
 
-    Launchers start `finetune.py`. The environment that launchers set starts the other scripts, which takes less time.
+    Launchers start the resumed run. The environment that launchers set starts the others, which takes less time.
     """
     machines = [tmp_path / "first", tmp_path / "second"]
     for machine in machines:
@@ -162,12 +153,14 @@ def test_two_machines(tmp_path):
     def errors() -> str:
         return "\n".join((machine / "stderr").read_text() for machine in machines)
 
-    killed = Launched(machines, *launched, "--save-every", 1)
+    killed = ForkedScript(*launched, "--save-every", 1, folder=machines)
     while not any(int(state.name[5:]) >= 2 for state in (shared / "out" / "checkpoints").glob("step_*")):
-        assert killed.poll() == [None, None], errors()
+        assert killed.poll() is None, killed.written("stderr")
         time.sleep(0.01)
-    killed.kill(1)
-    assert killed.wait() == [1, -signal.SIGKILL], errors()
+    killed.processes[1].kill()
+    for process in killed.processes:
+        process.join(300)
+    assert [process.exitcode for process in killed.processes] == [1, -signal.SIGKILL], killed.written("stderr")
     assert Launched(machines, *launched, "--resume").wait() == [0, 0], errors()
     said = (machines[0] / "stdout").read_text()
     assert "2 process(es) on cpu (MULTI_CPU)" in said
