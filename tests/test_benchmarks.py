@@ -60,20 +60,32 @@ def workloads(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list:
     return throughput.list_workloads(throughput.parse_arguments())
 
 
+def write_checkout(folder: Path) -> Path:
+    (folder / "checkout" / "classification").mkdir(parents=True)
+    for source in throughput.SOURCES.values():
+        (folder / "checkout" / source).write_text(ORIGINAL)
+    return folder / "checkout"
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "checkout" / "classification").mkdir(parents=True)
-    for source in throughput.SOURCES.values():
-        (tmp_path / "checkout" / source).write_text(ORIGINAL)
-    return tmp_path / "checkout"
+    return write_checkout(tmp_path)
+
+
+def modified(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Runs one small row and FocalNet, which takes images of any size."""
+    """Runs one small row, FocalNet, which takes images of any size, and what stands for the authors' code."""
     folder = tmp_path_factory.mktemp("benchmark") / "new" / "folder"
+    checkout = write_checkout(folder.parents[1])
+    before = modified(checkout)
     small = ("--device", "cpu", "--sizes", "96", "--batch-size", "2", "--threads", "1", "--seconds", "0.1")
-    return folder, run(*small, "--peer", "focalnet", "--profile", "--output", folder)
+    done = run(*small, "--peer", "focalnet", "--original", checkout, "--profile", "--output", folder)
+    assert modified(checkout) == before
+    return folder, done
 
 
 def test_files_of_a_run(profiled):
@@ -86,7 +98,7 @@ def test_files_of_a_run(profiled):
 
 
 def test_csv_agrees_with_itself(profiled):
-    ours, peer = read_csv(profiled[0])
+    ours, peer, _ = read_csv(profiled[0])
     assert (ours["model"], peer["model"]) == ("focal_hf", "focalnet")
     assert float(peer["ratio"]) == pytest.approx(float(peer["median_ms"]) / float(ours["median_ms"]), rel=1e-3)
     assert ours["ratio"] == ""
@@ -105,7 +117,7 @@ def test_csv_agrees_with_itself(profiled):
 
 
 def test_profile(profiled):
-    for line in read_csv(profiled[0]):
+    for line in read_csv(profiled[0])[:2]:
         shares = {key: float(share) for key, share in line.items() if key.startswith("share_")}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
         assert shares["share_matrix_products"] > 0.2
@@ -121,7 +133,15 @@ def test_tables(profiled):
     for text in done.stdout.splitlines():
         if text.startswith("|"):
             (profile if profile or "GFLOP" in text else speed).append([cell.strip() for cell in text.split("|")[1:-1]])
-    assert [row[0] for row in speed[2:]] == [row[0] for row in profile[2:]] == ["Focal-Tiny", "FocalNet-Tiny"]
+    assert (
+        [row[0] for row in speed[2:]]
+        == [row[0] for row in profile[2:]]
+        == [
+            "Focal-Tiny",
+            "FocalNet-Tiny",
+            "original Focal-Tiny",
+        ]
+    )
     assert {len(row) for row in speed} == {8}
     assert all(set(cell) <= set("-:") for cell in speed[1] + profile[1])
     peer = dict(zip(speed[0], speed[3], strict=True))
@@ -132,31 +152,33 @@ def test_tables(profiled):
     assert median == pytest.approx(float(written["median_ms"]), rel=0.01)
 
 
-def test_original_is_timed_and_its_checkout_left_alone(checkout, tmp_path):
-    before = {file: file.stat().st_mtime_ns for file in checkout.rglob("*")}
-    small = ("--device", "cpu", "--task", "training", "--sizes", "32", "--seconds", "0.1")
-    done = run(*small, "--peer", "--original", checkout, "--output", tmp_path / "results")
-    assert done.returncode == 0, done.stderr
+def test_original_is_timed(profiled):
+    """As the other models are, and the folder of the checkout is not in the results."""
+    folder, done = profiled
     assert "the original prints this" not in done.stdout
-    ours, original = read_csv(tmp_path / "results")
+    ours, _, original = read_csv(folder)
     assert (ours["model"], original["model"]) == ("focal_hf", "original")
-    assert ours["task"] == "training"
     assert float(original["ratio"]) < 1  # a single layer
-    assert float(ours["peak_mib"]) > 100  # the gradients of 28.9 million parameters
-    assert {file: file.stat().st_mtime_ns for file in checkout.rglob("*")} == before
-    assert str(tmp_path) not in (tmp_path / "results" / "results.csv").read_text()
+    assert str(folder.parents[1]) not in (folder / "results.csv").read_text()
 
 
-def test_backbones_see_the_images_of_detectors(tmp_path):
+def test_backbones_see_the_images_of_detectors(tmp_path, monkeypatch):
+    """In training. The memory of one of them is measured, which takes a process."""
+    names = [throughput.OURS, "swin", throughput.CONVERTED]
     small = ("--device", "cpu", "--backbone", "--sizes", "48", "--task", "training", "--seconds", "0.1")
-    done = run(*small, "--peer", "swin", "swin-as-focal", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("-Tiny backbone ") == done.stdout.count(" 48x80 |") == 3
-    lines = read_csv(tmp_path)
-    assert [line["model"] for line in lines] == ["focal_hf", "swin", "swin-as-focal"]
+    (work,) = workloads(monkeypatch, *small, "--peer", *names[1:], "--output", str(tmp_path))
+    peak_memory = throughput.peak_memory
+    measured = {throughput.CONVERTED}
+    monkeypatch.setattr(throughput, "peak_memory", lambda one: peak_memory(one) if one.name in measured else None)
+    setting = throughput.Setting("cpu", "float32", False, 1, None)
+    lines = throughput.measure(names, work, setting, 0.1, None)
+    assert [line["model"] for line in lines] == names
+    table = throughput.speed_table(lines, per_pixel=False)
+    assert table.count("-Tiny backbone ") == table.count(" 48x80 |") == 3
     for line in lines:
-        assert float(line["ns_per_pixel"]) == pytest.approx(float(line["median_ms"]) * 1e6 / (48 * 80), rel=1e-3)
-        assert float(line["peak_mib"]) > 100  # the gradients of 27.5 million parameters
+        assert line["task"] == "training"
+        assert line["ns_per_pixel"] == pytest.approx(line["median_ms"] * 1e6 / (48 * 80), rel=1e-3)
+    assert lines[-1]["peak_mib"] > 100  # the gradients of 27.5 million parameters
 
 
 def test_stubs_are_removed_after_the_import(checkout):
