@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -256,13 +257,17 @@ def test_pipelines_in_batches(attention_type, tmp_path):
 
 @pytest.mark.skipif(not RUNS_EXAMPLES, reason="the examples need torch 2.11 and transformers 5.18")
 def test_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):
-    """One after another, as they are printed."""
+    """One after another, as they are printed.
+
+    The compiled example generates no code, which takes most of a minute; test_same_answers.py uses inductor.
+    """
     pytest.importorskip("torchao", reason=NEEDS_TORCHAO)
     pytest.importorskip("onnxruntime")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL)
     assert len(blocks) == 10
     prepare(tmp_path, "focal")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     exec("\n".join(blocks), {})
     assert "torch.Size([1, 2])" in capsys.readouterr().out
     assert (tmp_path / "focal-finetuned" / "model.safetensors").exists()
