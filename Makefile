@@ -34,7 +34,7 @@ browser:
 	        || echo "Chromium could not be installed; the tests that need it will be skipped"; fi
 
 conformance: $(READY)  ## run transformers' common model tests on Focal and, for comparison, on Swin
-	@$(BIN)/python -m pytest -rsfP tests/test_conformance.py
+	@$(BIN)/python -m pytest -rsfP --swin tests/test_conformance.py
 
 versions: $(READY)  ## run conformance and other tests with each minor version of transformers; write docs/versions.md
 	@$(BIN)/python tests/versions.py

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser):
     files = "test_golden.py, test_model.py, test_attention.py and test_export.py"
     parser.addoption("--device", help=f"device of the models in {files}, such as cuda (default: PyTorch's, the CPU)")
+    parser.addoption("--swin", action="store_true", help="run all common tests of transformers on Swin, too")
 
 
 def pytest_configure(config):

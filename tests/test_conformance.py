@@ -1,5 +1,6 @@
 """Focal passes every common test of transformers that Swin passes.
 
+So Swin runs only the tests that Focal skips, and with --swin, all.
 They are in transformers' source distribution, which is downloaded once for each version and kept in the user's cache.
 """
 
@@ -18,7 +19,7 @@ import transformers
 
 from conftest import ROOT
 
-SUBJECTS = ["swin", "focal", "topk_conv"]  # of conformance.py
+SUBJECTS = ["focal", "topk_conv", "swin"]  # of conformance.py
 
 # What the common tests import and the distribution leaves out.
 STAND_INS = {
@@ -65,14 +66,19 @@ def common_tests():
 
 
 @pytest.fixture(scope="module")
-def outcomes(common_tests, tmp_path_factory) -> dict[str, dict[str, tuple[str, str]]]:
+def outcomes(common_tests, tmp_path_factory, pytestconfig) -> dict[str, dict[str, tuple[str, str]]]:
     """Returns the outcome of each test for each model: "passed", "skipped" or "failed", and the reason."""
     report = tmp_path_factory.mktemp("reports") / "report.xml"
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", f"--junitxml={report}"]
     path = os.pathsep.join(filter(None, [str(common_tests), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / "conformance.py")],
+        [
+            sys.executable,
+            str(ROOT / "tests" / "conformance.py"),
+            "all" if pytestconfig.getoption("--swin") else "where Focal skips",
+            *options,
+        ],
         capture_output=True,
         text=True,
         env=os.environ | environment,
@@ -92,7 +98,9 @@ def outcomes(common_tests, tmp_path_factory) -> dict[str, dict[str, tuple[str, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_passes_what_swin_passes(outcomes, subject):
+def test_passes_what_swin_passes(outcomes, subject, pytestconfig):
+    if subject == "swin" and not pytestconfig.getoption("--swin"):
+        pytest.skip("Swin runs all common tests only with --swin")
     swin, ours = outcomes["swin"], outcomes[subject]
     counts = Counter(outcome for outcome, _ in ours.values())
     print(f"{subject}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")

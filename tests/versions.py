@@ -70,7 +70,7 @@ def results(version: str) -> list[str]:
     """Returns the columns of the table for a version."""
     with tempfile.TemporaryDirectory() as folder:
         python = install(version, folder)
-        conformance = run_tests(python, "-rfP", "tests/test_conformance.py")
+        conformance = run_tests(python, "-rfP", "--swin", "tests/test_conformance.py")
         others = run_tests(python, "-m", "not slow", "-rfE", *TESTS)
     print(*re.findall(r"(?m)^(?:FAILED|ERROR) .*", conformance + others), sep="\n", flush=True)
     by_model = [re.search(rf"(?m)^{model}: .*", conformance)[0] for model in MODELS]
