@@ -239,7 +239,7 @@ def test_reads_labels_that_are_text_from_a_column_of_its_own(finetune, config, t
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
 
 
-def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_path):
+def test_reads_a_data_set_and_a_model_from_the_hub_and_pushes_the_best(finetune, data, config, tmp_path, monkeypatch):
     """By name, from a server in the Hub's place, with columns and splits of its own."""
     folders = datasets.load_dataset("imagefolder", data_dir=str(data), cache_dir=str(tmp_path / "arrow"))
     (tmp_path / "repository" / "data").mkdir(parents=True)
@@ -254,26 +254,21 @@ def test_reads_a_data_set_and_a_model_from_the_hub(finetune, data, config, tmp_p
     assert results(tmp_path / "one")["best"]["images"] == 7
     assert AutoConfig.from_pretrained(tmp_path / "one").id2label == {0: "blue", 1: "green", 2: "red"}
 
-    with serve(tmp_path / "one", "org/focal") as address:
-        run = finetune(
-            "--model", "org/focal", "--data", data, "--output", tmp_path / "two", "--epochs", "1", hub=address
-        )
-    assert run.returncode == 0, run.stderr
-    assert "newly initialized" not in run.stdout
-
-
-def test_pushes_the_best_model_to_the_hub(finetune, data, config, tmp_path, monkeypatch):
+    # A run that reads a model from the Hub pushes the best model there.
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    (tmp_path / "hub_side").mkdir()
-    with serve(tmp_path / "hub_side", "org/mine") as address:
-        options = ("--config", config, "--data", data, "--output", tmp_path / "out", "--epochs", 1)
-        run = finetune(*options, "--push-to-hub", "org/mine", hub=address)
+    with serve(tmp_path / "one", "org/focal") as address:
+        options = ("--model", "org/focal", "--data", data, "--output", tmp_path / "two", "--epochs", "1")
+        run = finetune(*options, "--push-to-hub", "org/focal", hub=address)
     assert run.returncode == 0, run.stderr
-    expected = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
-    assert {file.name: file.read_bytes() for file in (tmp_path / "hub_side").iterdir()} == expected
-    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= expected.keys()
-    assert 'model="org/mine"' in expected["README.md"].decode()
+    assert "newly initialized" not in run.stdout
+    written, on_the_hub = (
+        {file.name: file.read_bytes() for file in (tmp_path / output).iterdir() if file.is_file()}
+        for output in ("two", "one")
+    )
+    assert on_the_hub == written
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= written.keys()
+    assert 'model="org/focal"' in written["README.md"].decode()
 
 
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
