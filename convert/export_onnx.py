@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from focal_hf import FocalBackbone, FocalForImageClassification, freeze
+from focal_hf.compatibility_focal import AutoImageProcessor
 from messages import ConversionError, print_progress, wrap_errors
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
 from saved_models import load_whole_model, read_config
