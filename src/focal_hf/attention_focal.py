@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .modeling_focal import FocalAttention
 
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+# Old versions of transformers log in this function, which cannot be compiled.
+TRITON_IS_INSTALLED = is_triton_available()
 
 
 def eager_attention_forward(
@@ -85,7 +87,7 @@ def attend_gathered(
 
 def reason_against_triton(module: "FocalAttention", query: torch.Tensor, neighborhood: Neighborhood) -> str | None:
     """Why the kernels of `triton_attention_focal` cannot be used, or None if they can."""
-    if not is_triton_available():
+    if not TRITON_IS_INSTALLED:
         return "it needs the package triton: pip install triton"
     # Triton is imported only where it was asked for: the import takes time, and may fail.
     from .triton_attention_focal import reason_against
