@@ -9,8 +9,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import assume
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 from transformers import BitImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from focal_hf import FocalConfig, FocalForImageClassification
 from focal_hf.compatibility_focal import AutoImageProcessor
@@ -23,6 +25,14 @@ BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
 PUBLIC_PROCESSOR = pytest.mark.skipif(
     transformers.AutoImageProcessor is not AutoImageProcessor,
     reason="up to 5.17, transformers.AutoImageProcessor can only be used with torchvision",
+)
+BEFORE_5_9 = Version(transformers.__version__) < Version("5.9")
+SWIN_OF_5_9 = pytest.mark.skipif(
+    BEFORE_5_9, reason="up to transformers 5.8, Swin has other hidden states, absolute positions and stochastic depth"
+)
+PROCESSORS_NEED_TORCHVISION = not is_torchvision_available() and Version(transformers.__version__) < Version("5.5")
+PILLOW_PROCESSORS = pytest.mark.skipif(
+    PROCESSORS_NEED_TORCHVISION, reason="in transformers 5.4, most image processors can only be used with torchvision"
 )
 NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
 SWIN = {"image_size": 32, "embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}

@@ -4,9 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
+import pytest
+
+from common.dense_models import segmentation_processor
+from common.options import Problem
 from conftest import ROOT
 from focal_hf.compatibility_focal import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+from small_models import PROCESSORS_NEED_TORCHVISION
 from versions import supported
 
 
@@ -150,3 +156,9 @@ def test_a_model_type_of_transformers_keeps_its_name(tmp_path):
     (warning,) = [line for line in ended.stderr.splitlines() if "focal_hf" in line]
     assert "has a model type 'focal' of its own" in warning
     assert "FocalForImageClassification.from_pretrained" in warning
+
+
+@pytest.mark.skipif(not PROCESSORS_NEED_TORCHVISION, reason="this message is for transformers 5.4 without torchvision")
+def test_an_image_processor_that_needs_torchvision_is_one_clear_line():
+    with pytest.raises(Problem, match=r"needs torchvision with transformers 5\.4\.\d\. Install"):
+        segmentation_processor(Namespace(model=None, reduce_labels=False), print)

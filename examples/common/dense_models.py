@@ -29,7 +29,15 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from .models import check_config, decay_groups, errors_only, load_model, resize_views, stored_processor
+from .models import (
+    check_config,
+    decay_groups,
+    errors_only,
+    explain_missing_torchvision,
+    load_model,
+    resize_views,
+    stored_processor,
+)
 from .options import Problem, first_line
 from .recipe import drop_path_by_size
 from .segmentation_data import LONGEST, NO_CLASS
@@ -195,7 +203,8 @@ def build_detector(
             processor = stored_processor(args.model)
     if processor is None:  # types without an own processor, such as D-FINE, use that of RT-DETR
         kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
-        processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)
+        with explain_missing_torchvision():
+            processor = (kinds.get("pil") or RTDetrImageProcessorPil)(do_normalize=True)
     if args.image_size:
         resize_views(processor, args.image_size)
     return model, processor
@@ -289,12 +298,13 @@ def segmentation_processor(args: argparse.Namespace, log: Callable[[str], None])
         except OSError:
             log(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
     # Segformer's processor does the same, but requires torchvision in transformers 5.18.
-    processor = BeitImageProcessorPil(
-        **statistics,
-        resample=Image.Resampling.BILINEAR,
-        do_center_crop=False,
-        do_reduce_labels=args.reduce_labels,
-    )
+    with explain_missing_torchvision():
+        processor = BeitImageProcessorPil(
+            **statistics,
+            resample=Image.Resampling.BILINEAR,
+            do_center_crop=False,
+            do_reduce_labels=args.reduce_labels,
+        )
     set_size(processor, args.image_size or args.crop_size)
     return processor
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -95,7 +96,20 @@ def load_model(
 
 def stored_processor(name: str) -> BaseImageProcessor:
     """The image processor of a checkpoint, with Pillow as in training: torchvision resizes differently."""
-    return AutoImageProcessor.from_pretrained(name, backend="pil")
+    with explain_missing_torchvision():
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
+@contextlib.contextmanager
+def explain_missing_torchvision() -> Iterator[None]:
+    """Transformers 5.4 imports torchvision for most image processors, even with Pillow."""
+    try:
+        yield
+    except ImportError as error:
+        raise Problem(
+            f"This image processor needs torchvision with transformers {transformers.__version__}. Install torchvision "
+            "or a newer transformers (5.5 or later)."
+        ) from error
 
 
 def load_processor(args: argparse.Namespace, config: PreTrainedConfig, log: Callable) -> BitImageProcessorPil:
@@ -152,6 +166,8 @@ def load_trained(name: str, auto_class: type, **options) -> tuple[PreTrainedMode
     try:
         model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
         processor = stored_processor(name)
+    except Problem:
+        raise
     except Exception as error:
         raise Problem(f"Cannot load --model {name} and its image processor: {first_line(error)}") from error
     if getattr(model.config, "num_channels", 3) != 3:
