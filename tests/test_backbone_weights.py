@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import DetrConfig, DetrForObjectDetection, SwinConfig, SwinForImageClassification
@@ -96,10 +97,15 @@ def test_other_sizes_are_fitted_as_by_from_pretrained(attention_type, sizes, tmp
         assert torch.equal(backbone.focal.state_dict()[name], tensor), name
 
 
+REJECTED_BY_5_4 = ("DabDetrForObjectDetection", "GroundingDinoForObjectDetection", "OmDetTurboForObjectDetection")
+
+
 @pytest.mark.parametrize("name", re.findall(r"`(\w+)` \| works", committed_table()))
 def test_heads_are_trained_from_a_classifier(name, tmp_path):
     if name not in installed_heads():
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if name in REJECTED_BY_5_4 and Version(transformers.__version__) < Version("5.5"):
+        pytest.skip("transformers 5.4 rejects the default settings of this model")
     model = build(name, FocalConfig)
     settings = model.config.backbone_config.to_dict()
     classifier = FocalForImageClassification(FocalConfig(**settings))

@@ -32,7 +32,9 @@ from common.options import Problem
 from detection_scenes import CLASSIFIER, NAMES, STAGES, detector_config, draw_scenes, official, read, write_scenes
 from example_runs import Run, assert_same, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
+from small_models import PILLOW_PROCESSORS
 
+pytestmark = PILLOW_PROCESSORS
 SCRIPT = "finetune_detection.py"
 # Half of the pictures cropped, half mirrored, in several sizes.
 OPTIONS = (

@@ -32,7 +32,7 @@ from example_runs import (
 from focal_hf import FocalForImageClassification
 from forked_scripts import ForkedScript, free_port
 from fsdp_training import STEPS, batch, build, optimizer_of
-from small_models import BOTH
+from small_models import BOTH, PILLOW_PROCESSORS
 
 
 @BOTH
@@ -209,6 +209,7 @@ def test_scripts_for_whole_models_refuse_engines_that_shard(script, engine, tmp_
     assert not (tmp_path / "none").exists()
 
 
+@PILLOW_PROCESSORS
 def test_scripts_for_whole_models_refuse_sharded_ones(tmp_path):
     """In two processes, each of which refuses both scripts' models, sharded by FSDP2, and writes nothing."""
     for split, count in {"train": 4, "validation": 2}.items():

@@ -20,7 +20,7 @@ try:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 except ModuleNotFoundError:
-    OnnxExporter = None
+    DynamoExporter = OnnxExporter = None
 
 needs_exporters = pytest.mark.skipif(
     torch.__version__ < "2.11" or OnnxExporter is None, reason="exporters need transformers 5.13 and torch 2.11"

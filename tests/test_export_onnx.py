@@ -14,7 +14,7 @@ import export_onnx
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalForImageClassification
 from messages import ConversionError
-from small_models import pixels, prepare, randomized, tiny
+from small_models import PUBLIC_PROCESSOR, pixels, prepare, randomized, tiny
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -124,6 +124,7 @@ def test_a_full_disk(folder):
     assert {path.name for path in folder.parent.iterdir()} == {"cat.jpg", "focal-tiny"}
 
 
+@PUBLIC_PROCESSOR
 def test_the_script_of_the_page_runs_without_torch(folder):
     export(folder)
     page = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")

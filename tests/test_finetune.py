@@ -36,6 +36,7 @@ from example_runs import (
 from focal_hf import FocalForImageClassification
 from focal_hf.compatibility_focal import AutoImageProcessor
 from hub_server import serve
+from small_models import PILLOW_PROCESSORS
 
 
 @pytest.fixture
@@ -201,6 +202,7 @@ class TestStartingFromACheckpoint:
         torch.testing.assert_close(model.focal.state_dict(), before.focal.state_dict())
 
 
+@PILLOW_PROCESSORS
 def test_a_model_that_tells_no_size_has_that_of_its_image_processor(finetune, data, tmp_path):
     """A classifier of other layers, too: a linear one behind others."""
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)

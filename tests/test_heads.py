@@ -12,7 +12,7 @@ from transformers import DetrImageProcessorPil, SwinBackbone, SwinConfig
 
 from focal_hf import FocalBackbone, FocalConfig
 from heads import BACKBONES, HEADS, STAGES, build, committed_table, failure, installed_heads, objects, table, train_step
-from small_models import BOTH, pixels
+from small_models import BOTH, PILLOW_PROCESSORS, pixels
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -47,6 +47,7 @@ def test_maps_of_detector_images_have_the_shapes_of_swin(attention_type, short, 
     assert all(value.isfinite().all() for value in maps)
 
 
+@PILLOW_PROCESSORS
 def test_padded_batch_of_images_of_different_sizes():
     """The sizes are a fifth of those of detectors: shortest side 160, longest side at most 267."""
     processor = DetrImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 267})

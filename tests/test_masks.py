@@ -42,7 +42,9 @@ from detection_scenes import (
 from example_runs import Run, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from forked_scripts import ForkedScript
+from small_models import PILLOW_PROCESSORS
 
+pytestmark = PILLOW_PROCESSORS
 SCRIPT = "finetune_detection.py"
 OPTIONS = (
     *("--config", "mask2former", "--data", "scenes", "--image-size", 64, "--batch-size", 8, "--clip", 1),

@@ -146,7 +146,7 @@ def test_swin_on_a_stream_of_shards(place):
     ).end()
     assert isinstance(AutoModelForMaskedImageModeling.from_pretrained(place / "swin"), SwinForMaskedImageModeling)
     history = results(place / "swin")["history"]
-    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert history[-1]["loss"] < 0.95 * history[0]["loss"]
     assert {entry["images"] for entry in history} == {6}
 
 

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from example_runs import EXAMPLES, run_example
+from small_models import PUBLIC_PROCESSOR
 
 NOTEBOOK = EXAMPLES / "focal_hf.ipynb"
 
@@ -61,6 +62,7 @@ def figures(cells: list[nbformat.NotebookNode]) -> int:
     return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
+@PUBLIC_PROCESSOR
 @pytest.mark.slow
 def test_notebook_runs_from_the_first_cell_to_the_last(quickstart, tmp_path, monkeypatch):
     for path in ("convert", "examples"):

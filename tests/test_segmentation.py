@@ -24,7 +24,9 @@ from common.segmentation_data import NO_CLASS, training_view, whole_view
 from example_runs import Run, results, run_examples_in_turn, tiny_config
 from focal_hf import FocalForImageClassification
 from focal_hf.compatibility_focal import AutoImageProcessor
+from small_models import PILLOW_PROCESSORS
 
+pytestmark = PILLOW_PROCESSORS
 SCRIPT = "finetune_segmentation.py"
 NAMES = ["ground", "red", "blue"]
 COLOURS = np.array([(90, 110, 90), (220, 50, 40), (50, 60, 210)])
