@@ -129,9 +129,12 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
         row, col = square - down, square - right  # in the displaced window
         inside = row.clamp(0, window_size - 1)[:, None] * window_size + col.clamp(0, window_size - 1)[None, :]
         found.append(torch.where(in_window(row, col, window_size), slot[inside], -1))
-    most_first = torch.stack(found).sort(dim=0, descending=True).values.flatten(1)
+    of_windows = torch.stack(found).flatten(1)  # -1 for each displaced window that a token is not in
+    # No token outside of the window is in more than two. Not `sort`, which ExecuTorch does not have.
+    first = of_windows.amax(dim=0)
+    second = of_windows.sum(dim=0) - first + 2
     own_column = square[:, None] * window_size + square[None, :]
-    columns = torch.where(in_window(square, square, window_size).flatten(), own_column.flatten(), most_first[0])
+    columns = torch.where(in_window(square, square, window_size).flatten(), own_column.flatten(), first)
 
     # Displaced windows overlap beside the window itself, in its middle rows and in its middle columns.
     both = torch.arange(2 * expand_size, max(window_size, 2 * expand_size), device=device)
@@ -140,7 +143,7 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
     twice = torch.cat([both[:, None] * side + beside, beside * side + both[:, None]]).flatten()
     behind = window_size**2 + slot_count(window_size, expand_size)
     columns[twice] = behind + torch.arange(twice.shape[0], device=device)
-    return most_first[:2, twice], columns.clamp(min=0), columns < 0
+    return torch.stack([first[twice], second[twice]]), columns.clamp(min=0), columns < 0
 
 
 @cached_table
