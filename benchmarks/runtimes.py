@@ -4,25 +4,28 @@ All models have random weights and are exported by the same exporter, torch.onnx
 batches of one size. Swin uses its eager attention, because its default attention cannot be exported. Focal is frozen
 (`focal_hf.freeze`), as convert/export_onnx.py does it.
 
-The models of a row take turns, one step each, until the time of the row (--seconds) is over. The output has the median.
-Peak memory is the largest resident set of a process that loads one graph and runs it once, minus that of a process that
-only imports the runtime.
+Each model runs in its own process, because idle threads of a runtime slow down other models in the same process. The
+models of a row take turns until the time of the row (--seconds) is over. The output has the median. Peak memory is the
+largest resident set of a process that loads one graph and runs it once, minus the largest before it loads the graph.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from throughput import largest_resident_set
 from transformers import SwinConfig, SwinForImageClassification
 
 from focal_hf import FocalConfig, FocalForImageClassification, freeze
@@ -30,7 +33,8 @@ from focal_hf import FocalConfig, FocalForImageClassification, freeze
 TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "num_labels": 1000}
 MODELS = ("swin", "focal", "topk")
 RUNTIMES = ("onnxruntime", "openvino")
-MIN_ROUNDS = 3
+TURN = 1.0  # seconds
+MIN_RUNS = 9
 
 
 def export(name: str, size: int, batch: int, file: Path) -> None:
@@ -65,36 +69,51 @@ def load(runtime: str, file: Path, threads: int) -> Callable[[np.ndarray], objec
     return lambda images: request.infer([images])
 
 
-def peak_memory(runtime: str, file: Path, threads: int, shape: tuple[int, ...]) -> float:
-    """Largest increase of the resident set in MB. Runs in its own process."""
+def start(runtime: str, file: Path, threads: int, shape: tuple[int, ...]) -> None:
+    """Loads a graph into this process."""
+    global run, memory
     __import__(runtime)
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    load(runtime, file, threads)(images)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    before = largest_resident_set()
+    graph = load(runtime, file, threads)
+    graph(images)
+    memory = largest_resident_set() - before
+    run = partial(graph, images)
+
+
+def take_turn() -> list[float]:
+    """Times of runs, in seconds. The first run is not counted."""
+    run()
+    times: list[float] = []
+    while sum(times) < TURN:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def peak_memory() -> float:
+    """In MiB."""
+    return memory
 
 
 def measure(runtime: str, files: dict[str, Path], shape: tuple[int, ...], seconds: float, threads: int) -> None:
-    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    memory = {}
-    for name, file in files.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            memory[name] = pool.submit(peak_memory, runtime, file, threads, shape).result()
-    runs = {name: load(runtime, file, threads) for name, file in files.items()}
-    for run in runs.values():
-        run(images)
-    times = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[MODELS[0]]) < MIN_ROUNDS:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(images)
-            times[name].append(time.perf_counter() - start)
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = {}
+        for name, file in files.items():
+            pool = ProcessPoolExecutor(1, context, initializer=start, initargs=(runtime, file, threads, shape))
+            pools[name] = stack.enter_context(pool)
+        memory = {name: pool.submit(peak_memory).result() for name, pool in pools.items()}
+        times = {name: [] for name in pools}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[MODELS[0]]) < MIN_RUNS:
+            for name, pool in pools.items():
+                times[name] += pool.submit(take_turn).result()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    for name in runs:
-        speed = medians["swin"] / medians[name]
+    for name, median in medians.items():
         print(
-            f"| {runtime} | {shape[2]} | {shape[0]} | {name} | {medians[name] * 1000:.1f} | {speed:.2f} | "
+            f"| {runtime} | {shape[2]} | {shape[0]} | {name} | {median * 1000:.1f} | {medians['swin'] / median:.2f} | "
             f"{memory[name]:.0f} |",
             flush=True,
         )
@@ -109,7 +128,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="time of a row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    print("| runtime | pixels | batch | model | ms | speed, Swin = 1 | peak memory, MB |")
+    logging.disable(logging.WARNING)  # the exporter's, that torchvision is not installed
+    print("| runtime | pixels | batch | model | ms | speed, Swin = 1 | peak memory, MiB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
