@@ -45,7 +45,7 @@ def graphs(without_default_device):
     torch.compiler.reset()
 
 
-# Each class has both attention types and both implementations, once each: its head does not know the attention.
+# Each class occurs with both attention types and with both implementations. Its head is independent of them.
 HEADS = {
     ("focal", "sdpa"): [FocalForImageClassification, FocalBackbone],
     ("focal", "eager"): [FocalForMaskedImageModeling],
