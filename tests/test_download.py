@@ -66,7 +66,8 @@ def checkpoint() -> bytes:
     is_matrix = {name: name.endswith(".weight") and tensor.ndim == 2 for name, tensor in state.items()}
     content = {name: (tensor.T if is_matrix[name] else tensor).numpy() for name, tensor in state.items()}
     # An entry of Paddle's, which makes half the file larger than the 512 KiB that gdown writes at once.
-    return pickle.dumps(content | {"StructuredToParameterName@@": {"name": "x" * 1_200_000}})
+    content = content | {"StructuredToParameterName@@": {"name": "x" * 1_200_000}}
+    return pickle.dumps(content, protocol=4)  # as Paddle; Python 3.14 has another default
 
 
 @pytest.fixture
