@@ -29,6 +29,7 @@ from example_runs import (
 from focal_hf import FocalForMaskedImageModeling
 from focal_hf.compatibility_focal import AutoImageProcessor
 from pretrain_mim import check_masks, with_mask
+from small_models import SWIN_OF_5_9
 
 SCRIPT = "pretrain_mim.py"
 MASKS = ("--mask-patch", 4, "--crop", 1.0)
@@ -132,6 +133,7 @@ def test_finetune_starts_from_all_of_its_encoder(place, pretrained):
     torch.testing.assert_close(after, before, atol=1e-9, rtol=0)
 
 
+@SWIN_OF_5_9
 def test_swin_on_a_stream_of_shards(place):
     (place / "shards").mkdir()
     for split, count in (("train", 8), ("validation", 2)):
@@ -146,7 +148,7 @@ def test_swin_on_a_stream_of_shards(place):
     ).end()
     assert isinstance(AutoModelForMaskedImageModeling.from_pretrained(place / "swin"), SwinForMaskedImageModeling)
     history = results(place / "swin")["history"]
-    assert history[-1]["loss"] < 0.95 * history[0]["loss"]
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     assert {entry["images"] for entry in history} == {6}
 
 
