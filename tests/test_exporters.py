@@ -1,13 +1,9 @@
 """transformers' exporters for OpenVINO and ExecuTorch. Those for torch.export and ONNX are in test_export.py."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from conftest import ROOT
+from extra_packages import run_tests_with
 from focal_hf import FocalForImageClassification
 from small_models import pixels, randomized, tiny
 
@@ -35,20 +31,12 @@ def test_openvino_with_images_of_any_size(model, without_default_device):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_executorch_installed(tmp_path):
     """In a process in which executorch can be imported: its requirements would replace other packages."""
     pytest.importorskip("transformers.exporters.exporter_executorch", reason="needs transformers 5.24")
     packages = ["executorch", "flatbuffers", "ruamel.yaml", "tabulate", "torchao"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *packages]
-    run = subprocess.run(pip, capture_output=True, text=True)
-    if run.returncode:
-        pytest.skip(f"pip cannot get {', '.join(packages)}: {run.stderr.strip()}")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tmp_path)]))
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(
-        [*command, "-k", "images_of_one_size"], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
+    run = run_tests_with(packages, __file__, "images_of_one_size", tmp_path)
     assert " 1 passed" in run.stdout, run.stdout + run.stderr
 
 

@@ -4,10 +4,7 @@ And every example in docs/tools.md.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -25,6 +22,7 @@ from transformers import (
 )
 
 from conftest import ROOT
+from extra_packages import run_tests_with
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, FocalModel
 from small_models import BOTH, pixels, prepare, randomized, tiny
 
@@ -119,15 +117,8 @@ NEEDS_TORCHAO = "test_with_torchao_installed runs this"
 @pytest.mark.slow
 def test_with_torchao_installed(tmp_path):
     """In a process in which torchao can be imported. In others it is not installed, for it prints when it is."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), "torchao"]
-    run = subprocess.run(pip, capture_output=True, text=True)
-    if run.returncode:
-        pytest.skip(f"pip cannot get torchao: {run.stderr.strip()}")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tmp_path)]))
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     tests = "int8_weights_by_torchao or examples_of_the_documentation"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-k", tests, __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    run = run_tests_with(["torchao"], __file__, tests, tmp_path)
     assert f" {3 if RUNS_EXAMPLES else 2} passed" in run.stdout, run.stdout + run.stderr
 
 
