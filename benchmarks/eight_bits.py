@@ -19,10 +19,10 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from focal_hf import FocalBackbone, FocalConfig, FocalPreTrainedModel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "convert"))
 
-from runtimes import load  # noqa: E402
+from runtimes import TURN, load, times_of_turn  # noqa: E402
 
 import export_onnx  # noqa: E402
 
@@ -56,7 +56,6 @@ WAYS = {
     "PyTorch, weights and activations by torchao": ("pytorch", "torchao"),
 }
 PACKAGES = (*export_onnx.PACKAGES, "openvino", "nncf", "torchao")
-TURN = 0.5  # seconds
 
 
 def random_backbone() -> FocalBackbone:
@@ -164,14 +163,7 @@ def outputs(images: np.ndarray) -> list[np.ndarray]:
 
 
 def take_turn(image: np.ndarray) -> list[float]:
-    """Times of runs, in seconds. The first run is not counted."""
-    run(image)
-    times: list[float] = []
-    while sum(times) < TURN:
-        begin = time.perf_counter()
-        run(image)
-        times.append(time.perf_counter() - begin)
-    return times
+    return times_of_turn(partial(run, image))
 
 
 def measure(

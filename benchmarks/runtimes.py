@@ -33,7 +33,7 @@ from focal_hf import FocalConfig, FocalForImageClassification, freeze
 TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "num_labels": 1000}
 MODELS = ("swin", "focal", "topk")
 RUNTIMES = ("onnxruntime", "openvino")
-TURN = 1.0  # seconds
+TURN = 0.5  # seconds
 MIN_RUNS = 9
 
 
@@ -81,15 +81,19 @@ def start(runtime: str, file: Path, threads: int, shape: tuple[int, ...]) -> Non
     run = partial(graph, images)
 
 
-def take_turn() -> list[float]:
+def times_of_turn(step: Callable[[], object]) -> list[float]:
     """Times of runs, in seconds. The first run is not counted."""
-    run()
+    step()
     times: list[float] = []
     while sum(times) < TURN:
         begin = time.perf_counter()
-        run()
+        step()
         times.append(time.perf_counter() - begin)
     return times
+
+
+def take_turn() -> list[float]:
+    return times_of_turn(run)
 
 
 def peak_memory() -> float:
