@@ -10,12 +10,12 @@ from small_models import BOTH, pixels, randomized, tiny
 
 @BOTH
 @pytest.mark.parametrize(
-    ("options", "exports"),
-    [({}, False), ({"use_shift": True, "focal_pool": "mean"}, True), ({"focal_pool": "conv"}, False)],
+    ("options", "run"),
+    [({}, "compiled"), ({"use_shift": True, "focal_pool": "mean"}, "exported"), ({"focal_pool": "conv"}, "plain")],
 )
 # Maps without and with padding; of one window, of windows that see all tokens, and of more.
 @pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 70)])
-def test_outputs_stay(attention_type, options, exports, size):
+def test_outputs_stay(attention_type, options, run, size):
     stages = {"depths": (2,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,), "expand_sizes": (2,)}
     config = tiny(attention_type, **stages, **options, encoder_stride=4)
     model_class = FocalBackbone if options else FocalForImageClassification
@@ -26,9 +26,21 @@ def test_outputs_stay(attention_type, options, exports, size):
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         expected = model.eval()(images).to_tuple()
-        if exports:
+        if run == "exported":
             frozen = torch.export.export(frozen, (), {"pixel_values": images}).module()
+        if run == "compiled":
+            torch.compiler.reset()
+            frozen = torch.compile(frozen, backend="eager", fullgraph=True)
         found = frozen(pixel_values=images).to_tuple()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_pre_norm": True, "drop_remainder": True}, {"use_conv_embed": True}])
+def test_patch_merging_stays(options):
+    model = randomized(FocalBackbone(tiny(**options))).eval()
+    images = pixels(2, 3, 50, 70)
+    with torch.no_grad():
+        found, expected = freeze(model, (50, 70))(images).to_tuple(), model(images).to_tuple()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -5,10 +5,32 @@ import copy
 import torch
 from torch import nn
 
+from .cpu_attention_focal import KEY_ELEMENTS_PER_CHUNK
 from .indexed_attention_focal import AttentionTables, attention_tables, dense_tables
-from .modeling_focal import FocalAttention, FocalEncoder, pad_to_multiple
+from .layout_focal import split_windows
+from .modeling_focal import FocalAttention, FocalDownsample, FocalEncoder, crop, pad_to_multiple
 from .neighborhood_focal import BiasPart, Neighborhood
-from .run_state_focal import is_exporting
+from .run_state_focal import is_compiling, is_exporting, is_static
+
+# Elements of all keys that a compiled block gathers at most at once. With more, chunks are faster.
+KEY_ELEMENTS_BY_INDEX = 2 * KEY_ELEMENTS_PER_CHUNK
+
+
+class FrozenProjection(nn.Linear):
+    """A convolution of cells that do not overlap, as a linear layer, which is faster where weights are constants."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__(convolution.weight[0].numel(), convolution.out_channels, device="meta")
+        self.side = convolution.kernel_size[0]
+        self.weight = nn.Parameter(convolution.weight.permute(0, 2, 3, 1).flatten(1), requires_grad=False)
+        assert convolution.bias is not None
+        self.bias = nn.Parameter(convolution.bias, requires_grad=False)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) maps to maps of cells, in the same layout. Incomplete cells are dropped."""
+        height, width = (size // self.side * self.side for size in maps.shape[2:])
+        cells = split_windows(crop(maps.permute(0, 2, 3, 1), height, width), self.side)
+        return super().forward(cells.flatten(3)).permute(0, 3, 1, 2)
 
 
 class FrozenNeighborhood(nn.Module):
@@ -25,8 +47,7 @@ class FrozenNeighborhood(nn.Module):
         maps = attention.o_proj.weight.new_empty(1, attention.o_proj.in_features, height, width)
         maps = pad_to_multiple(maps, attention.window_size).permute(0, 2, 3, 1)
         shift_size = attention.shift_of(height, width)
-        shift = {} if shift_size == attention.shift_size else {"shift_size": shift_size}
-        neighborhood = attention.neighborhood(maps, **shift)
+        neighborhood = attention.neighborhood_of(maps, shift_size)
         tables = attention_tables(attention, neighborhood, height, width, shift_size)
         dense = dense_tables(attention, neighborhood, tables)
         self.map_size = tuple(maps.shape[1:3])
@@ -36,8 +57,10 @@ class FrozenNeighborhood(nn.Module):
             tensors |= {f"source_{number}": part.source, f"pattern_{number}": part.pattern}
         tables = dense or tables
         tensors |= {"table_queries": tables.queries, "table_keys": tables.keys, "table_outputs": tables.outputs}
+        self.is_dense = dense is not None
+        self.batch_by_index = KEY_ELEMENTS_BY_INDEX // (neighborhood.index.numel() * maps.shape[3])
         # Elsewhere the bias follows from the parts, and a constant of all windows would be large.
-        tensors["table_bias"] = tables.bias if dense else None
+        tensors["table_bias"] = tables.bias if dense or self.batch_by_index else None
         tensors |= {f"cells_{level}": cells for level, cells in enumerate(tables.cells)}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -52,8 +75,11 @@ class FrozenNeighborhood(nn.Module):
             )
         parts = [BiasPart(getattr(self, f"source_{n}"), getattr(self, f"pattern_{n}")) for n in range(self.parts)]
         neighborhood = Neighborhood(self.index, parts, self.squares, self.shift_size)
-        bias = self.table_bias
-        if bias is None and is_exporting():
+        batch = maps.shape[0]
+        bias = None
+        if self.is_dense or (is_compiling() and is_static(batch) and batch <= self.batch_by_index):
+            bias = self.table_bias
+        elif is_exporting():
             bias = neighborhood.exported_bias()
         if bias is not None:
             cells = [getattr(self, f"cells_{level}") for level in range(self.levels)]
@@ -66,7 +92,7 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
     """A copy of a model, for inference with images of one size.
 
     The indices and biases of all blocks are constants in it, which a compiled or exported graph does not compute. Where
-    windows attend to most of a map, all queries attend to all tokens.
+    windows attend to most of a map, all queries attend to all tokens. Patch merging is a linear layer.
 
     Args:
         model (`nn.Module`):
@@ -84,6 +110,9 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
             size = config.reduced_size(image_size, config.patch_size * 2**number)
             for attention in [module for module in stage.modules() if isinstance(module, FocalAttention)]:
                 attention.add_module("neighborhood", FrozenNeighborhood(attention, *size))
+        for downsample in [module for module in encoder.modules() if isinstance(module, FocalDownsample)]:
+            if downsample.projection.kernel_size == downsample.projection.stride:
+                downsample.add_module("projection", FrozenProjection(downsample.projection))
     return frozen
 
 

@@ -26,7 +26,7 @@ from .cpu_attention_focal import mlp_in_chunks
 from .geometry_focal import level_grid
 from .indexed_attention_focal import attend_by_index, attends_by_index, attention_tables
 from .layout_focal import cat_unless_single, split_windows
-from .neighborhood_focal import FocalNeighborhood, TopkNeighborhood
+from .neighborhood_focal import FocalNeighborhood, Neighborhood, TopkNeighborhood
 from .run_state_focal import has_symbols, is_compiling, is_exporting, is_transforming, may_be_nonzero
 from .weight_resizing_focal import neighbors_like_window, pooled_like_window
 
@@ -436,6 +436,12 @@ class FocalAttention(nn.Module):
             return 0
         return self.shift_size
 
+    def neighborhood_of(self, maps: torch.Tensor, shift_size: int) -> Neighborhood:
+        """The neighbourhood of (batch, height, width, channels) maps that were padded, and shifted by `shift_size`."""
+        # Only those of this package know of another shift than the block's own.
+        shift = {} if shift_size == self.shift_size else {"shift_size": shift_size}
+        return self.neighborhood(maps, **shift)
+
     def attended_tokens(self, tokens: torch.Tensor, size: torch.Size, count: int) -> torch.Tensor:
         """Tokens (batch, height · width, channels) of a map with its pooled tokens, and zeros up to `count` tokens."""
         parts = [tokens]
@@ -456,10 +462,7 @@ class FocalAttention(nn.Module):
         maps = pad_to_multiple(maps.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         if shift_size:
             maps = torch.roll(maps, (-shift_size, -shift_size), dims=(1, 2))
-        if shift_size == self.shift_size:
-            neighborhood = self.neighborhood(maps)
-        else:
-            neighborhood = self.neighborhood(maps, shift_size=shift_size)
+        neighborhood = self.neighborhood_of(maps, shift_size)
 
         tokens = maps.flatten(1, 2)
         if attends_by_index(self, neighborhood):
