@@ -23,7 +23,7 @@ from transformers import (
 
 from conftest import ROOT
 from extra_packages import run_tests_with
-from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, FocalModel
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, FocalModel, freeze
 from small_models import BOTH, pixels, prepare, randomized, tiny
 
 ALL_CLASSES = [FocalModel, FocalForImageClassification, FocalForMaskedImageModeling, FocalBackbone]
@@ -139,6 +139,8 @@ def test_int8_weights_by_torchao(attention_type, tmp_path):
     images = pixels(2, 3, 40, 52)
     found, expected = logits(quantized, images), logits(model, images)
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"neither quantized nor sharded; \S*weight is Int8Tensor"):
+        freeze(quantized, (40, 52))
     quantized.save_pretrained(tmp_path / "quantized")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "quantized")
     assert torch.equal(logits(again, images), found)

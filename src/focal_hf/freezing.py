@@ -100,6 +100,12 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
         image_size (`tuple[int, int]`):
             Height and width in pixels. Other images raise a ValueError.
     """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                "model must have weights that are neither quantized nor sharded; "
+                f"{name} is {type(parameter.data).__name__}. Load it without quantization_config and on one device."
+            )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     encoders = [module for module in frozen.modules() if isinstance(module, FocalEncoder)]
     if not encoders:
