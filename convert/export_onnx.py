@@ -95,9 +95,14 @@ def check_options(options: argparse.Namespace) -> None:
         )
 
 
-def check_size(size: tuple[int, int], model: nn.Module, name: str) -> None:
+def check_size(size: tuple[int, int] | None, model: nn.Module, name: str) -> None:
+    if size is None and model.config.swin_compatible:
+        raise ConversionError(
+            f"--size any cannot be used with --model {name}, which computes what a Swin computes: its blocks shift a "
+            "map only if it is larger than a window, and one graph cannot do both. Give one size."
+        )
     least = model.config.least_side
-    if min(size) < least:
+    if size is not None and min(size) < least:
         raise ConversionError(
             f"--size {size[0]}x{size[1]} is too small for --model {name}, which drops incomplete patches and needs at "
             f"least {least} pixels per side. Give a larger size."
@@ -224,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model_class = FocalBackbone if is_backbone else FocalForImageClassification
     model = load_whole_model(options.model, model_class, "an image classifier or a backbone").float().eval()
     size = model.config.image_sides if options.size == () else options.size
-    if size is not None:
-        check_size(size, model, options.model)
+    check_size(size, model, options.model)
     try:
         processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     except Exception:  # transformers raises exceptions of almost any type

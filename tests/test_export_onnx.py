@@ -91,10 +91,11 @@ def test_backbones_return_feature_maps(folder):
             ["--size", "3x40"],
             "--size 3x40 is too small for --model .* needs at least 4",
         ),
+        (["--size", "any"], "--size any cannot be used with --model .* only if it is larger than a window"),
     ],
 )
 def test_bad_options(folder, options, message):
-    FocalForImageClassification(tiny(**SMALL, drop_remainder=True)).save_pretrained(folder)
+    FocalForImageClassification(tiny(**SMALL, drop_remainder=True, swin_compatible=True)).save_pretrained(folder)
     with pytest.raises(ConversionError, match=message):
         export(folder, *options)
     assert not (folder.parent / "exported").exists()
