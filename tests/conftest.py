@@ -3,6 +3,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import hub_server
+
+# Before anything imports huggingface_hub: no test reaches the Hub itself.
+os.environ |= {"HF_ENDPOINT": hub_server.ADDRESS, "HF_HUB_DISABLE_XET": "1"}
+
 # Before anything imports PyTorch: the C++ that torch.compile writes has no vectors, whose headers take long to compile.
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 

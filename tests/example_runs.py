@@ -18,7 +18,6 @@ from forked_scripts import EXAMPLES, ForkedScript
 
 BIN = Path(sys.executable).parent
 LAUNCH = [str(BIN / "accelerate"), "launch", "--quiet", "--cpu", "--num_processes", "1"]
-TWO_PROCESSES = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
 
 CLASSES = ("blue", "green", "red")
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 50), "blue": (40, 60, 210)}
@@ -90,13 +89,10 @@ def without_helpers(script: str) -> list[str]:
     return [] if has_none else ["--workers", "0"]
 
 
-def example_command(
-    script: str, *arguments: object, folder: Path, launcher: tuple | list = (sys.executable,), hub: str | None = None
-) -> dict:
-    """What `subprocess` needs to run examples/SCRIPT offline, or with a server in the Hub's place, in `folder`."""
-    network = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hub")} if hub else {"HF_HUB_OFFLINE": "1"}
+def example_command(script: str, *arguments: object, folder: Path, launcher: tuple | list = (sys.executable,)) -> dict:
+    """What `subprocess` needs to run examples/SCRIPT offline in `folder`."""
     environment = os.environ | {
-        **network,
+        "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
@@ -110,12 +106,11 @@ def run_example(
     *arguments: object,
     folder: Path,
     launcher: tuple | list = (),
-    hub: str | None = None,
     **options,
 ) -> subprocess.CompletedProcess:
-    """Runs examples/SCRIPT in a process of its own: one that starts anew only if there is a launcher or a hub."""
-    if launcher or hub:
-        command = example_command(script, *arguments, folder=folder, launcher=launcher or (sys.executable,), hub=hub)
+    """Runs examples/SCRIPT in a process of its own: one that starts anew only if there is a launcher."""
+    if launcher:
+        command = example_command(script, *arguments, folder=folder, launcher=launcher)
         return subprocess.run(**command, capture_output=True, text=True, timeout=300)
     return ForkedScript(script, *without_helpers(script), *arguments, folder=folder, **options).wait()
 

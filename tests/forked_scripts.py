@@ -25,9 +25,17 @@ FORKS.set_forkserver_preload(
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def run(command: list[str], folder: Path, environment: dict[str, str], output: str, prepare: Callable | None) -> None:
+def run(
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    output: str,
+    prepare: Callable | None,
+    online: bool,
+) -> None:
     """In the new process: as `python COMMAND` does."""
     import datasets
+    from huggingface_hub import constants
 
     os.setsid()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -36,6 +44,9 @@ def run(command: list[str], folder: Path, environment: dict[str, str], output: s
     os.chdir(folder)
     os.environ.update(environment)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    if online:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+        constants.HF_HUB_CACHE = str(folder / "hub")
     sys.argv = command
     if prepare:
         prepare()
@@ -52,10 +63,10 @@ def free_port() -> int:
 
 
 class ForkedScript:
-    """examples/SCRIPT in one process, or in several as torchrun starts them. Offline, on a CPU, in `folder`.
+    """examples/SCRIPT in one process, or in several as torchrun starts them. On a CPU, in `folder`.
 
     If `folder` is a list, there is one process in each folder, as on machines of their own. `prepare` is called in each
-    process before the script runs.
+    process before the script runs. Processes that are `online` are logged in to the server of hub_server.py.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class ForkedScript:
         folder: Path | list[Path],
         processes: int = 1,
         prepare: Callable | None = None,
+        online: bool = False,
     ):
         self.command = [str(EXAMPLES / script), *map(str, arguments)]
         self.outputs = tempfile.TemporaryDirectory()
@@ -79,8 +91,9 @@ class ForkedScript:
                 place = {"RANK": rank, "LOCAL_RANK": 0 if one_each else rank}
                 place |= {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": 1 if one_each else len(folders)}
                 place = {name: str(number) for name, number in place.items()} | meeting if len(folders) > 1 else {}
-                output = f"{self.outputs.name}/{rank}"
-                process = FORKS.Process(target=run, args=(self.command, own_folder, place, output, prepare))
+                place |= {"HF_TOKEN": "hf_test"} if online else {}
+                arguments = (self.command, own_folder, place, f"{self.outputs.name}/{rank}", prepare, online)
+                process = FORKS.Process(target=run, args=arguments)
                 process.start()
                 self.processes.append(process)
         finally:

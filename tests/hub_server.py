@@ -1,16 +1,28 @@
-"""A small local server in place of the Hub, for transformers and datasets to load from and upload to."""
+"""A small local server in place of the Hub, for transformers and datasets to load from and upload to.
+
+huggingface_hub reads the Hub's address only when it is imported. So the server has the same address in all tests, and
+conftest.py sets HF_ENDPOINT before the import.
+"""
 
 import base64
 import contextlib
 import hashlib
 import json
 import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 REVISION = "0" * 40
 USER = {"type": "user", "name": "me", "orgs": [{"name": "org"}]}
+
+# This socket stays open, so that no other program gets its port. It does not listen, so that the server can.
+RESERVED = socket.socket()
+RESERVED.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+RESERVED.bind(("127.0.0.1", 0))
+ADDRESS = f"http://127.0.0.1:{RESERVED.getsockname()[1]}"
 
 
 def git_hash(content: bytes) -> str:
@@ -19,9 +31,9 @@ def git_hash(content: bytes) -> str:
 
 @contextlib.contextmanager
 def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str] | None = None):
-    """Serves `folder` as `repository`, and uploads go there; gives the address for the variable HF_ENDPOINT.
+    """Serves `folder` as `repository`, and uploads go there. Meanwhile, this process is online, with an empty cache.
 
-    As on the Hub, `.safetensors` files are uploaded by Git LFS; set HF_HUB_DISABLE_XET, since this server has no Xet.
+    As on the Hub, `.safetensors` files are uploaded by Git LFS. This server has no Xet.
     Every token but "invalid" belongs to USER, who may create no repository but this one.
 
     Args:
@@ -29,6 +41,8 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
         kind: "models" or "datasets".
         uploads: Gets one line for each repository that is created, each LFS file that is sent and each commit.
     """
+    from huggingface_hub import constants  # conftest.py imports this module before it sets HF_ENDPOINT
+
     api = f"api/{kind}/{repository}"
     files_at = f"{repository}/resolve" if kind == "models" else f"{kind}/{repository}/resolve"
     uploads = [] if uploads is None else uploads
@@ -80,10 +94,10 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
                 if f"{asked['organization'] or USER['name']}/{asked['name']}" != repository:
                     return self.answer(403, X_Error_Message="You may not create this repository")
                 if folder.exists():
-                    return self.answer_json({"url": f"{address}/{repository}"}, status=409)
+                    return self.answer_json({"url": f"{ADDRESS}/{repository}"}, status=409)
                 folder.mkdir()
                 uploads.append(f"create {asked.get('visibility', 'default')}")
-                return self.answer_json({"url": f"{address}/{repository}"})
+                return self.answer_json({"url": f"{ADDRESS}/{repository}"})
             if path == "api/validate-yaml":
                 return self.answer_json({"errors": [], "warnings": []})
             if path == f"{api}/preupload/main":
@@ -94,14 +108,14 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
                 objects = json.loads(body)["objects"]
                 for file in objects:
                     if not (lfs_files / file["oid"]).exists():
-                        file["actions"] = {"upload": {"href": f"{address}/lfs/{file['oid']}"}}
+                        file["actions"] = {"upload": {"href": f"{ADDRESS}/lfs/{file['oid']}"}}
                 return self.answer_json({"transfer": "basic", "objects": objects})
             if path == f"{api}/commit/main":
                 for line in map(json.loads, body.splitlines()):
                     self.commit(line["key"], line["value"])
                 uploads.append("commit")
                 return self.answer_json(
-                    {"commitUrl": f"{address}/{repository}/commit/{REVISION}", "commitOid": REVISION}
+                    {"commitUrl": f"{ADDRESS}/{repository}/commit/{REVISION}", "commitOid": REVISION}
                 )
             return self.answer(404)
 
@@ -143,12 +157,14 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
 
         do_HEAD = do_GET
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    address = f"http://127.0.0.1:{server.server_port}"
+    server = ThreadingHTTPServer(RESERVED.getsockname(), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield address
+        with mock.patch.multiple(
+            constants, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(folder.with_name(f"{folder.name}.cache"))
+        ):
+            yield
     finally:
         server.shutdown()
         thread.join()

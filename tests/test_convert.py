@@ -1068,25 +1068,14 @@ def test_ignored_signals_stay_ignored():
 # --- The Hub ----------------------------------------------------------------------------------------------------------
 
 
-def push(config: str, output: Path, address: str, repository: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HOME": str(output.parent / "home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    arguments = [
-        "--checkpoint",
-        RELEASED_PTH,
-        "--config",
-        config,
-        "--output",
-        output,
-        "--push-to-hub",
-        repository,
-    ]
-    return subprocess.run([*CONVERT_TO_HF, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+def push(config: str, output: Path, repository: str) -> subprocess.CompletedProcess:
+    arguments = ["--checkpoint", RELEASED_PTH, "--config", config, "--output", output, "--push-to-hub", repository]
+    return ForkedScript(CONVERT_TO_HF[1], *arguments, folder=output.parent, online=True).wait()
 
 
 def test_push_to_hub(config, tmp_path):
-    with serve(tmp_path / "hub", "me/focal", uploads=(uploads := [])) as address:
-        result = push(config, tmp_path / "out", address, "focal")  # the user's name is added
+    with serve(tmp_path / "hub", "me/focal", uploads=(uploads := [])):
+        result = push(config, tmp_path / "out", "focal")  # the user's name is added
     assert result.returncode == 0, result.stderr
     written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()} == written
@@ -1095,8 +1084,8 @@ def test_push_to_hub(config, tmp_path):
 
 
 def test_failed_push_keeps_the_folder(config, tmp_path):
-    with serve(tmp_path / "hub", "me/focal") as address:
-        result = push(config, tmp_path / "out", address, "org/forbidden")
+    with serve(tmp_path / "hub", "me/focal"):
+        result = push(config, tmp_path / "out", "org/forbidden")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "403" in result.stderr

@@ -31,7 +31,7 @@ import original
 import publish
 from conftest import ROOT
 from focal_hf import FocalConfig, FocalForImageClassification
-from hub_server import REVISION, serve
+from hub_server import ADDRESS, REVISION, serve
 from messages import ConversionError
 
 NAME = "focal_tiny_patch4_window7_224"
@@ -323,15 +323,13 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(FocalConfig, "_auto_class", None)
 
     def run(*options: str, namespace: str = "me", names: tuple[str, ...] = (NAME,)):
         publish.main([*names, "--namespace", namespace, "--cache-dir", str(tmp_path / "cache"), *options])
 
-    with serve(tmp_path / "hub", "me/focal-tiny", uploads=uploads) as address:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        yield SimpleNamespace(publish=run, address=address, files=tmp_path / "hub", uploads=uploads)
+    with serve(tmp_path / "hub", "me/focal-tiny", uploads=uploads):
+        yield SimpleNamespace(publish=run, files=tmp_path / "hub", uploads=uploads)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -348,7 +346,7 @@ torch.save((type(model).__module__, pooled, classify(Image.open("picture.png")))
 """
 
 
-def test_publish(drive, hub, tmp_path, capsys):
+def test_publish(drive, hub, tmp_path, capsys, monkeypatch):
     hub.publish("--dry-run", "--private")
     plan = capsys.readouterr().out
     assert plan.startswith(f"me/focal-tiny, private if it is new\n  checkpoint: {PAGE}, to be downloaded\n")
@@ -356,7 +354,7 @@ def test_publish(drive, hub, tmp_path, capsys):
 
     hub.publish("--private")
     printed = capsys.readouterr()
-    assert printed.out.endswith(f"On the Hub: {hub.address}/me/focal-tiny/commit/{REVISION}\n")
+    assert printed.out.endswith(f"On the Hub: {ADDRESS}/me/focal-tiny/commit/{REVISION}\n")
     assert "model.safetensors: 100%" in printed.err
     weights = hashlib.sha256((hub.files / "model.safetensors").read_bytes()).hexdigest()
     assert hub.uploads == ["create private", f"lfs {weights}", "commit"]
@@ -377,16 +375,18 @@ def test_publish(drive, hub, tmp_path, capsys):
     hub.publish("--dry-run")
     assert f"  checkpoint: {tmp_path / 'cache' / FILE}, " in capsys.readouterr().out
 
-    # In new processes, with the package and with the code in the repository.
-    case, outputs = golden_cases.case("base"), []
+    # In this process, with the package; and in one where it cannot be imported, with the code in the repository.
+    case = golden_cases.case("base")
     torch.save(case.pixel_values, tmp_path / "pixel_values.pt")
     Image.linear_gradient("L").rotate(30).convert("RGB").save(tmp_path / "picture.png")
-    for before, trust in (("import focal_hf", "False"), ("import sys\nsys.modules['focal_hf'] = None", "True")):
-        environment = {"HF_HOME": str(tmp_path / "home" / trust), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", before + LOAD.replace("TRUST", trust)]
-        run = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        outputs.append(torch.load(tmp_path / "answers.pt"))
+    monkeypatch.chdir(tmp_path)
+    exec(LOAD.replace("TRUST", "False"), {})
+    outputs = [torch.load("answers.pt")]
+    script = "import sys\nsys.modules['focal_hf'] = None" + LOAD.replace("TRUST", "True")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    outputs.append(torch.load("answers.pt"))
     assert [module.partition(".")[0] for module, *_ in outputs] == ["focal_hf", "transformers_modules"]
     expected = pipeline("image-classification", model=hub.files)(str(tmp_path / "picture.png"))
     for _, pooled, answers in outputs:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from common.models import default_processor
-from example_runs import TWO_PROCESSES, draw_two_colours, run_example, run_examples_in_turn, tiny_config
+from example_runs import draw_two_colours, run_example, run_examples_in_turn, tiny_config
 from focal_hf.compatibility_focal import AutoImageProcessor
 from hub_server import serve
 
@@ -124,14 +124,14 @@ def test_measures_swin_on_a_streamed_hub_data_set_at_another_size(tmp_path):
         ),
     )
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
-    with serve(tmp_path / "repository", "org/kinds", "datasets") as address:
+    with serve(tmp_path / "repository", "org/kinds", "datasets"):
         run = run_example(
             *("evaluate.py", "--model", model, "--data", "org/kinds", "--streaming", "--labels-by-number"),
             *("--image-column", "img", "--label-column", "kind", "--image-size", 24, "--report", "report"),
             *("--batch-size", 3),
             folder=tmp_path,
-            hub=address,
-            launcher=TWO_PROCESSES,
+            processes=2,
+            online=True,
         )
     assert run.returncode == 0, run.stderr
     results, _ = read_report(tmp_path / "report")

@@ -241,7 +241,7 @@ def test_reads_labels_that_are_text_from_a_column_of_its_own(finetune, config, t
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
 
 
-def test_reads_a_data_set_and_a_model_from_the_hub_and_pushes_the_best(finetune, data, config, tmp_path, monkeypatch):
+def test_reads_a_data_set_and_a_model_from_the_hub_and_pushes_the_best(finetune, data, config, tmp_path):
     """By name, from a server in the Hub's place, with columns and splits of its own."""
     folders = datasets.load_dataset("imagefolder", data_dir=str(data), cache_dir=str(tmp_path / "arrow"))
     (tmp_path / "repository" / "data").mkdir(parents=True)
@@ -249,19 +249,17 @@ def test_reads_a_data_set_and_a_model_from_the_hub_and_pushes_the_best(finetune,
         renamed = folders[split].rename_columns({"image": "img", "label": "colour"})
         renamed.to_parquet(tmp_path / "repository" / "data" / f"{name}-00000-of-00001.parquet")
     columns = ("--image-column", "img", "--label-column", "colour", "--validation-split", "test")
-    with serve(tmp_path / "repository", "org/colours", "datasets") as address:
+    with serve(tmp_path / "repository", "org/colours", "datasets"):
         arguments = ("--config", config, "--data", "org/colours", *columns, "--output", tmp_path / "one")
-        run = finetune(*arguments, "--epochs", "1", hub=address)
+        run = finetune(*arguments, "--epochs", "1", online=True)
     assert run.returncode == 0, run.stderr
     assert results(tmp_path / "one")["best"]["images"] == 7
     assert AutoConfig.from_pretrained(tmp_path / "one").id2label == {0: "blue", 1: "green", 2: "red"}
 
     # A run that reads a model from the Hub pushes the best model there.
-    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    with serve(tmp_path / "one", "org/focal") as address:
+    with serve(tmp_path / "one", "org/focal"):
         options = ("--model", "org/focal", "--data", data, "--output", tmp_path / "two", "--epochs", "1")
-        run = finetune(*options, "--push-to-hub", "org/focal", hub=address)
+        run = finetune(*options, "--push-to-hub", "org/focal", online=True)
     assert run.returncode == 0, run.stderr
     assert "newly initialized" not in run.stdout
     written, on_the_hub = (

@@ -4,10 +4,7 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -27,6 +24,7 @@ from conftest import ROOT
 from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, add_focal_levels
 from focal_hf.modeling_focal import FocalDropPath
 from focal_hf.visualization import record_attention
+from forked_scripts import ForkedScript
 from hub_server import REVISION, serve
 from messages import ConversionError
 from small_models import BEFORE_5_9, SWIN_OF_5_9, pixels, randomized
@@ -460,23 +458,13 @@ def test_shards_dtype_and_missing_files(tmp_path):
 
 
 def test_a_name_on_the_hub_is_converted(tmp_path):
-    """Two runs in one process: a name that exists, and one that does not."""
+    """A name that exists, and one that does not."""
     swin = write_swin(tmp_path / "hub")
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "convert")!r})
-from convert_swin_to_focal import main
-from output_files import run_script
-main(["--model", "me/swin", "--output", "focal"])
-run_script(lambda: main(["--model", "me/none", "--output", "none"]))
-"""
-    with serve(tmp_path / "hub", "me/swin") as address:
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: --model me/none cannot be loaded\. .*\n", done.stderr)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["focal", "home", "hub"]
+    with serve(tmp_path / "hub", "me/swin"):
+        convert("--model", "me/swin", "--output", tmp_path / "focal")
+        with pytest.raises(ConversionError, match=r"--model me/none cannot be loaded\. "):
+            convert("--model", "me/none", "--output", tmp_path / "none")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["focal", "hub", "hub.cache"]
     focal = FocalForImageClassification.from_pretrained(tmp_path / "focal")
     assert_same_function(swin, focal, pixels(1, 3, 32, 32))
     record = json.loads((tmp_path / "focal" / "conversion.json").read_text())
@@ -545,8 +533,7 @@ def test_options_that_do_not_fit(options, tmp_path, capsys):
 def test_the_script(tmp_path):
     write_swin(tmp_path / "swin")
     with_settings(model_type="swinv2")(tmp_path / "swin")
-    script = ROOT / "convert" / "convert_swin_to_focal.py"
-    command = [sys.executable, script, "--model", tmp_path / "swin", "--output", tmp_path / "focal"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = str(ROOT / "convert" / "convert_swin_to_focal.py")
+    done = ForkedScript(script, "--model", tmp_path / "swin", "--output", tmp_path / "focal", folder=tmp_path).wait()
     assert done.returncode == 1
     assert re.fullmatch(r"error: --model \S+ is a swinv2 model\. .*\n", done.stderr)
