@@ -39,6 +39,16 @@ def float32_without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def integers_unchecked(monkeypatch):
+    """As on a GPU. The interpreter's checks for overflow would take half of its time."""
+    if not CUDA:
+        from triton.runtime import interpreter
+
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
 class OperatorNames(TorchDispatchMode):
     """Collects the names of what is called."""
 
