@@ -108,7 +108,7 @@ def test_equals_the_slow_reference(config, block, height, width, images, seed):
         assert (gradient.cpu() - of_reference).abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("name", SMALL if CUDA else ["patch_2", "shift", "trimmed_pooling", "focalv2"])
+@pytest.mark.parametrize("name", SMALL if CUDA else ["trimmed_pooling"])
 def test_golden_cases(name):
     assert max(errors(name, "triton", torch.float32, DEVICE)) < (2e-5 if CUDA else 1e-5)
 
@@ -336,7 +336,7 @@ class Compiling:
 
 for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
     setattr(kernels, name, Compiling(getattr(kernels, name)))
-for options in ({"use_shift": True, "focal_levels": (2,)}, {"attention_type": "topk", "focal_levels": (1,)}):
+for options in ({"use_shift": True, "focal_levels": (1,)}, {"attention_type": "topk", "focal_levels": (1,)}):
     geometry = {"image_size": 56, "focal_windows": (7,), "expand_sizes": (3,), "num_heads": (1,)}
     config = FocalConfig(**geometry, **options, depths=(2,), embed_dim=32, out_features=None)
     attention = FocalAttention(config, 0, config.block_geometry(0, 1))
@@ -360,15 +360,17 @@ def test_compiles_for_gpus(tmp_path):
 
 
 def test_benchmark(monkeypatch, capsys):
-    """On one window of one small head a stage."""
+    """On one small window of one small head a stage."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import throughput
     import triton_attention
 
-    monkeypatch.setitem(throughput.MODEL_SIZES, "tiny", {"embed_dim": 8, "num_heads": (1, 1, 1, 1)})
+    small = {"embed_dim": 8, "num_heads": (1,) * 4, "window_size": 4}
+    small |= {"focal_windows": (1,) * 4, "expand_sizes": (1,) * 4}
+    monkeypatch.setitem(throughput.MODEL_SIZES, "tiny", small)
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for what the benchmark sets to be undone
-    small = ["--sizes", "7", "--batch-size", "1", "--dtype", "float32", "--device", DEVICE, "--first-call"]
-    monkeypatch.setattr(sys, "argv", ["triton_attention.py", *small])
+    options = ["--sizes", "4", "--batch-size", "1", "--dtype", "float32", "--device", DEVICE, "--first-call"]
+    monkeypatch.setattr(sys, "argv", ["triton_attention.py", *options])
     triton_attention.main()
     output, notes = capsys.readouterr()
     rows = [line.split(" | ") for line in output.splitlines() if line.startswith("| tiny")]
