@@ -12,8 +12,8 @@ from conftest import ROOT
 
 def run_tests_with(packages: list[str], file: str, tests: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs the tests of a file that match `-k tests`, with packages that pip puts into a folder."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
-    run = subprocess.run(pip, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+    run = subprocess.run([*pip, *packages], capture_output=True, text=True)
     if run.returncode:
         pytest.skip(f"pip cannot get {', '.join(packages)}: {run.stderr.strip()}")
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
