@@ -254,7 +254,7 @@ def train_and_keep(
         measure(training.trained)
     write(args.output / "last", results)
     if accelerator.is_main_process:
-        draw_curves(args.output / "curves.png", results["history"])
+        shutil.copy(args.output / "last" / "curves.png", args.output)
     training.checkpoints.remove()
     accelerator.wait_for_everyone()
     return results
