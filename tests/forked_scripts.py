@@ -65,8 +65,9 @@ def free_port() -> int:
 class ForkedScript:
     """examples/SCRIPT in one process, or in several as torchrun starts them. On a CPU, in `folder`.
 
-    If `folder` is a list, there is one process in each folder, as on machines of their own. `prepare` is called in each
-    process before the script runs. Processes that are `online` are logged in to the server of hub_server.py.
+    If `folder` is a list, there is one process in each folder, as on machines of their own. Each process gets the
+    variables of `environment`, and calls `prepare` before the script runs. Processes that are `online` are logged in to
+    the server of hub_server.py.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ForkedScript:
         *arguments: object,
         folder: Path | list[Path],
         processes: int = 1,
+        environment: dict[str, str] | None = None,
         prepare: Callable | None = None,
         online: bool = False,
     ):
@@ -91,6 +93,7 @@ class ForkedScript:
                 place = {"RANK": rank, "LOCAL_RANK": 0 if one_each else rank}
                 place |= {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": 1 if one_each else len(folders)}
                 place = {name: str(number) for name, number in place.items()} | meeting if len(folders) > 1 else {}
+                place |= environment or {}
                 place |= {"HF_TOKEN": "hf_test"} if online else {}
                 arguments = (self.command, own_folder, place, f"{self.outputs.name}/{rank}", prepare, online)
                 process = FORKS.Process(target=run, args=arguments)

@@ -25,7 +25,6 @@ from common.recipe import Augmentation, balanced_weights
 from common.streams import Stream
 from example_runs import (
     CLASSES,
-    LAUNCH,
     Run,
     assert_same,
     contents,
@@ -280,7 +279,7 @@ def test_adapters_are_merged_and_kept_in_mixed_precision_too(place, paper_run):
         *("finetune.py", "--model", base, "--data", "data", "--output", "lora", "--epochs", 1),
         *("--learning-rate", 5e-3, "--lora", 2, "--ema", 0.5, "--gradient-checkpointing"),
         folder=place,
-        launcher=[*LAUNCH, "--mixed_precision", "bf16"],
+        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},  # as with `accelerate launch --mixed_precision bf16`
     )
     assert run.returncode == 0, run.stderr
     assert "precision bf16" in run.stdout
