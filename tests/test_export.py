@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import __version__ as transformers_version
 
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, cpu_attention_focal
+from focal_hf.modeling_focal import FocalDownsample
 from small_models import BOTH, DEVICE, NO_COMPILER, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
@@ -115,21 +116,30 @@ def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
 def test_inductor_trains_on_images_of_changing_size(graphs):
     """With dynamic sizes and convolutions, inductor fails on saved maps that are views."""
-    stages = {"embed_dim": 4, "depths": (1, 1), "num_heads": (1, 1), "focal_levels": (1, 2), "focal_windows": (1, 3)}
-    stages |= {"expand_sizes": (0, 1), "mlp_ratio": 1.0, "drop_path_rate": 0.0}
+    # A model of two stages takes longer than one stage and the downsampling after it.
+    stages = BLOCK | {"embed_dim": 4, "num_heads": (1,), "expand_sizes": (1,), "mlp_ratio": 1.0}
     config = tiny("focal", **stages, problem_type="single_label_classification")
-    model = randomized(FocalForImageClassification(config)).train()
-    compiled = torch.compile(model, fullgraph=True)
+    model, downsample = randomized(FocalForImageClassification(config)).train(), randomized(FocalDownsample(config, 4))
     labels = torch.tensor([1, 4], device=DEVICE)
-    images = pixels(2, 3, 40, 52)
-    for dimension in (2, 3):  # instead of images of another size before, for which there would be another graph
-        torch._dynamo.maybe_mark_dynamic(images, dimension)
-    found, expected = (
-        torch.autograd.grad(called(images, labels=labels).loss, list(model.parameters()))
-        for called in (compiled, model)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert graphs() == 1
+
+    def model_loss(images):
+        return model(images, labels=labels).loss
+
+    def downsampled(maps):
+        return downsample(maps.flatten(1, 2), maps.shape[1:3]).square().sum()
+
+    for module, function, inputs, sides in (
+        (model, model_loss, pixels(2, 3, 40, 52), (2, 3)),
+        (downsample, downsampled, pixels(2, 10, 13, 4), (1, 2)),
+    ):
+        for side in sides:  # instead of inputs of another size before, for which there would be another graph
+            torch._dynamo.maybe_mark_dynamic(inputs, side)
+        found, expected = (
+            torch.autograd.grad(called(inputs), list(module.parameters()))
+            for called in (torch.compile(function, fullgraph=True), function)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert graphs() == 2
 
 
 def called(exported, images):
