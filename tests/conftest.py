@@ -8,8 +8,9 @@ import hub_server
 # Before anything imports huggingface_hub: no test reaches the Hub itself.
 os.environ |= {"HF_ENDPOINT": hub_server.ADDRESS, "HF_HUB_DISABLE_XET": "1"}
 
-# Before anything imports PyTorch: the C++ that torch.compile writes has no vectors, whose headers take long to compile.
-os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+# Before anything imports PyTorch: the C++ that torch.compile writes is compiled without optimization, and has no
+# vectors, whose headers take long to compile.
+os.environ |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_DEBUG_COMPILE": "1"}
 
 import pytest
 import torch
