@@ -3,16 +3,17 @@
 import importlib
 import re
 import runpy
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import sphinx
 from PIL import Image
 
 from conftest import ROOT
+from forked_scripts import ForkedScript
 
 
 class Page(HTMLParser):
@@ -34,7 +35,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     # -W -n: a warning is an error, and so is a reference in a docstring to something that is not documented.
     options = ["-q", "-W", "-n", "--keep-going", "-c", str(ROOT / "docs")]
-    run = subprocess.run([sys.executable, "-m", "sphinx", *options, ROOT, folder], capture_output=True, text=True)
+    run = ForkedScript(Path(sphinx.__file__).with_name("__main__.py"), *options, ROOT, folder, folder=folder).wait()
     assert run.returncode == 0, run.stderr
     return folder
 
