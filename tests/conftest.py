@@ -40,9 +40,13 @@ def pytest_configure(config):
 @pytest.fixture
 def without_default_device(pytestconfig):
     """For what torch.compile traces, because it cannot trace the choice of a default device."""
+    device = pytestconfig.getoption("--device")
+    if device is None:  # torch before 2.10 cannot set it to None twice
+        yield
+        return
     torch.set_default_device(None)
     yield
-    torch.set_default_device(pytestconfig.getoption("--device"))
+    torch.set_default_device(device)
 
 
 def pytest_terminal_summary(terminalreporter):

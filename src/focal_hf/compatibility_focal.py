@@ -62,6 +62,15 @@ def may_be_fake() -> bool:
     return not SEES_TRANSFORMS or detect_fake_mode() is not None
 
 
+def may_be_exporting() -> bool:
+    """Whether a graph is being exported, or torch cannot tell it from compiling."""
+    # In graphs that torch before 2.12 compiles, `torch.compiler.is_exporting()` is always True.
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    # torch before 2.7 has neither.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 def may_be_transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active, or torch cannot tell."""
     return not SEES_TRANSFORMS or _are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -76,6 +85,7 @@ __all__ = [
     "filter_output_hidden_states",
     "get_checkpoint_conversion_mapping",
     "has_static_value",
+    "may_be_exporting",
     "may_be_fake",
     "may_be_transforming",
     "merge_with_config_defaults",

@@ -145,21 +145,25 @@ def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[tor
     return cat_unless_single(pooled, dim=1)
 
 
+def project_and_gather(
+    layer: nn.Module, tokens: torch.Tensor, head_dim: int, index: torch.Tensor | None, length: int
+) -> torch.Tensor:
+    """Heads (batch, windows · heads, length, head_dim) of the tokens that `index` lists, or of all without an index."""
+    projected = layer(tokens).unflatten(2, (-1, head_dim))
+    if index is None:
+        return projected.transpose(1, 2)
+    return projected.flatten(1, 2).index_select(1, index).unflatten(1, (-1, length))
+
+
 def attend_by_index(module: "FocalAttention", tokens: torch.Tensor, tables: AttentionTables) -> torch.Tensor:
     """The output (batch, height · width, channels) of a [`FocalAttention`] for a map's tokens, padded and shifted."""
     batch, channels = tokens.shape[0], tokens.shape[2]
-
-    def gather(layer: nn.Module, tokens: torch.Tensor, index: torch.Tensor | None, length: int) -> torch.Tensor:
-        if index is None:
-            return layer(tokens).view(batch, -1, module.num_heads, module.head_dim).transpose(1, 2)
-        heads = layer(tokens).reshape(batch, -1, module.head_dim).index_select(1, index)
-        return heads.view(batch, -1, length, module.head_dim)
-
     queries, keys = tables.bias.shape[2:]
-    query = gather(module.q_proj, tokens, tables.queries, queries)
+    query = project_and_gather(module.q_proj, tokens, module.head_dim, tables.queries, queries)
     if module.pooling is not None:
         tokens = torch.cat([tokens, pool_by_index(module.pooling, tokens, tables.cells)], dim=1)
-    key, value = (gather(layer, tokens, tables.keys, keys) for layer in (module.k_proj, module.v_proj))
+    key = project_and_gather(module.k_proj, tokens, module.head_dim, tables.keys, keys)
+    value = project_and_gather(module.v_proj, tokens, module.head_dim, tables.keys, keys)
     if is_exporting():
         # Exporters decompose PyTorch's own attention into more operations, or fail.
         scores = torch.matmul(query * module.scaling, key.transpose(2, 3)) + tables.bias.to(query.dtype)

@@ -6,7 +6,8 @@ and the parts of the bias. It does not know how attention is computed.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,7 +36,9 @@ T = TypeVar("T")
 HIDDEN = -70.0
 
 
-class BiasPart(NamedTuple):
+# A tuple with properties could not be compiled by torch before 2.11.
+@dataclass(frozen=True)
+class BiasPart:
     """The bias of consecutive columns of the index.
 
     `source` follows from the weights and is the same for all windows. `pattern` (rows, cols, …) is what differs from
@@ -61,9 +64,10 @@ class BiasPart(NamedTuple):
     def columns(self) -> int:
         return (self.source if self.is_mask else self.pattern).shape[-1]
 
-    def bias(self, rows: slice = slice(None), cols: slice = slice(None)) -> torch.Tensor:
+    def bias(self, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
         """The bias (windows, heads, queries, columns) of the windows in some rows and columns, by default of all."""
-        pattern = self.pattern[rows, cols].flatten(0, 1)
+        pattern = self.pattern if rows is None else self.pattern[rows, cols]
+        pattern = pattern.flatten(0, 1)
         if self.is_mask:
             return torch.where(pattern[:, None], -torch.inf, self.source)
         return self.source.index_select(0, pattern.flatten()).unflatten(0, pattern.shape).permute(0, 2, 3, 1)
@@ -126,7 +130,7 @@ class Neighborhood:
     def window_size(self) -> int:
         return math.isqrt(self.parts[0].queries)
 
-    def bias(self, rows: slice = slice(None), cols: slice = slice(None)) -> torch.Tensor:
+    def bias(self, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
         """The bias (windows, heads, queries, keys) of the windows in some rows and columns, by default of all."""
         return cat_unless_single([part.bias(rows, cols) for part in self.parts], dim=-1)
 

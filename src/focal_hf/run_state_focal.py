@@ -11,7 +11,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 from torch import nn
 
-from .compatibility_focal import has_static_value, may_be_fake, may_be_transforming
+from .compatibility_focal import has_static_value, may_be_exporting, may_be_fake, may_be_transforming
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -31,9 +31,7 @@ def is_compiling() -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph is being exported or traced, where custom operators are unavailable."""
-    # torch before 2.7 cannot tell exporting from compiling.
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return exporting() or torch.jit.is_tracing()
+    return may_be_exporting() or torch.jit.is_tracing()
 
 
 def is_static(*sizes: int) -> bool:
