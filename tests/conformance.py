@@ -4,7 +4,6 @@ test_conformance.py gets those tests and runs this file as a script, in a proces
 """
 
 import copy
-import re
 import sys
 import unittest
 
@@ -136,12 +135,6 @@ class ModelTests(ModelTesterMixin):
     def test_reverse_loading_mapping(self):
         # Focal's conversions change weights, not names.
         super().test_reverse_loading_mapping(check_keys_were_modified=self.subject.config_class is SwinConfig)
-
-
-# Variants of a test differ in an attention mask and its padding. These models take no such mask, so one is enough.
-for name in dir(ModelTesterMixin):
-    if re.search(r"_sdpa_inference_.*_pad_(right.*|left|left_sdpa_kernels)$", name):
-        setattr(ModelTests, name, None)
 
 
 class BackboneTests(BackboneTesterMixin):

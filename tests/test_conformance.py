@@ -106,9 +106,9 @@ def test_passes_what_swin_passes(outcomes, subject, pytestconfig):
     print(f"{subject}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
     assert swin.keys() == ours.keys()
     if subject == "swin":  # fails some tests in older versions of transformers
-        assert counts["passed"] >= 32
+        assert counts["passed"] >= 50
         return
-    assert counts["passed"] >= 82
+    assert counts["passed"] >= 100
     worse = [
         f"{test} {outcome}: {reason}"
         for test, (outcome, reason) in ours.items()

@@ -10,7 +10,7 @@ from transformers import __version__ as transformers_version
 
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalForMaskedImageModeling, cpu_attention_focal
 from focal_hf.modeling_focal import FocalDownsample
-from small_models import BOTH, DEVICE, NO_COMPILER, pixels, randomized, tiny
+from small_models import BOTH, DEVICE, NO_COMPILER, TORCH_2_7, pixels, randomized, tiny
 
 BATCH = {"pixel_values": {0: torch.export.Dim.AUTO}}
 BLOCK = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "focal_levels": (2,), "focal_windows": (3,)}
@@ -25,9 +25,6 @@ except ModuleNotFoundError:
 
 needs_exporters = pytest.mark.skipif(
     torch.__version__ < "2.11" or OnnxExporter is None, reason="exporters need transformers 5.13 and torch 2.11"
-)
-needs_compile = pytest.mark.skipif(
-    torch.__version__ < "2.7", reason="torch 2.6 does not get through transformers' own functions"
 )
 
 
@@ -55,7 +52,7 @@ HEADS = {
 }
 
 
-@needs_compile
+@TORCH_2_7
 @pytest.mark.parametrize(("attention_type", "implementation"), HEADS)
 def test_one_graph_for_batches_of_one_shape(attention_type, implementation, graphs, monkeypatch):
     """The eager call before compilation is needed, because transformers installs hooks in it."""
@@ -77,7 +74,7 @@ def test_one_graph_for_batches_of_one_shape(attention_type, implementation, grap
     assert graphs() == len(classes)
 
 
-@needs_compile
+@TORCH_2_7
 @BOTH
 def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
     """The optimizer changes the weights between the steps."""
@@ -96,7 +93,7 @@ def test_training_steps_of_one_shape_share_a_graph(attention_type, graphs):
     torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
 
 
-@needs_compile
+@TORCH_2_7
 @BOTH
 def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch):
     """There are more sizes than PyTorch keeps graphs. Some do not divide into patches or windows."""
@@ -111,7 +108,7 @@ def test_few_graphs_for_images_of_many_sizes(attention_type, graphs, monkeypatch
     assert graphs() <= {"focal": 1, "topk": 4}[attention_type]
 
 
-@needs_compile
+@TORCH_2_7
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
 def test_inductor_trains_on_images_of_changing_size(graphs):
@@ -222,6 +219,7 @@ def test_one_onnx_graph_serves_all_sizes(attention_type, model_class, tmp_path):
     ],
     ids=["topk", "Swin"],
 )
+@TORCH_2_7
 def test_exported_blocks_shift_as_the_model_does(settings):
     """At 16 x 24 pixels, the map of the second stage is no larger than a window, and Swin does not shift it."""
     stages = BLOCK | {"depths": (2, 2), "num_heads": (2, 2), "focal_windows": (1, 1), "expand_sizes": (0, 0)}

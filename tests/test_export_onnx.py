@@ -14,7 +14,7 @@ import export_onnx
 from conftest import ROOT
 from focal_hf import FocalBackbone, FocalForImageClassification
 from messages import ConversionError
-from small_models import PUBLIC_PROCESSOR, pixels, prepare, randomized, tiny
+from small_models import PUBLIC_PROCESSOR, TORCH_2_7, pixels, prepare, randomized, tiny
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -58,6 +58,7 @@ def test_graphs_of_one_size(folder, options, batch, tolerance, capsys):
     assert "onnxruntime takes" in capsys.readouterr().out
 
 
+@TORCH_2_7
 def test_eight_bits_are_for_linear_layers(folder):
     session = export(folder, "--size", "40x52", "--int8")
     with torch.no_grad():

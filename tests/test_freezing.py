@@ -5,13 +5,17 @@ import torch
 from torch import nn
 
 from focal_hf import FocalBackbone, FocalForImageClassification, freeze
-from small_models import BOTH, pixels, randomized, tiny
+from small_models import BOTH, TORCH_2_7, pixels, randomized, tiny
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("options", "run"),
-    [({}, "compiled"), ({"use_shift": True, "focal_pool": "mean"}, "exported"), ({"focal_pool": "conv"}, "plain")],
+    [
+        pytest.param({}, "compiled", marks=TORCH_2_7),
+        pytest.param({"use_shift": True, "focal_pool": "mean"}, "exported", marks=TORCH_2_7),
+        ({"focal_pool": "conv"}, "plain"),
+    ],
 )
 # Maps without and with padding; of one window, of windows that see all tokens, and of more.
 @pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 70)])

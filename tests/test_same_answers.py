@@ -27,7 +27,7 @@ from focal_hf import FocalForImageClassification, cpu_attention_focal
 from focal_hf.layout_focal import head_index
 from focal_hf.modeling_focal import FocalAttention
 from focal_hf.neighborhood_focal import FocalNeighborhood
-from small_models import BOTH, NO_COMPILER, build, one_stage_configs, pixels, randomized, tiny
+from small_models import BOTH, NO_COMPILER, TORCH_2_7, build, one_stage_configs, pixels, randomized, tiny
 
 IMAGES = pixels(2, 3, 40, 52)  # maps of 10 by 13 tokens: no multiples of the window, and not the size in the config
 LABELS = torch.tensor([1, 4])
@@ -610,7 +610,7 @@ def test_attention_weights_belong_to_the_positions_of_the_index(attention_type, 
 
 
 @BOTH
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not get through transformers' own functions")
+@TORCH_2_7
 @pytest.mark.parametrize(
     "backend",
     [

@@ -115,6 +115,7 @@ NEEDS_TORCHAO = "test_with_torchao_installed runs this"
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torchao 0.18 needs torch 2.11")
 def test_with_torchao_installed(tmp_path):
     """In a process in which torchao can be imported. In others it is not installed, for it prints when it is."""
     tests = "int8_weights_by_torchao or examples_of_the_documentation"
