@@ -49,7 +49,7 @@ def space(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("space")
     for name in ("examples", "src"):
         (folder / name).symlink_to(ROOT / name)
-    save_model(folder / NAMES[0], 2, image_size=32)
+    save_model(folder / NAMES[0], 4, image_size=32)
     page = (ROOT / "docs" / "visualization.md").read_text()
     commands = re.search(r"```sh\n((?:.+\n)+)cd my_space && gradio deploy .*--app-file app.py\n", page)[1]
     subprocess.run(["sh", "-ec", commands], cwd=folder, check=True)
