@@ -64,7 +64,7 @@ def may_be_fake() -> bool:
 
 def may_be_exporting() -> bool:
     """Whether a graph is being exported, or torch cannot tell it from compiling."""
-    # In graphs that torch before 2.12 compiles, `torch.compiler.is_exporting()` is always True.
+    # In graphs that torch 2.9 to 2.11 compile, `torch.compiler.is_exporting()` is always True.
     if hasattr(torch.compiler, "_is_exporting_flag"):
         return torch.compiler._is_exporting_flag
     # torch before 2.7 has neither.
