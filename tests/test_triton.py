@@ -112,7 +112,7 @@ def test_equals_the_slow_reference(config, block, height, width, images, seed):
         assert (gradient.cpu() - of_reference).abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("name", SMALL if CUDA else ["trimmed_pooling"])
+@pytest.mark.parametrize("name", SMALL if CUDA else ["patch_2", "shift", "trimmed_pooling", "focalv2"])
 def test_golden_cases(name):
     assert max(errors(name, "triton", torch.float32, DEVICE)) < (2e-5 if CUDA else 1e-5)
 
@@ -340,7 +340,7 @@ class Compiling:
 
 for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
     setattr(kernels, name, Compiling(getattr(kernels, name)))
-for options in ({"use_shift": True, "focal_levels": (1,)}, {"attention_type": "topk", "focal_levels": (1,)}):
+for options in ({"use_shift": True, "focal_levels": (2,)}, {"attention_type": "topk", "focal_levels": (1,)}):
     geometry = {"image_size": 56, "focal_windows": (7,), "expand_sizes": (3,), "num_heads": (1,)}
     config = FocalConfig(**geometry, **options, depths=(2,), embed_dim=32, out_features=None)
     attention = FocalAttention(config, 0, config.block_geometry(0, 1))
