@@ -41,7 +41,7 @@ def pytest_configure(config):
 def without_default_device(pytestconfig):
     """For what torch.compile traces, because it cannot trace the choice of a default device."""
     device = pytestconfig.getoption("--device")
-    if device is None:  # torch before 2.10 cannot set it to None twice
+    if device is None:  # torch 2.9 and older cannot set it to None twice
         yield
         return
     torch.set_default_device(None)

@@ -21,10 +21,10 @@ from focal_hf.modeling_focal import FocalAttention
 
 DEVICE = torch.get_default_device()  # that of --device: see conftest.py
 BOTH = pytest.mark.parametrize("attention_type", ["focal", "topk"])
-# For tests of examples that a user copies.
 TORCH_2_7 = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="torch 2.6 does not get through transformers' own functions"
 )
+# For tests of examples that a user copies.
 PUBLIC_PROCESSOR = pytest.mark.skipif(
     transformers.AutoImageProcessor is not AutoImageProcessor,
     reason="up to 5.17, transformers.AutoImageProcessor can only be used with torchvision",
