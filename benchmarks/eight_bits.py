@@ -219,7 +219,7 @@ def main() -> None:
             cells = [f"{megabytes:.1f}", f"{times[way] * 1000:.1f}", f"{times[first] / times[way]:.2f}"]
             cells += [f"{cosine(one, other):.4f}" for one, other in zip(maps[way], maps[first], strict=True)]
             accuracy = (logits[way][0].argmax(axis=1) == classes).mean()
-            print(f"| {way} | {' | '.join(cells)} | {accuracy:.1%} |")
+            print(f"| {way} | {' | '.join(cells)} | {100 * accuracy:.1f} % |")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ examples:
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-onnx --size 224x224
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-any --size any
 
-  with linear layers of eight bits, less than half the size:
+  with linear layers of eight bits, a third of the size:
     python convert/export_onnx.py --model focal-tiny --output focal-tiny-int8 --int8
 """
 
