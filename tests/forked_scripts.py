@@ -4,6 +4,7 @@ So a run does not begin with ten seconds of imports.
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,6 +25,9 @@ FORKS.set_forkserver_preload(
 )
 # For the process that imports the scripts, which reads some of it only then.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.cycle(range(20000 + 100 * WORKER, 20100 + 100 * WORKER))
 
 
 def run(
@@ -57,9 +62,15 @@ def run(
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that no other test takes before the script does: each worker of pytest-xdist has a range of its own.
+
+    The system gives no port below 32768 to clients.
+    """
+    while True:
+        port = next(PORTS)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class ForkedScript:
@@ -125,7 +136,7 @@ class ForkedScript:
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(self.command)
+                raise TimeoutError(f"{self.command} did not end in {timeout} s. It wrote:\n{self.written('stderr')}")
             time.sleep(0.01)
         texts = (self.written("stdout"), self.written("stderr"))
         return subprocess.CompletedProcess(self.command, code, *texts)
