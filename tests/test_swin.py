@@ -46,9 +46,13 @@ def tensors_of(outputs, size=None):
     return [*found, *(outputs.get("feature_maps") or ()), *(outputs.get("reshaped_hidden_states") or ())]
 
 
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
 def assert_close(one, other):
-    """Equal within 1e-5, relative to the largest value where that is above 1."""
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1, other.abs().max().item()))
+    """Equal within the tolerance, relative to the largest value where that is above 1."""
+    tolerance = TOLERANCES[other.dtype] * max(1, other.abs().max().item())
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
 def assert_same_function(swin, focal, pixel_values, **options):
@@ -69,10 +73,10 @@ def assert_same_function(swin, focal, pixel_values, **options):
     expected = from_swin(swin.state_dict() | gradients, focal.config, type(focal))
     found = {name: parameter.grad for name, parameter in focal.named_parameters() if parameter.grad is not None}
     assert len(found) == len(gradients)
-    scale = max(gradient.abs().max() for gradient in gradients.values())
+    tolerance = TOLERANCES[pixel_values.dtype] * max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in found.items():
-        assert (gradient - expected[name]).abs().max() <= 1e-5 * scale, name
-    assert (inputs[1].grad - inputs[0].grad).abs().max() <= 1e-5 * scale
+        assert (gradient - expected[name]).abs().max() <= tolerance, name
+    assert (inputs[1].grad - inputs[0].grad).abs().max() <= tolerance
 
 
 @st.composite
@@ -124,9 +128,11 @@ def swins(draw):
 @settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 @given(swins())
 def test_focal_computes_what_swin_computes(case):
+    """In float64: among so many models, rounding in float32 exceeds any small tolerance in some."""
     name, changes, size, options = case
-    swin = random_swin(name, **changes)
-    assert_same_function(swin, focal_from_swin(swin), pixels(2, swin.config.num_channels, *size), **options)
+    swin = random_swin(name, **changes).double()
+    images = pixels(2, swin.config.num_channels, *size).double()
+    assert_same_function(swin, focal_from_swin(swin), images, **options)
 
 
 @SWIN_OF_5_9
