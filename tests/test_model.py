@@ -336,17 +336,26 @@ def test_low_precision(attention_type, dtype, tmp_path):
 @BOTH
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(attention_type, reentrant, monkeypatch):
-    """Reentrant checkpointing first runs without gradients, and must draw the same random numbers then."""
+    """Each block runs twice.
+
+    Reentrant checkpointing first runs without gradients, and must draw the same random numbers then.
+    """
     monkeypatch.setattr(cpu_attention_focal, "TOKENS_PER_CHUNK", 10)
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.3}
     model = randomized(FocalForImageClassification(tiny(attention_type, **rates))).train()
+    attentions = [module for module in model.modules() if isinstance(module, FocalAttention)]
+    calls = []
+    for attention in attentions:
+        attention.register_forward_hook(lambda *_: calls.append(1))
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
+    for runs in (1, 2):
+        if runs == 2:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
+        calls.clear()
         torch.manual_seed(0)
         model(pixels(2, 3, 32, 32), labels=torch.tensor([1, 4])).loss.backward()
+        assert len(calls) == runs * len(attentions)
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients)
 

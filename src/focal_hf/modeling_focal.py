@@ -531,7 +531,7 @@ class FocalLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_drop_path(update), weights
 
 
-class FocalStage(GradientCheckpointingLayer):
+class FocalStage(nn.Module):
     """Blocks on a map of one size, and the downsampling to the next stage."""
 
     def __init__(self, config: FocalConfig, stage: int, drop_path_rates: list[float]):
