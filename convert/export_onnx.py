@@ -189,12 +189,14 @@ def compare(model: nn.Module, file: Path, shapes: list[tuple[int, ...]], precisi
         expected = list(expected.feature_maps if isinstance(model, FocalBackbone) else [expected.logits])
         found = session.run(None, inputs)
         pairs = zip(map(torch.from_numpy, found), expected, strict=True)
-        share = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+        # A maximum of tensors, because Python's `max` can miss a NaN.
+        share = float(torch.stack([(one - other).abs().max() / other.abs().max() for one, other in pairs]).max())
         print_progress(f"{shape}: the largest difference from PyTorch is {share:.1e} of the largest output")
         if not share <= TOLERANCES[precision]:
+            remedy = "Export without --int8" if precision == "int8" else "Try another --opset or --dtype"
             raise ConversionError(
                 f"The outputs of the graph differ from the model's by {share:.1e} of the largest output, for images of "
-                f"shape {shape}. Nothing was kept. Try another --opset or --dtype."
+                f"shape {shape}. Nothing was kept. {remedy}."
             )
 
     def milliseconds(run: Callable[[], object]) -> float:
@@ -235,8 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:  # transformers raises exceptions of almost any type
         if not is_backbone:  # a detector or segmenter prepares the images of its backbone
             raise ConversionError(
-                f"--model {options.model} has no image processor (preprocessor_config.json), so users of the graph "
-                "could not prepare images. Save one in the model's folder with processor.save_pretrained(folder)."
+                f"--model {options.model} has no image processor that can be loaded (preprocessor_config.json), so "
+                "users of the graph could not prepare images. Save one in the model's folder with "
+                "processor.save_pretrained(folder)."
             ) from None
         processor = None
 

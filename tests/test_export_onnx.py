@@ -84,6 +84,16 @@ def test_backbones_return_feature_maps(folder):
     torch.testing.assert_close([torch.from_numpy(maps) for maps in found], list(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_numbers_that_are_not_finite_are_found(folder):
+    """In any of the outputs."""
+    model = randomized(FocalBackbone(tiny(**SMALL, out_features=["stem", "stage1"])))
+    torch.nn.init.constant_(model.hidden_states_norms["stage1"].bias, torch.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(ConversionError, match="differ from the model's by nan of the largest output"):
+        export(folder, "--size", "16x16")
+    assert not (folder.parent / "exported").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from focal_hf import FocalBackbone, FocalForImageClassification, freeze
+from focal_hf.modeling_focal import FocalPooling
 from small_models import BOTH, TORCH_2_7, pixels, randomized, tiny
 
 
@@ -48,9 +49,52 @@ def test_patch_merging_stays(options):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_sizes_and_other_models_are_refused():
-    frozen = freeze(FocalForImageClassification(tiny()), (64, 48))
-    with pytest.raises(ValueError, match=r"frozen for images of another size: a block expects \(16, 12\) tokens"):
-        frozen(pixels(1, 3, 48, 48))
+@pytest.mark.parametrize("size", [(48, 48), (61, 48)])  # the second has a map that is padded to the same size
+def test_other_images_are_refused(size):
+    frozen = freeze(FocalForImageClassification(tiny()), (58, 48))
+    with pytest.raises(ValueError, match=r"frozen for images of another size: .* a map of \(15, 12\) patches, and got"):
+        frozen(pixels(1, 3, *size))
+
+
+@pytest.mark.parametrize("size", [64, (64,), (0, 64), (64.0, 64), (64, 15)])
+def test_sizes_that_the_model_cannot_run_are_refused(size):
+    with pytest.raises(ValueError, match=r"^image_size must be .* both at least 16 for this model; got "):
+        freeze(FocalForImageClassification(tiny(drop_remainder=True)), size)
+
+
+def test_other_models_are_refused():
     with pytest.raises(ValueError, match="must contain a Focal Transformer; got Linear"):
         freeze(nn.Linear(1, 1), (64, 48))
+    with pytest.raises(ValueError, match="is frozen already"):
+        freeze(freeze(FocalBackbone(tiny()), (64, 48)), (64, 48))
+
+
+def test_frozen_models_are_not_saved(tmp_path):
+    """They lack the weights from which the biases were computed."""
+    frozen = freeze(FocalForImageClassification(tiny()), (64, 48))
+    with pytest.raises(ValueError, match="A frozen model cannot be saved"):
+        frozen.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+class Doubled(nn.Module):
+    """Another layer in the place of one, as adapters put it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        return 2 * self.layer(inputs)
+
+
+@pytest.mark.parametrize("pool", ["fc", "conv"])
+def test_layers_in_the_place_of_pooling_layers_are_called(pool):
+    model = randomized(FocalForImageClassification(tiny(focal_pool=pool))).eval()
+    for module in model.modules():
+        if isinstance(module, FocalPooling):
+            module.layers = nn.ModuleList(map(Doubled, module.layers))
+    images = pixels(2, 3, 40, 36)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {"pixel_values": images}).module()
+        torch.testing.assert_close(exported(pixel_values=images).logits, model(images).logits, rtol=1e-5, atol=1e-5)

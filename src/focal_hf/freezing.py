@@ -1,9 +1,13 @@
 """Models for images of one size, whose indices and biases are constants: for inference, compiled or exported."""
 
 import copy
+from collections.abc import Sequence
+from functools import partial
+from numbers import Integral
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .cpu_attention_focal import KEY_ELEMENTS_PER_CHUNK
 from .indexed_attention_focal import AttentionTables, attention_tables, dense_tables
@@ -50,7 +54,6 @@ class FrozenNeighborhood(nn.Module):
         neighborhood = attention.neighborhood_of(maps, shift_size)
         tables = attention_tables(attention, neighborhood, height, width, shift_size)
         dense = dense_tables(attention, neighborhood, tables)
-        self.map_size = tuple(maps.shape[1:3])
         self.squares, self.shift_size = neighborhood.squares, neighborhood.shift_size
         tensors: dict[str, torch.Tensor | None] = {"index": neighborhood.index}
         for number, part in enumerate(neighborhood.parts):
@@ -68,11 +71,6 @@ class FrozenNeighborhood(nn.Module):
 
     def forward(self, maps: torch.Tensor, shift_size: int | None = None) -> Neighborhood:
         """The neighbourhood of (batch, height, width, channels) maps of the frozen size, which determines the shift."""
-        if tuple(maps.shape[1:3]) != self.map_size:
-            raise ValueError(
-                f"This model was frozen for images of another size: a block expects {self.map_size} tokens, and got "
-                f"{tuple(maps.shape[1:3])}. Freeze the model for this size, or use the model that is not frozen."
-            )
         parts = [BiasPart(getattr(self, f"source_{n}"), getattr(self, f"pattern_{n}")) for n in range(self.parts)]
         neighborhood = Neighborhood(self.index, parts, self.squares, self.shift_size)
         batch = maps.shape[0]
@@ -87,6 +85,20 @@ class FrozenNeighborhood(nn.Module):
         return neighborhood
 
 
+def check_map(patches: tuple[int, int], encoder: nn.Module, inputs: tuple) -> None:
+    """A hook before the encoder of a frozen model, which gets tokens and the height and width of their map."""
+    if tuple(inputs[1]) != patches:
+        raise ValueError(
+            f"This model was frozen for images of another size: its encoder expects a map of {patches} patches, and "
+            f"got {tuple(inputs[1])}. Freeze the model for this size, or use the model that is not frozen."
+        )
+
+
+def refuse_to_save(*arguments: object, **options: object) -> None:
+    """`save_pretrained` of a frozen model."""
+    raise ValueError("A frozen model cannot be saved as a model. Save the model that was frozen, or export this one.")
+
+
 @torch.no_grad()
 def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
     """A copy of a model, for inference with images of one size.
@@ -99,6 +111,10 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
             A Focal Transformer, or a head of transformers with a [`FocalBackbone`] in it.
         image_size (`tuple[int, int]`):
             Height and width in pixels. Other images raise a ValueError.
+
+    Raises:
+        ValueError: if the model has no Focal Transformer or is frozen already, if its weights are quantized or sharded,
+            or if it cannot run images of this size.
     """
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor:
@@ -110,8 +126,18 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
     encoders = [module for module in frozen.modules() if isinstance(module, FocalEncoder)]
     if not encoders:
         raise ValueError(f"model must contain a Focal Transformer; got {type(model).__name__}.")
+    if any(isinstance(module, FrozenNeighborhood) for module in frozen.modules()):
+        raise ValueError("model is frozen already. Freeze the model that it was made from.")
+    least = max(encoder.config.least_side for encoder in encoders)
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= least for side in sides):
+        raise ValueError(
+            f"image_size must be the height and width of images in pixels, both at least {least} for this model; got "
+            f"{image_size!r}."
+        )
     for encoder in encoders:
         config = encoder.config
+        encoder.register_forward_pre_hook(partial(check_map, config.reduced_size(image_size, config.patch_size)))
         for number, stage in enumerate(encoder.layers):
             size = config.reduced_size(image_size, config.patch_size * 2**number)
             for attention in [module for module in stage.modules() if isinstance(module, FocalAttention)]:
@@ -119,6 +145,9 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
         for downsample in [module for module in encoder.modules() if isinstance(module, FocalDownsample)]:
             if downsample.projection.kernel_size == downsample.projection.stride:
                 downsample.add_module("projection", FrozenProjection(downsample.projection))
+    for module in frozen.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = refuse_to_save  # type: ignore[method-assign]
     return frozen
 
 

@@ -4,7 +4,7 @@ A gather needs to know no more about a map than its index does, so that one grap
 for maps of one size, indices and biases are constants.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -73,13 +73,13 @@ def attention_tables(
     def of_heads(tokens: torch.Tensor) -> torch.Tensor:
         return (tokens[:, None, :] * heads + head[:, None]).flatten()
 
-    def place(length: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def places(length: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Window and place in it of the coordinates of the original map, along one axis."""
-        place = torch.arange(length, device=index.device) - shift_size
-        place = torch.where(place < 0, place + windows * window, place)
-        return place // window, place % window
+        shifted = torch.arange(length, device=index.device) - shift_size
+        shifted = torch.where(shifted < 0, shifted + windows * window, shifted)
+        return shifted // window, shifted % window
 
-    (row, down), (col, right) = place(height, rows), place(width, cols)
+    (row, down), (col, right) = places(height, rows), places(width, cols)
     of_window = row[:, None] * cols + col
     query = (of_window[..., None] * heads + head) * window**2 + (down[:, None] * window + right)[..., None]
 
@@ -135,14 +135,27 @@ def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[tor
             pooled.append(gathered.mean(dim=2))
         elif pooling.pool == "max":
             pooled.append(gathered.amax(dim=2))
-        elif pooling.pool == "fc":
-            layer: Any = pooling.layers[level]  # nn.Linear, nn.Conv2d, or a layer in the place of one
-            pooled.append(torch.matmul(layer.weight, gathered).squeeze(2) + layer.bias)
         else:
-            layer = pooling.layers[level]
-            weight = layer.weight.flatten(1).t()  # (tokens in a cell, channels)
-            pooled.append((weight * gathered).sum(dim=2) + layer.bias)
+            pooled.append(weighted_sum(pooling, level, gathered))
     return cat_unless_single(pooled, dim=1)
+
+
+def weighted_sum(pooling: "FocalPooling", level: int, cells: torch.Tensor) -> torch.Tensor:
+    """What the layer of a level makes of (batch, cells, tokens in a cell, channels): (batch, cells, channels).
+
+    The layer is called only if it is not PyTorch's own, as that of an adapter: a call adds transposes to the graph.
+    """
+    layer = pooling.layers[level]
+    if type(layer) is nn.Linear:
+        return torch.matmul(layer.weight, cells).squeeze(2) + layer.bias
+    if type(layer) is nn.Conv2d:
+        assert layer.bias is not None
+        return (layer.weight.flatten(1).t() * cells).sum(dim=2) + layer.bias
+    if pooling.pool == "fc":
+        return layer(cells.transpose(2, 3)).squeeze(3)
+    side = pooling.cells[level]
+    maps = cells.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
+    return layer(maps).view(*cells.shape[:2], -1)
 
 
 def project_and_gather(
