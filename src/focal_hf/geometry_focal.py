@@ -175,18 +175,18 @@ def focal_index(
         """Terms (rows, a) and (cols, b) of token numbers to (rows, cols, a · b) token numbers."""
         return (row_term[:, None, :, None] + col_term[None, :, None, :]).flatten(2)
 
-    def spans(count: int, step: int, first: int, length: int) -> torch.Tensor:
-        """(count, length) coordinates: window n has those from n · step - first on."""
-        return torch.arange(count, device=device)[:, None] * step - first + torch.arange(length, device=device)
+    def spans(count: int, square: Square) -> torch.Tensor:
+        """(count, side) coordinates, along one axis, of the squares of `count` windows."""
+        first = torch.arange(count, device=device)[:, None] * square.step - square.first
+        return first + torch.arange(square.side, device=device)
 
     def wrapped(coordinates: torch.Tensor, length: int) -> torch.Tensor:
         # Not `%`: see `nearest_index`.
         coordinates = torch.where(coordinates < 0, coordinates + length, coordinates)
         return torch.where(coordinates >= length, coordinates - length, coordinates)
 
-    side = window_size + 2 * expand_size
-    fine_rows = wrapped(spans(rows, window_size, expand_size, side), height)
-    fine_cols = wrapped(spans(cols, window_size, expand_size, side), width)
+    fine_square, *pooled_squares = focal_squares(window_size, expand_size, focal_window, pooled_levels)
+    fine_rows, fine_cols = wrapped(spans(rows, fine_square), height), wrapped(spans(cols, fine_square), width)
     of_levels = [grid_index(fine_rows * width, fine_cols)]
 
     fine_hidden = torch.zeros(rows, cols, 1, 1, dtype=torch.bool, device=device)
@@ -204,19 +204,16 @@ def focal_index(
         fine_hidden = own_key & (of_query[..., :, None] != of_key[..., None, :])
 
     first_pooled = height * width
-    for level in range(pooled_levels):
-        stride = 2**level  # pooled tokens in a window, per axis
-        pooled_rows, pooled_cols = rows * stride, cols * stride
-        length = focal_window + stride - 1
-        row = spans(rows, stride, (focal_window - 1) // 2, length)
-        col = spans(cols, stride, (focal_window - 1) // 2, length)
+    for pooled in pooled_squares:
+        pooled_rows, pooled_cols = rows * pooled.step, cols * pooled.step
+        row, col = spans(rows, pooled), spans(cols, pooled)
         row_outside, col_outside = (row < 0) | (row >= pooled_rows), (col < 0) | (col >= pooled_cols)
         outside = (row_outside[:, None, :, None] | col_outside[None, :, None, :]).flatten(2)
         of_levels.append(grid_index(row * pooled_cols + first_pooled, col).masked_fill(outside, -1))
         first_pooled += pooled_rows * pooled_cols
 
     index = torch.cat(of_levels, dim=2).int()
-    pooled_hidden = index[:, :, None, side**2 :] < 0
+    pooled_hidden = index[:, :, None, fine_square.side**2 :] < 0
     return index, [fine_hidden, pooled_hidden] if pooled_levels else [fine_hidden]
 
 

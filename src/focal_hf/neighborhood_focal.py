@@ -141,9 +141,11 @@ class Neighborhood:
     def derived(self, make: Callable[["Neighborhood"], T]) -> T:
         """`make(self)`, kept for the last size of the map: the form that an attention implementation needs."""
         size = tuple(self.index.shape)
-        if make not in self.forms or self.forms[make][0] != size:
-            self.forms[make] = size, make(self)
-        return self.forms[make][1]
+        # Read and written once each: another thread may run the module on maps of another size.
+        form = self.forms.get(make)
+        if form is None or form[0] != size:
+            form = self.forms[make] = size, make(self)
+        return form[1]
 
 
 class FocalNeighborhood(nn.Module):

@@ -35,7 +35,7 @@ def is_exporting() -> bool:
 
 
 def is_static(*sizes: int) -> bool:
-    """Whether the sizes are numbers rather than symbols, so that this run or graph serves these sizes alone."""
+    """Whether this run or compiled graph serves these sizes alone. An exported graph may serve others."""
     if is_exporting():
         return False
     return not is_compiling() or all(has_static_value(size) for size in sizes)
