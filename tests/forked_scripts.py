@@ -4,19 +4,18 @@ So a run does not begin with ten seconds of imports.
 """
 
 import atexit
-import itertools
 import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+from ports import reserve_port
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FORKS = multiprocessing.get_context("forkserver")
@@ -25,9 +24,6 @@ FORKS.set_forkserver_preload(
 )
 # For the process that imports the scripts, which reads some of it only then.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.cycle(range(20000 + 100 * WORKER, 20100 + 100 * WORKER))
 
 
 def run(
@@ -61,18 +57,6 @@ def run(
         atexit._run_exitfuncs()
 
 
-def free_port() -> int:
-    """A port that no other test takes before the script does: each worker of pytest-xdist has a range of its own.
-
-    The system gives no port below 32768 to clients.
-    """
-    while True:
-        port = next(PORTS)
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
 class ForkedScript:
     """examples/SCRIPT in one process, or in several as torchrun starts them. On a CPU, in `folder`.
 
@@ -93,7 +77,7 @@ class ForkedScript:
     ):
         self.command = [str(EXAMPLES / script), *map(str, arguments)]
         self.outputs = tempfile.TemporaryDirectory()
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
         folders = folder if isinstance(folder, list) else [folder] * processes
         one_each = folder is folders
         own = os.environ.copy()

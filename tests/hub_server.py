@@ -9,20 +9,18 @@ import contextlib
 import hashlib
 import json
 import shutil
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+from ports import reserve_port
+
 REVISION = "0" * 40
 USER = {"type": "user", "name": "me", "orgs": [{"name": "org"}]}
 
-# This socket stays open, so that no other program gets its port. It does not listen, so that the server can.
-RESERVED = socket.socket()
-RESERVED.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-RESERVED.bind(("127.0.0.1", 0))
-ADDRESS = f"http://127.0.0.1:{RESERVED.getsockname()[1]}"
+PORT = reserve_port()
+ADDRESS = f"http://127.0.0.1:{PORT}"
 
 
 def git_hash(content: bytes) -> str:
@@ -157,7 +155,7 @@ def serve(folder: Path, repository: str, kind: str = "models", uploads: list[str
 
         do_HEAD = do_GET
 
-    server = ThreadingHTTPServer(RESERVED.getsockname(), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", PORT), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

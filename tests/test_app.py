@@ -7,7 +7,6 @@ import re
 import runpy
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from conftest import ROOT
 from example_runs import example_command, tiny_config
 from focal_hf import FocalForImageClassification
 from focal_hf.visualization import query_attention, record_attention, shaded
+from ports import reserve_port
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -62,9 +62,7 @@ def space(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(space, tmp_path_factory):
     """Starts the app from its folder, which must hold all that it imports, and returns its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = reserve_port()
     environment = example_command("app.py", folder=space)["env"] | {
         "FOCAL_MODELS": " ".join(NAMES),
         "GRADIO_SERVER_PORT": str(port),

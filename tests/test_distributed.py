@@ -30,8 +30,9 @@ from example_runs import (
     tiny_config,
 )
 from focal_hf import FocalForImageClassification
-from forked_scripts import ForkedScript, free_port
+from forked_scripts import ForkedScript
 from fsdp_training import STEPS, batch, build, optimizer_of
+from ports import reserve_port
 from small_models import BOTH, PILLOW_PROCESSORS
 
 
@@ -124,7 +125,7 @@ class Launched:
 
     def __init__(self, machines: list[Path], script: str, *arguments: object):
         settings = "--config_file", EXAMPLES / "engines" / "ddp.yaml", "--mixed_precision", "no", "--num_processes", 2
-        settings += "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()
+        settings += "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", reserve_port()
         self.launchers = []
         for rank, machine in enumerate(machines):
             launcher = map(str, (BIN / "accelerate", "launch", "--quiet", *settings, "--machine_rank", rank))
