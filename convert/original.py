@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from focal_hf import FocalConfig, FocalForImageClassification, FocalPreTrainedModel
-from focal_hf.geometry_focal import focal_index, relative_position_index, slot_tokens
+from focal_hf.geometry_focal import focal_index, focal_squares, relative_position_index, slot_tokens
 from messages import ConversionError, join_names, short_repr
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _largest_tensor(config: FocalConfig) -> int:
     for stage, (rows, cols) in enumerate(config.stage_grids):
         geometry = config.block_geometry(stage, 0)
         window = geometry.window_size**2
-        pooled = (geometry.focal_window + 2**geometry.pooled_levels) ** 2 if geometry.pooled_levels else 0
+        pooled = max((square.side**2 for square in focal_squares(geometry)[1:]), default=0)
         keys = max(window, config.topk if config.attention_type == "topk" else 0)
         sizes += [rows * cols * max(config.embed_dim * 2**stage, keys), window * pooled]
     return max(sizes)
@@ -330,7 +330,8 @@ def original_buffers(config: FocalConfig, state: Mapping[str, torch.Tensor]) -> 
             geometry = config.block_geometry(stage, block)
             window, expand = geometry.window_size, geometry.expand_size
             if geometry.shift_size:
-                _, (hidden,) = focal_index(height, width, window, 0, geometry.shift_size, 1, 0, cpu)
+                windows_alone = geometry._replace(expand_size=0, pooled_levels=0)
+                _, (hidden,) = focal_index(height, width, windows_alone, cpu)
                 yield f"{prefix}.attn_mask", torch.zeros(hidden.shape).masked_fill(hidden, -100.0).flatten(0, 1)
             if config.attention_type == "topk":
                 side = torch.arange(window) - window // 2
@@ -345,15 +346,14 @@ def original_buffers(config: FocalConfig, state: Mapping[str, torch.Tensor]) -> 
             if expand:
                 kept = slot_tokens(window, expand, cpu)
                 yield f"{prefix}.attn.valid_ind_rolled", kept.flatten().nonzero().flatten()
-            for level in range(geometry.pooled_levels):
-                key_side = geometry.focal_window + 2**level - 1
-                index = relative_position_index(window, key_side, cpu)
-                yield f"{prefix}.attn.relative_position_index_{level}", index
-                if level:
-                    dropped = 2**level - 1
-                    kept = torch.arange(key_side) + dropped
-                    kept = (kept[:, None] * (key_side + dropped) + kept).flatten()
-                    yield f"{prefix}.attn.valid_ind_unfold_{level}", kept
+            for number, square in enumerate(focal_squares(geometry)[1:]):
+                index = relative_position_index(window, square.side, cpu)
+                yield f"{prefix}.attn.relative_position_index_{number}", index
+                if number:
+                    dropped = square.step - 1
+                    kept = torch.arange(square.side) + dropped
+                    kept = (kept[:, None] * (square.side + dropped) + kept).flatten()
+                    yield f"{prefix}.attn.valid_ind_unfold_{number}", kept
 
 
 def _nearest_offsets(index: torch.Tensor, height: int, width: int, window: int, level: int) -> torch.Tensor:

@@ -38,8 +38,8 @@ def pooled_map(attention, maps, level):
 
 def focal_keys(attention, maps, pooled_maps, i, j):
     """Keys of window (i, j): (token or None outside of the map, bias (heads, queries), hidden from which queries)."""
-    near = attention.neighborhood
-    window, expand, shift = near.window_size, near.expand_size, near.shift_size
+    near, geometry = attention.neighborhood, attention.neighborhood.geometry
+    window, expand, shift = geometry.window_size, geometry.expand_size, geometry.shift_size
     height, width = maps.shape[:2]
     queries = list(itertools.product(range(window), range(window)))
 
@@ -66,13 +66,13 @@ def focal_keys(attention, maps, pooled_maps, i, j):
             keys.append((token, near.relative_position_bias_table_to_neighbors[0, :, :, slot], None))
             slot += 1
 
-    for level in range(near.pooled_levels):
+    for level in range(geometry.pooled_levels):
         pooled = pooled_maps(level)
-        side = near.focal_window + 2**level - 1
+        side = geometry.focal_window + 2**level - 1
         table = near.pooled_tables()[level]
         for row, col in itertools.product(range(side), range(side)):
-            r = i * 2**level - near.focal_window // 2 + row
-            c = j * 2**level - near.focal_window // 2 + col
+            r = i * 2**level - geometry.focal_window // 2 + row
+            c = j * 2**level - geometry.focal_window // 2 + col
             inside = 0 <= r < pooled.shape[0] and 0 <= c < pooled.shape[1]
             place = [(a - row + side - 1) * (window + side - 1) + b - col + side - 1 for a, b in queries]
             keys.append((pooled[r, c] if inside else None, table[:, place], None))

@@ -14,11 +14,14 @@ are not buffers, so a model that is loaded through the meta device has nothing t
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .run_state_focal import cached_table, has_symbols
+
+if TYPE_CHECKING:
+    from .configuration_focal import BlockGeometry
 
 
 class Square(NamedTuple):
@@ -46,8 +49,8 @@ class LevelGrid(NamedTuple):
 def level_grid(height: int, width: int, window_size: int, level: int) -> LevelGrid:
     """The cells of map tokens that the tokens of a level stand for.
 
-    Level 0 is the map itself. Pooled level k has 2ᵏ⁻¹ cells per window and axis. Where these do not fill the map, they
-    are centred in it.
+    Level 0 is the map itself. Level k, if pooled, has 2ᵏ⁻¹ cells per window and axis. Where these do not fill the map,
+    they are centred in it.
     """
     if level == 0:
         return LevelGrid(height, width, 1, 0, 0)
@@ -56,7 +59,7 @@ def level_grid(height: int, width: int, window_size: int, level: int) -> LevelGr
     return LevelGrid(rows, cols, cell, (height - rows * cell) // 2, (width - cols * cell) // 2)
 
 
-def window_tokens(grid: LevelGrid, width: int, device: torch.device) -> torch.Tensor:
+def cell_tokens(grid: LevelGrid, width: int, device: torch.device) -> torch.Tensor:
     """Numbers of the map's tokens in each cell of a level, shape (cells, tokens in a cell), on a map of that width."""
     place = torch.arange(grid.cell, device=device)
     row = torch.arange(grid.rows, device=device)[:, None] * grid.cell + grid.top + place
@@ -148,27 +151,21 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
 
 @cached_table
 def focal_index(
-    height: int,
-    width: int,
-    window_size: int,
-    expand_size: int,
-    shift_size: int,
-    focal_window: int,
-    pooled_levels: int,
-    device: torch.device,
+    height: int, width: int, geometry: "BlockGeometry", device: torch.device
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tokens that each window attends to with `attention_type="focal"` (section 3.2 of the paper).
 
     Fine tokens wrap around the edges of the map. Pooled tokens beyond the edges are hidden.
 
     Args:
-        height, width: sides of the map, multiples of `window_size`.
+        height, width: sides of the map, multiples of the window's.
 
     Returns:
         The index (rows, cols, keys) in int32. Masks of hidden keys: of the fine tokens (rows, cols, queries or 1, keys
         or 1), true for tokens that a shift has brought to the window from the opposite edge; and, if there are any, of
         the pooled tokens (rows, cols, 1, keys).
     """
+    window_size, expand_size, shift_size = geometry.window_size, geometry.expand_size, geometry.shift_size
     rows, cols = height // window_size, width // window_size
 
     def grid_index(row_term: torch.Tensor, col_term: torch.Tensor) -> torch.Tensor:
@@ -185,7 +182,7 @@ def focal_index(
         coordinates = torch.where(coordinates < 0, coordinates + length, coordinates)
         return torch.where(coordinates >= length, coordinates - length, coordinates)
 
-    fine_square, *pooled_squares = focal_squares(window_size, expand_size, focal_window, pooled_levels)
+    fine_square, *pooled_squares = focal_squares(geometry)
     fine_rows, fine_cols = wrapped(spans(rows, fine_square), height), wrapped(spans(cols, fine_square), width)
     of_levels = [grid_index(fine_rows * width, fine_cols)]
 
@@ -214,14 +211,16 @@ def focal_index(
 
     index = torch.cat(of_levels, dim=2).int()
     pooled_hidden = index[:, :, None, fine_square.side**2 :] < 0
-    return index, [fine_hidden, pooled_hidden] if pooled_levels else [fine_hidden]
+    return index, [fine_hidden, pooled_hidden] if pooled_squares else [fine_hidden]
 
 
-def focal_squares(window_size: int, expand_size: int, focal_window: int, pooled_levels: int) -> list[Square]:
+def focal_squares(geometry: "BlockGeometry") -> list[Square]:
     """The squares of tokens that a window attends to with `attention_type="focal"`, level by level."""
+    window_size, expand_size, focal_window = geometry.window_size, geometry.expand_size, geometry.focal_window
     squares = [Square(window_size + 2 * expand_size, window_size, expand_size)]
-    for level in range(pooled_levels):
-        squares.append(Square(focal_window + 2**level - 1, 2**level, (focal_window - 1) // 2))
+    for level in range(1, geometry.pooled_levels + 1):
+        per_window = 2 ** (level - 1)
+        squares.append(Square(focal_window + per_window - 1, per_window, (focal_window - 1) // 2))
     return squares
 
 

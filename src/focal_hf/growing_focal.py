@@ -97,7 +97,7 @@ def _start_attention(new: FocalAttention, old: FocalAttention, new_share: float)
     own, neighborhood = old.neighborhood, new.neighborhood
     assert isinstance(own, FocalNeighborhood)
     assert isinstance(neighborhood, FocalNeighborhood)
-    tables = neighborhood.tables()[1:]
+    tables = neighborhood.bias_tables()[1:]
     if not tables:
         return
     if new_share == 0:
@@ -115,7 +115,7 @@ def _start_attention(new: FocalAttention, old: FocalAttention, new_share: float)
 def _new_keys(neighborhood: FocalNeighborhood) -> int:
     """The number of keys of a query in the surroundings and in the pooled levels, where none is beyond the edge."""
     around = neighborhood.relative_position_bias_table_to_neighbors
-    pooled = sum((neighborhood.focal_window + 2**level - 1) ** 2 for level in range(neighborhood.pooled_levels))
+    pooled = sum(square.side**2 for square in neighborhood.pooled_squares())
     return (0 if around is None else around.shape[-1]) + pooled
 
 

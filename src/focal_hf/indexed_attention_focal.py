@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from .geometry_focal import level_grid, window_tokens
+from .geometry_focal import cell_tokens, level_grid
 from .layout_focal import at_least_float32, cat_unless_single
 from .neighborhood_focal import HIDDEN, Neighborhood
 from .run_state_focal import is_exporting
@@ -86,10 +86,10 @@ def attention_tables(
     cells = []
     for level in range(1, len(cell_sides(module)) + 1):
         grid = level_grid(rows * window, cols * window, window, level)
-        cells.append(window_tokens(grid, cols * window, index.device).flatten())
+        cells.append(cell_tokens(grid, cols * window, index.device).flatten())
     windows = level_grid(rows * window, cols * window, window, 1)
     return AttentionTables(
-        queries=of_heads(window_tokens(windows, cols * window, index.device)),
+        queries=of_heads(cell_tokens(windows, cols * window, index.device)),
         keys=of_heads(index.clamp(min=0).view(rows * cols, keys).long()),
         outputs=query.flatten(),
         cells=cells,
@@ -117,7 +117,7 @@ def dense_tables(
     bias = largest + total.clamp(min=1).log()
     # From the order of windows to that of the map.
     grid = level_grid(rows * window, cols * window, window, 1)
-    tokens = window_tokens(grid, cols * window, index.device).flatten()
+    tokens = cell_tokens(grid, cols * window, index.device).flatten()
     bias = bias.transpose(0, 1).flatten(1, 2)[:, tokens.argsort()]
     assert tables.outputs is not None
     of_window = tables.outputs.view(-1, heads)[:, 0]

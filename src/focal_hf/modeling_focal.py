@@ -340,15 +340,15 @@ class FocalPatchMerging(nn.Module):
 class FocalPooling(nn.Module):
     """Sub-window pooling (section 3.2.1): each cell of tokens becomes one pooled token.
 
-    Here, level 0 is the first pooled level. Level k has 2ᵏ cells of side floor(window_size / 2ᵏ) per window and axis.
-    If they do not fill the map, its border is trimmed, half of the surplus at the top and left.
+    Level k, counted from 1, has 2ᵏ⁻¹ cells of side floor(window_size / 2ᵏ⁻¹) per window and axis. If they do not fill
+    the map, its border is trimmed, half of the surplus at the top and left.
     """
 
-    def __init__(self, config: FocalConfig, dim: int, window_size: int, levels: int):
+    def __init__(self, config: FocalConfig, dim: int, geometry: BlockGeometry):
         super().__init__()
         self.pool = config.focal_pool
-        self.window_size = window_size
-        self.cells = [window_size // 2**level for level in range(levels)]
+        self.window_size = geometry.window_size
+        self.cells = [self.window_size // 2**number for number in range(geometry.pooled_levels)]
         self.layers = nn.ModuleList()
         if self.pool == "fc":
             self.layers.extend(nn.Linear(cell**2, 1) for cell in self.cells)
@@ -357,18 +357,18 @@ class FocalPooling(nn.Module):
 
     def cells_of(self, windows: torch.Tensor, level: int) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to the cells of a level, in the same layout."""
-        if level == 0:
+        if level == 1:
             return windows
         maps = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         height, width = maps.shape[1:3]
-        rows, cols, cell, top, left = level_grid(height, width, self.window_size, level + 1)
+        rows, cols, cell, top, left = level_grid(height, width, self.window_size, level)
         maps = maps[:, top : top + rows * cell, left : left + cols * cell]
         return maps.unflatten(2, (cols, cell)).unflatten(1, (rows, cell)).transpose(2, 3)
 
     def pool_level(self, windows: torch.Tensor, level: int) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens, channels)."""
         cells = self.cells_of(windows, level).flatten(0, 1)
-        channels = cells.shape[-1]
+        side, channels = cells.shape[-2:]
         if self.pool == "mean":
             pooled = cells.mean(dim=(2, 3))
         elif self.pool == "max":
@@ -376,14 +376,15 @@ class FocalPooling(nn.Module):
         elif self.pool == "fc":
             # The dimensions of the places in a cell go first, so that `reshape` copies whole runs of channels. The
             # linear layer gets a transposed view of this copy.
-            pooled = self.layers[level](cells.permute(2, 3, 0, 1, 4).reshape(self.cells[level] ** 2, -1).t())
+            pooled = self.layers[level - 1](cells.permute(2, 3, 0, 1, 4).reshape(side**2, -1).t())
         else:
-            pooled = self.layers[level](cells.permute(0, 1, 4, 2, 3).flatten(0, 1))
+            pooled = self.layers[level - 1](cells.permute(0, 1, 4, 2, 3).flatten(0, 1))
         return pooled.view(windows.shape[0], -1, channels)
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """(batch, rows, cols, side, side, channels) windows to (batch, pooled tokens of all levels, channels)."""
-        return cat_unless_single([self.pool_level(windows, level) for level in range(len(self.cells))], dim=1)
+        levels = range(1, len(self.cells) + 1)
+        return cat_unless_single([self.pool_level(windows, level) for level in levels], dim=1)
 
 
 class FocalAttention(nn.Module):
@@ -414,11 +415,9 @@ class FocalAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(dim, dim)
 
-        self.pooling = (
-            FocalPooling(config, dim, geometry.window_size, geometry.pooled_levels) if geometry.pooled_levels else None
-        )
+        self.pooling = FocalPooling(config, dim, geometry) if geometry.pooled_levels else None
         self.neighborhood = (
-            FocalNeighborhood(self.num_heads, *geometry)
+            FocalNeighborhood(self.num_heads, geometry)
             if config.attention_type == "focal"
             else TopkNeighborhood(
                 self.num_heads,

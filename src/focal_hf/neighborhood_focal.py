@@ -7,7 +7,7 @@ and the parts of the bias. It does not know how attention is computed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,10 @@ from .geometry_focal import (
 )
 from .layout_focal import at_least_float32, cat_unless_single
 from .run_state_focal import cached_by_value, has_symbols
+
+if TYPE_CHECKING:
+    from .configuration_focal import BlockGeometry
+    from .indexed_attention_focal import AttentionTables
 
 T = TypeVar("T")
 
@@ -124,7 +128,7 @@ class Neighborhood:
         self.squares = squares or []
         self.shift_size = shift_size
         self.forms = {} if forms is None else forms
-        self.tables: Any = None  # the `AttentionTables` of a frozen model
+        self.tables: AttentionTables | None = None  # of a frozen model
 
     @property
     def window_size(self) -> int:
@@ -151,40 +155,36 @@ class Neighborhood:
 class FocalNeighborhood(nn.Module):
     """Neighbourhoods with `attention_type="focal"`: a window, its surroundings, and squares of pooled tokens.
 
-    The columns of the index are the fine square of side window_size + 2 · expand_size, then, for each pooled level k,
-    counted from 0, a square of side focal_window + 2ᵏ - 1, all row-major. A token that the original lists twice, with
-    biases a and b, has one column with bias log(eᵃ + eᵇ): the same attention with fewer columns, and gradients reach
-    both biases.
+    The columns of the index are the tokens of the `focal_squares`, all row-major. A token that the original lists
+    twice, with biases a and b, has one column with bias log(eᵃ + eᵇ): the same attention with fewer columns, and
+    gradients reach both biases.
     """
 
-    def __init__(
-        self, num_heads: int, window_size: int, expand_size: int, shift_size: int, focal_window: int, pooled_levels: int
-    ):
+    def __init__(self, num_heads: int, geometry: "BlockGeometry"):
         super().__init__()
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.expand_size = expand_size
-        self.shift_size = shift_size
-        self.focal_window = focal_window
-        self.pooled_levels = pooled_levels
-
-        window = window_size**2
+        self.geometry = geometry
+        window_size, expand_size = geometry.window_size, geometry.expand_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         self.relative_position_bias_table_to_neighbors = (
-            nn.Parameter(torch.zeros(1, num_heads, window, slot_count(window_size, expand_size)))
+            nn.Parameter(torch.zeros(1, num_heads, window_size**2, slot_count(window_size, expand_size)))
             if expand_size
             else None
         )
         # Not a ParameterList: offloading loads the weights of a module when it is called, and a list is never called.
-        for level in range(pooled_levels):
-            table = nn.Parameter(torch.zeros(num_heads, (window_size + focal_window + 2**level - 2) ** 2))
-            self.register_parameter(f"relative_position_bias_table_to_windows_{level}", table)
+        for number, square in enumerate(self.pooled_squares()):
+            table = nn.Parameter(torch.zeros(num_heads, (window_size + square.side - 1) ** 2))
+            self.register_parameter(f"relative_position_bias_table_to_windows_{number}", table)
+
+    def pooled_squares(self) -> list[Square]:
+        """The square of each pooled level."""
+        return focal_squares(self.geometry)[1:]
 
     def pooled_tables(self) -> list[nn.Parameter]:
         """The table of each pooled level, each (heads, relative positions)."""
-        return [getattr(self, f"relative_position_bias_table_to_windows_{k}") for k in range(self.pooled_levels)]
+        numbers = range(self.geometry.pooled_levels)
+        return [getattr(self, f"relative_position_bias_table_to_windows_{number}") for number in numbers]
 
-    def tables(self) -> list[torch.Tensor]:
+    def bias_tables(self) -> list[torch.Tensor]:
         """All bias tables. `parameters()` is empty in replicas of DataParallel and in modules of FSDP."""
         tables = [self.relative_position_bias_table, self.relative_position_bias_table_to_neighbors]
         return [table for table in (*tables, *self.pooled_tables()) if table is not None]
@@ -192,44 +192,44 @@ class FocalNeighborhood(nn.Module):
     def fine_bias(self) -> torch.Tensor:
         """Bias between the queries of a window and its fine tokens, shape (heads, queries, fine tokens)."""
         table = self.relative_position_bias_table
-        index = relative_position_index(self.window_size, self.window_size, table.device)
+        window_size, expand_size = self.geometry.window_size, self.geometry.expand_size
+        index = relative_position_index(window_size, window_size, table.device)
         own = at_least_float32(table)[index].permute(2, 0, 1)
         if self.relative_position_bias_table_to_neighbors is None:
             return own
         listed = torch.cat([own, at_least_float32(self.relative_position_bias_table_to_neighbors[0])], dim=-1)
-        pairs, columns, gaps = fine_columns(self.window_size, self.expand_size, table.device)
+        pairs, columns, gaps = fine_columns(window_size, expand_size, table.device)
         # `gather` takes a third of the time of indexing.
         first, second = (listed.gather(-1, of_pair.expand(*listed.shape[:2], -1)) for of_pair in pairs)
         listed = torch.cat([listed, torch.logaddexp(first, second)], dim=-1)
         bias = listed.gather(-1, columns.expand(*listed.shape[:2], -1))
-        return bias.masked_fill(gaps, -torch.inf) if 2 * self.expand_size > self.window_size else bias
+        return bias.masked_fill(gaps, -torch.inf) if 2 * expand_size > window_size else bias
 
-    def pooled_bias(self, level: int) -> torch.Tensor:
-        """Bias between the queries of a window and its pooled tokens of a level, (heads, queries, pooled tokens)."""
-        table = self.pooled_tables()[level]
-        index = relative_position_index(self.window_size, self.focal_window + 2**level - 1, table.device)
-        return at_least_float32(table)[:, index]
+    def pooled_biases(self) -> list[torch.Tensor]:
+        """For each pooled level, the bias between the queries of a window and its tokens, (heads, queries, tokens)."""
+        biases = []
+        for table, square in zip(self.pooled_tables(), self.pooled_squares(), strict=True):
+            index = relative_position_index(self.geometry.window_size, square.side, table.device)
+            biases.append(at_least_float32(table)[:, index])
+        return biases
 
     def biases(self) -> list[torch.Tensor]:
-        """`fine_bias` and, if there are pooled tokens, `pooled_bias` of all levels."""
-        pooled = [self.pooled_bias(level) for level in range(self.pooled_levels)]
+        """`fine_bias` and, if there are pooled tokens, those of all levels in one tensor."""
+        pooled = self.pooled_biases()
         return [self.fine_bias(), cat_unless_single(pooled, dim=-1)] if pooled else [self.fine_bias()]
 
     def forward(self, maps: torch.Tensor, shift_size: int | None = None) -> Neighborhood:
         """The neighbourhood of (batch, height, width, channels) maps whose sides are multiples of the window's.
 
-        `shift_size` is the shift of the maps, if it is not the module's.
+        `shift_size` is the shift of the maps, if it is not the block's.
         """
         height, width = maps.shape[1:3]
-        shift_size = self.shift_size if shift_size is None else shift_size
-
+        geometry = self.geometry if shift_size is None else self.geometry._replace(shift_size=shift_size)
         forms: dict[Callable, Any]
-        biases, forms = cached_by_value(self, lambda *tables: (self.biases(), {}), *self.tables())
-        geometry = self.window_size, self.expand_size, shift_size, self.focal_window, self.pooled_levels
-        index, hidden = focal_index(height, width, *geometry, maps.device)
+        biases, forms = cached_by_value(self, lambda *tables: (self.biases(), {}), *self.bias_tables())
+        index, hidden = focal_index(height, width, geometry, maps.device)
         parts = [BiasPart(*part) for part in zip(biases, hidden, strict=True)]
-        squares = focal_squares(self.window_size, self.expand_size, self.focal_window, self.pooled_levels)
-        return Neighborhood(index, parts, squares, shift_size, forms)
+        return Neighborhood(index, parts, focal_squares(geometry), geometry.shift_size, forms)
 
 
 class TopkNeighborhood(nn.Module):
@@ -242,7 +242,6 @@ class TopkNeighborhood(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int, levels: int, topk: int, grid: tuple[int, int]):
         super().__init__()
-        self.num_heads = num_heads
         self.window_size = window_size
         self.levels = levels
         self.topk = topk
