@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, is_triton_available
 from .cpu_attention_focal import (
     attend_densely,
     attend_in_chunks,
-    dense_tokens,
+    dense_padding,
     reason_against_cpu_attention,
     reason_against_dense_attention,
 )
@@ -78,7 +78,7 @@ def attend_gathered(
         module,
         *fold_windows(query, key, value, index, window_size, module.head_dim),
         neighborhood.bias().to(query.dtype).flatten(0, 1)[None],
-        dropout=module.attention_dropout if module.training else 0.0,
+        dropout=module.active_dropout,
         scaling=module.scaling,
         **kwargs,
     )
@@ -92,8 +92,7 @@ def reason_against_triton(module: "FocalAttention", query: torch.Tensor, neighbo
     # Triton is imported only where it was asked for: the import takes time, and may fail.
     from .triton_attention_focal import reason_against
 
-    dropout = module.attention_dropout if module.training else 0.0
-    return reason_against(query.device, query.dtype, module.head_dim, dropout, neighborhood)
+    return reason_against(query.device, query.dtype, module.head_dim, module.active_dropout, neighborhood)
 
 
 class Attention(NamedTuple):
@@ -104,12 +103,12 @@ class Attention(NamedTuple):
             Takes the [`FocalAttention`], the query (batch, height · width, channels), the key and value (batch, tokens,
             channels) and the neighbourhood. Returns the output in query's shape and, with eager attention, the weights
             (batch · windows, heads, queries, keys).
-        tokens (`int`, *optional*):
-            The number of tokens, padding included, whose keys and values it takes. By default no token is added.
+        padding (`int`, *optional*, defaults to 0):
+            Number of zero tokens to append to those whose keys and values it takes.
     """
 
     attend: Callable
-    tokens: int = 0
+    padding: int = 0
 
 
 def choose_attention(module: "FocalAttention", query: torch.Tensor, neighborhood: Neighborhood) -> Attention:
@@ -128,9 +127,8 @@ def choose_attention(module: "FocalAttention", query: torch.Tensor, neighborhood
         from .triton_attention_focal import attend_by_triton
 
         return Attention(attend_by_triton)
-    drops = module.training and module.attention_dropout > 0
-    if implementation != "sdpa" or drops or reason_against_cpu_attention(query):
+    if implementation != "sdpa" or module.active_dropout or reason_against_cpu_attention(query):
         return Attention(attend_gathered)
     if reason_against_dense_attention(module, query, neighborhood):
         return Attention(attend_in_chunks)
-    return Attention(attend_densely, dense_tokens(neighborhood))
+    return Attention(attend_densely, dense_padding(neighborhood))

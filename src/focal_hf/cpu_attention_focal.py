@@ -67,10 +67,16 @@ def padded_length(keys: int) -> int:
     return keys + (-keys % 16 if keys % 16 > 2 else 0)
 
 
-def dense_tokens(neighborhood: Neighborhood) -> int:
-    """The number of tokens, pooled ones and padding included, that dense attention attends to."""
+def token_count(neighborhood: Neighborhood) -> int:
+    """The number of tokens of the map and of all pooled levels."""
     rows, cols = neighborhood.index.shape[:2]
-    return padded_length(rows * cols * sum(square.step**2 for square in neighborhood.squares))
+    return rows * cols * sum(square.step**2 for square in neighborhood.squares)
+
+
+def dense_padding(neighborhood: Neighborhood) -> int:
+    """The number of zero tokens that dense attention attends to besides."""
+    tokens = token_count(neighborhood)
+    return padded_length(tokens) - tokens
 
 
 def reason_against_dense_attention(
@@ -90,15 +96,15 @@ def reason_against_dense_attention(
         return "a token is hidden from some queries of a window, as after a shift, which the index does not tell"
     if neighborhood.squares[0].side > neighborhood.window_size * min(rows, cols):
         return "a window has the same token in several columns"
-    tokens = dense_tokens(neighborhood)
+    tokens = padded_length(token_count(neighborhood))
     if tokens > keys * 4 / 3 or module.num_heads * query.shape[1] * tokens > DENSE_BIAS_ELEMENTS:
         return "the windows attend to a small part of the tokens"
     return None
 
 
 def dense_bias(neighborhood: Neighborhood) -> torch.Tensor:
-    """The bias (1, heads, height · width, `dense_tokens`) of every query and token, -inf for hidden tokens."""
-    tokens = dense_tokens(neighborhood)
+    """The bias (1, heads, height · width, tokens and padding) of every query and token, -inf for hidden tokens."""
+    tokens = padded_length(token_count(neighborhood))
     bias = torch.cat([part.source for part in neighborhood.parts], dim=-1)
     heads, queries, keys = bias.shape
     bias = nn.functional.pad(bias, (0, 1), value=-torch.inf)  # the last column is that of hidden tokens
@@ -122,7 +128,7 @@ def attend_densely(
     neighborhood: Neighborhood,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of all queries of the map to all tokens. `key` and `value` are padded to `dense_tokens` tokens."""
+    """Attention of all queries of the map to all tokens. `key` and `value` have `dense_padding`."""
     queries, keys, values = (
         tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)
     )

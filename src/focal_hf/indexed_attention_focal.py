@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .geometry_focal import cell_tokens, level_grid
-from .layout_focal import at_least_float32, cat_unless_single
+from .layout_focal import at_least_float32, cat_unless_single, head_index
 from .neighborhood_focal import HIDDEN, Neighborhood
 from .run_state_focal import is_exporting
 
@@ -49,9 +49,8 @@ class AttentionTables(NamedTuple):
 
 def attends_by_index(module: "FocalAttention", neighborhood: Neighborhood) -> bool:
     """Whether a [`FocalAttention`] is exported with its default attention, or has dense tables."""
-    drops = module.training and module.attention_dropout > 0
     by_index = is_exporting() or neighborhood.tables is not None
-    return by_index and module.config._attn_implementation == "sdpa" and not drops
+    return by_index and module.config._attn_implementation == "sdpa" and not module.active_dropout
 
 
 def cell_sides(module: "FocalAttention") -> list[int]:
@@ -67,11 +66,7 @@ def attention_tables(
     The neighbourhood is that of the maps after padding and after a shift by `shift_size`.
     """
     index, heads, window = neighborhood.index, module.num_heads, module.window_size
-    rows, cols, keys = index.shape
-    head = torch.arange(heads, device=index.device)
-
-    def of_heads(tokens: torch.Tensor) -> torch.Tensor:
-        return (tokens[:, None, :] * heads + head[:, None]).flatten()
+    rows, cols = index.shape[:2]
 
     def places(length: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Window and place in it of the coordinates of the original map, along one axis."""
@@ -81,6 +76,7 @@ def attention_tables(
 
     (row, down), (col, right) = places(height, rows), places(width, cols)
     of_window = row[:, None] * cols + col
+    head = torch.arange(heads, device=index.device)
     query = (of_window[..., None] * heads + head) * window**2 + (down[:, None] * window + right)[..., None]
 
     cells = []
@@ -89,8 +85,8 @@ def attention_tables(
         cells.append(cell_tokens(grid, cols * window, index.device).flatten())
     windows = level_grid(rows * window, cols * window, window, 1)
     return AttentionTables(
-        queries=of_heads(cell_tokens(windows, cols * window, index.device)),
-        keys=of_heads(index.clamp(min=0).view(rows * cols, keys).long()),
+        queries=head_index(cell_tokens(windows, cols * window, index.device), heads).flatten(),
+        keys=head_index(index.long(), heads).flatten(),
         outputs=query.flatten(),
         cells=cells,
         bias=neighborhood.exported_bias(),
@@ -129,7 +125,7 @@ def dense_tables(
 def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[torch.Tensor]) -> torch.Tensor:
     """`pooling` of the tokens (batch, height · width, channels) of a map: (batch, pooled tokens, channels)."""
     pooled = []
-    for level, (side, index) in enumerate(zip(pooling.cells, cells, strict=True)):
+    for number, (side, index) in enumerate(zip(pooling.cells, cells, strict=True)):
         gathered = tokens.index_select(1, index).unflatten(1, (-1, side**2))
         if pooling.pool == "mean":
             pooled.append(gathered.mean(dim=2))
@@ -137,14 +133,14 @@ def pool_by_index(pooling: "FocalPooling", tokens: torch.Tensor, cells: list[tor
             pooled.append(gathered.amax(dim=2))
         elif pooling.pool == "fc":
             # Not as `pooling` does it: with its transposes, a whole model takes 11 % more time in OpenVINO.
-            layer = pooling.layers[level]
+            layer = pooling.layers[number]
             if type(layer) is nn.Linear:  # Weights on the left stay in float32 where an export has eight bits.
                 pooled.append(torch.matmul(layer.weight, gathered).squeeze(2) + layer.bias)
             else:  # that of an adapter, for instance
                 pooled.append(layer(gathered.transpose(2, 3)).squeeze(3))
         else:
             maps = gathered.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
-            pooled.append(pooling.layers[level](maps).view(*gathered.shape[:2], -1))
+            pooled.append(pooling.layers[number](maps).view(*gathered.shape[:2], -1))
     return cat_unless_single(pooled, dim=1)
 
 

@@ -28,10 +28,9 @@ def head_index(index: torch.Tensor, heads: int) -> torch.Tensor:
     return index.clamp(min=0)[..., None, :] * heads + head
 
 
-def gather_heads(tokens: torch.Tensor, head_index: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Gathers heads of tokens (..., channels) by a `head_index`, into (*head_index.shape, head_dim)."""
-    gathered = tokens.reshape(-1, head_dim).index_select(0, head_index.reshape(-1))
-    return gathered.view(*head_index.shape, head_dim)
+def gather_heads(tokens: torch.Tensor, index: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Gathers heads of tokens (..., channels) by an index from `head_index`, into (*index.shape, head_dim)."""
+    return tokens.reshape(-1, head_dim).index_select(0, index.reshape(-1)).view(*index.shape, head_dim)
 
 
 def fold_windows(

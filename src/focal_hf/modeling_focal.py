@@ -52,7 +52,8 @@ class FocalEncoderOutput(ModelOutput):
         attentions (`tuple(torch.Tensor)`, *optional*, with `output_attentions=True` and eager attention):
             For the last block of each stage `(batch * windows, heads, queries, keys)`: see [`FocalAttention`].
         reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `output_hidden_states=True`):
-            `hidden_states` as maps, each `(batch, channels, height, width)`.
+            `hidden_states` as maps, each `(batch, channels, height, width)`. With
+            `output_hidden_states_before_downsampling=True`, those of the stages before their downsampling.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -429,6 +430,11 @@ class FocalAttention(nn.Module):
             )
         )
 
+    @property
+    def active_dropout(self) -> float:
+        """Probability with which attention weights are dropped: zero in inference."""
+        return self.attention_dropout if self.training else 0.0
+
     def shift_of(self, height: int, width: int) -> int:
         """Size in tokens by which the block shifts a map of that size."""
         if self.shift_size and not self.shifts_single_windows and min(height, width) <= self.window_size:
@@ -441,14 +447,13 @@ class FocalAttention(nn.Module):
         shift = {} if shift_size == self.shift_size else {"shift_size": shift_size}
         return self.neighborhood(maps, **shift)
 
-    def attended_tokens(self, tokens: torch.Tensor, size: torch.Size, count: int) -> torch.Tensor:
-        """Tokens (batch, height · width, channels) of a map with its pooled tokens, and zeros up to `count` tokens."""
+    def attended_tokens(self, tokens: torch.Tensor, size: torch.Size, padding: int) -> torch.Tensor:
+        """Tokens (batch, height · width, channels) of a map, its pooled tokens, and `padding` tokens of zeros."""
         parts = [tokens]
         if self.pooling is not None:
             # From tokens back to maps, because compiled code would give the map itself an unsuitable memory layout.
             parts.append(self.pooling(split_windows(tokens.unflatten(1, size), self.window_size)))
-        if count:
-            padding = count - sum(part.shape[1] for part in parts)
+        if padding:
             parts.append(tokens.new_zeros(tokens.shape[0], padding, tokens.shape[2]))
         return cat_unless_single(parts, dim=1)
 
@@ -469,7 +474,7 @@ class FocalAttention(nn.Module):
             return attend_by_index(self, tokens, tables).unflatten(1, (input_height, input_width)), None
         query = self.q_proj(tokens)
         attention = choose_attention(self, query, neighborhood)
-        tokens = self.attended_tokens(tokens, maps.shape[1:3], attention.tokens)
+        tokens = self.attended_tokens(tokens, maps.shape[1:3], attention.padding)
         key, value = self.k_proj(tokens), self.v_proj(tokens)
         del tokens  # so that attention can reuse the memory
         output, weights = attention.attend(self, query, key, value, neighborhood, **kwargs)
