@@ -65,6 +65,21 @@ def test_no_host_synchronisation(attention_type, implementation, training):
 
 @needs_gpu
 @BOTH
+def test_streams_do_not_share_tables(attention_type):
+    """The second stream runs while the first has not begun to compute the index tables of this size."""
+    model, images = classifier(attention_type, "sdpa"), pixels(2, 3, 68, 76).cuda()
+    logits = []
+    torch.cuda.synchronize()
+    for wait in (10**9, 0):  # in cycles of the GPU
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(wait)
+            logits.append(model(images).logits)
+    torch.cuda.synchronize()
+    assert torch.equal(*logits)
+
+
+@needs_gpu
+@BOTH
 @IMPLEMENTATIONS
 def test_cuda_graphs(attention_type, implementation):
     """Also with other images and after the weights have changed."""

@@ -127,23 +127,26 @@ class _TableCache:
 _tables = _TableCache()
 
 
-def cached_table(function: Callable[[*Ts], T]) -> Callable[[*Ts], T]:
-    """Decorator that caches the tables that a function of integers and a device returns.
+def cached_table(function: Callable[[*Ts, torch.device], T]) -> Callable[[*Ts, torch.device], T]:
+    """Decorator that caches the tables that a function returns, whose last argument is their device.
 
     All decorated functions share one cache of at most `TABLE_CACHE_BYTES`. Tables are never inference tensors, which
     autograd could not use later.
     """
 
     @functools.wraps(function)
-    def wrapper(*args: *Ts) -> T:
+    def wrapper(*args: *tuple[*Ts, torch.device]) -> T:
         if not can_cache():
             return function(*args)
+        # Each CUDA stream has tables of its own: those of another one may not be computed yet.
+        device = args[-1]
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
         def make() -> T:
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args)
 
-        return _tables.get((function, args), make)
+        return _tables.get((function, args, stream), make)
 
     return wrapper
 
