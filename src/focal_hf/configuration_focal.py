@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
+
+from .geometry_focal import BlockGeometry
 
 if TYPE_CHECKING:
     # Not needed here. transformers reads these lines to find the modules that it copies beside a config. Up to 5.12, it
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
     from .attention_focal import choose_attention  # noqa: F401
     from .compatibility_focal import has_static_value  # noqa: F401
     from .cpu_attention_focal import attend_in_chunks  # noqa: F401
-    from .geometry_focal import level_grid  # noqa: F401
-    from .indexed_attention_focal import AttentionTables  # noqa: F401
+    from .indexed_attention_focal import attend_by_index  # noqa: F401
     from .layout_focal import fold_windows  # noqa: F401
     from .modeling_focal import FocalPreTrainedModel  # noqa: F401
     from .neighborhood_focal import Neighborhood  # noqa: F401
@@ -45,16 +46,6 @@ MOST_CHANNELS = 2**16
 LONGEST_SIDE = 2**16  # in pixels, of `image_size`
 LARGEST_INDEX = 2**26  # elements, of one block with `attention_type="topk"`
 MOST_LABELS = 2**20  # transformers gives each a name
-
-
-class BlockGeometry(NamedTuple):
-    """How one block divides its map; lengths in tokens, `focal_window` in pooled ones."""
-
-    window_size: int
-    expand_size: int
-    shift_size: int
-    focal_window: int
-    pooled_levels: int
 
 
 @strict

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cpu_attention_focal import KEY_ELEMENTS_PER_CHUNK
-from .indexed_attention_focal import AttentionTables, attention_tables, dense_tables
+from .indexed_attention_focal import attention_tables, dense_tables
 from .layout_focal import split_windows
 from .modeling_focal import FocalAttention, FocalDownsample, FocalEncoder, crop, pad_to_multiple
-from .neighborhood_focal import BiasPart, Neighborhood
+from .neighborhood_focal import AttentionTables, BiasPart, Neighborhood
 from .run_state_focal import is_compiling, is_exporting, is_static
 
 # Elements of all keys that a compiled block gathers at most at once. With more, chunks are faster.

@@ -14,14 +14,21 @@ are not buffers, so a model that is loaded through the meta device has nothing t
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .run_state_focal import cached_table, has_symbols
 
-if TYPE_CHECKING:
-    from .configuration_focal import BlockGeometry
+
+class BlockGeometry(NamedTuple):
+    """How one block divides its map. Lengths are in tokens of the map, `focal_window` in pooled tokens."""
+
+    window_size: int
+    expand_size: int
+    shift_size: int
+    focal_window: int
+    pooled_levels: int
 
 
 class Square(NamedTuple):
@@ -151,7 +158,7 @@ def fine_columns(window_size: int, expand_size: int, device: torch.device) -> tu
 
 @cached_table
 def focal_index(
-    height: int, width: int, geometry: "BlockGeometry", device: torch.device
+    height: int, width: int, geometry: BlockGeometry, device: torch.device
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tokens that each window attends to with `attention_type="focal"` (section 3.2 of the paper).
 
@@ -214,7 +221,7 @@ def focal_index(
     return index, [fine_hidden, pooled_hidden] if pooled_squares else [fine_hidden]
 
 
-def focal_squares(geometry: "BlockGeometry") -> list[Square]:
+def focal_squares(geometry: BlockGeometry) -> list[Square]:
     """The squares of tokens that a window attends to with `attention_type="focal"`, level by level."""
     window_size, expand_size, focal_window = geometry.window_size, geometry.expand_size, geometry.focal_window
     squares = [Square(window_size + 2 * expand_size, window_size, expand_size)]

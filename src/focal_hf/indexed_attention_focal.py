@@ -4,14 +4,14 @@ A gather needs to know no more about a map than its index does, so that one grap
 for maps of one size, indices and biases are constants.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .geometry_focal import cell_tokens, level_grid
 from .layout_focal import at_least_float32, cat_unless_single, head_index
-from .neighborhood_focal import HIDDEN, Neighborhood
+from .neighborhood_focal import HIDDEN, AttentionTables, Neighborhood
 from .run_state_focal import is_exporting
 
 if TYPE_CHECKING:
@@ -19,32 +19,6 @@ if TYPE_CHECKING:
 
 # Largest ratio of all tokens to the keys of a window with which a frozen model attends densely.
 DENSE_RATIO = 1.6
-
-
-class AttentionTables(NamedTuple):
-    """What a block gathers on maps of one size, and its bias.
-
-    Indices count heads of tokens: head h of token t is number t · heads + h. In dense tables, all queries attend to all
-    tokens, in order: there is no index of queries and keys, and `outputs` counts tokens, or is None for all in order.
-
-    Args:
-        queries (`torch.Tensor` of shape `(windows · heads · queries,)`):
-            Of the tokens of the map.
-        keys (`torch.Tensor` of shape `(windows · heads · keys,)`):
-            Of the tokens of the map and the pooled tokens.
-        outputs (`torch.Tensor` of shape `(height · width · heads,)`):
-            Of the queries, for every token of the map before it was padded and shifted.
-        cells (`list[torch.Tensor]`):
-            For each pooled level, the numbers of the tokens in its cells, `(cells · tokens in a cell,)`.
-        bias (`torch.Tensor` of shape `(1, windows · heads, queries, keys)`):
-            The bias. In dense tables, `(1, heads, tokens of the map, all tokens)`.
-    """
-
-    queries: torch.Tensor | None
-    keys: torch.Tensor | None
-    outputs: torch.Tensor | None
-    cells: list[torch.Tensor]
-    bias: torch.Tensor
 
 
 def attends_by_index(module: "FocalAttention", neighborhood: Neighborhood) -> bool:

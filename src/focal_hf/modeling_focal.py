@@ -21,9 +21,9 @@ from .compatibility_focal import (
     filter_output_hidden_states,
     merge_with_config_defaults,
 )
-from .configuration_focal import BlockGeometry, FocalConfig
+from .configuration_focal import FocalConfig
 from .cpu_attention_focal import mlp_in_chunks
-from .geometry_focal import level_grid
+from .geometry_focal import BlockGeometry, level_grid
 from .indexed_attention_focal import attend_by_index, attends_by_index, attention_tables
 from .layout_focal import cat_unless_single, split_windows
 from .neighborhood_focal import FocalNeighborhood, Neighborhood, TopkNeighborhood

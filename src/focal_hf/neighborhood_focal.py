@@ -7,12 +7,13 @@ and the parts of the bias. It does not know how attention is computed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from .geometry_focal import (
+    BlockGeometry,
     Square,
     computed_topk_index,
     fine_columns,
@@ -28,10 +29,6 @@ from .geometry_focal import (
 )
 from .layout_focal import at_least_float32, cat_unless_single
 from .run_state_focal import cached_by_value, has_symbols
-
-if TYPE_CHECKING:
-    from .configuration_focal import BlockGeometry
-    from .indexed_attention_focal import AttentionTables
 
 T = TypeVar("T")
 
@@ -93,6 +90,32 @@ class BiasPart:
         pattern = self.pattern[rows, cols].flatten()
         of_columns = gradient.unflatten(0, (-1, len(pattern) // self.columns)).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
         return gradient.new_zeros(self.source.shape).index_add_(0, pattern, of_columns)
+
+
+class AttentionTables(NamedTuple):
+    """What a block gathers on maps of one size, and its bias.
+
+    Indices count heads of tokens: head h of token t is number t · heads + h. In dense tables, all queries attend to all
+    tokens, in order: there is no index of queries and keys, and `outputs` counts tokens, or is None for all in order.
+
+    Args:
+        queries (`torch.Tensor` of shape `(windows · heads · queries,)`):
+            Of the tokens of the map.
+        keys (`torch.Tensor` of shape `(windows · heads · keys,)`):
+            Of the tokens of the map and the pooled tokens.
+        outputs (`torch.Tensor` of shape `(height · width · heads,)`):
+            Of the queries, for every token of the map before it was padded and shifted.
+        cells (`list[torch.Tensor]`):
+            For each pooled level, the numbers of the tokens in its cells, `(cells · tokens in a cell,)`.
+        bias (`torch.Tensor` of shape `(1, windows · heads, queries, keys)`):
+            The bias. In dense tables, `(1, heads, tokens of the map, all tokens)`.
+    """
+
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
+    outputs: torch.Tensor | None
+    cells: list[torch.Tensor]
+    bias: torch.Tensor
 
 
 class Neighborhood:
@@ -160,7 +183,7 @@ class FocalNeighborhood(nn.Module):
     gradients reach both biases.
     """
 
-    def __init__(self, num_heads: int, geometry: "BlockGeometry"):
+    def __init__(self, num_heads: int, geometry: BlockGeometry):
         super().__init__()
         self.geometry = geometry
         window_size, expand_size = geometry.window_size, geometry.expand_size
