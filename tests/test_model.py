@@ -392,6 +392,7 @@ def test_tracing_and_exporting_without_gradients(attention_type):
     stages |= {"expand_sizes": (2, 2), "encoder_stride": 8}
     model = randomized(FocalModel(tiny(attention_type, **stages)))
     two, five = pixels(2, 3, 24, 20), pixels(5, 3, 24, 20)  # maps of fewer tokens than a window
+    torch.jit.trace(model, two, strict=False)  # with gradients; PyTorch checks it without
     with torch.no_grad():
         traced = torch.jit.trace(model, two, strict=False)
         batch = ({0: torch.export.Dim.AUTO},)

@@ -379,11 +379,11 @@ def attend_in_chunks(
 
 def mlp_in_chunks(mlp: "FocalMLP", hidden_states: torch.Tensor) -> torch.Tensor:
     """`mlp.transform(hidden_states)`, in inference on a CPU for some tokens at a time."""
-    tokens = hidden_states.flatten(0, -2)
     # A layer in the place of a linear one may need to know a token's image, as PEFT's with one adapter per image do.
     plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear
-    if not (plain and is_cpu_inference(mlp, tokens) and is_static(tokens.shape[0])):
+    if not (plain and is_cpu_inference(mlp, hidden_states) and is_static(*hidden_states.shape[:-1])):
         return mlp.transform(hidden_states)
+    tokens = hidden_states.flatten(0, -2)
     count = -(-tokens.shape[0] // TOKENS_PER_CHUNK)
     if is_compiling():
         count = min(count, CHUNKS_IN_GRAPH)

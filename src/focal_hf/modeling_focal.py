@@ -404,7 +404,7 @@ class FocalAttention(nn.Module):
         self.config = config
         self.window_size = geometry.window_size
         self.shift_size = geometry.shift_size
-        # Swin's rule depends on the map at hand, and does not apply to backbones.
+        # transformers' Swin does not shift a map of a single window, unless in a backbone.
         self.shifts_single_windows = not config.swin_compatible
         self.head_dim = dim // self.num_heads
         self.scaling = config.qk_scale or self.head_dim**-0.5
@@ -867,7 +867,7 @@ class FocalBackbone(BackboneMixin, FocalPreTrainedModel):
         self.focal.layernorm = nn.Identity()
         for module in self.focal.modules():
             if isinstance(module, FocalAttention):
-                module.shifts_single_windows = True
+                module.shifts_single_windows = True  # as in transformers' Swin backbone
         self.hidden_states_norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(channels, eps=config.map_norm_eps)

@@ -63,8 +63,12 @@ def is_transforming() -> bool:
 
 
 def is_cpu_inference(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether `module` runs inference on a CPU, where chunks that stay in the processor's cache are faster."""
-    return tensor.device.type == "cpu" and not module.training and not torch.is_grad_enabled()
+    """Whether `module` runs inference on a CPU, where chunks that stay in the processor's cache are faster.
+
+    Not in exported graphs, which other processors run too. A trace must also be the same with and without gradients.
+    """
+    inference = not module.training and not torch.is_grad_enabled()
+    return inference and tensor.device.type == "cpu" and not is_exporting()
 
 
 def can_cache() -> bool:
