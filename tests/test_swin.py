@@ -523,6 +523,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(change, options, message, 
     write_swin(tmp_path / "swin")
     change(tmp_path / "swin")
     before = sorted(tmp_path.iterdir())
+    capfd.readouterr()  # without the progress bar of saving the Swin
     with pytest.raises(ConversionError, match=message):
         convert("--model", tmp_path / "swin", "--output", tmp_path / "focal", *options)
     assert sorted(tmp_path.iterdir()) == before
