@@ -84,12 +84,15 @@ def test_device_map(attention_type, attention, place, tmp_path):
 
 
 @BOTH
-def test_lora_trains_saves_loads_and_merges(attention_type, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_saves_loads_and_merges(attention_type, checkpointing, tmp_path):
     randomized(FocalForImageClassification(tiny(attention_type))).save_pretrained(tmp_path / "base")
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if checkpointing:
+        base.gradient_checkpointing_enable()
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"]))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"])).train()
     images, labels = pixels(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
@@ -221,8 +224,8 @@ def test_other_channels_and_other_classes(attention_type, channels, tmp_path):
     images = pixels(2, channels, 40, 52)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(loaded, images), logits(model, images))
-    assert loaded.get_input_embeddings() is loaded.focal.embeddings.patch_embeddings
-    assert loaded.get_input_embeddings().projection.in_channels == channels
+    assert loaded.get_input_embeddings() is loaded.focal.embeddings.patch_embeddings.projection
+    assert loaded.get_input_embeddings().in_channels == channels
 
     changes = {"num_channels": 3, "num_labels": 2, "ignore_mismatched_sizes": True}
     changed, info = AutoModelForImageClassification.from_pretrained(

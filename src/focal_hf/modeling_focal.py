@@ -591,6 +591,12 @@ class FocalPreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution of the patches."""
+        # Not the module around it: the hook of `enable_input_require_grads` needs a tensor, and that returns a tuple.
+        embeddings = super().get_input_embeddings()
+        return getattr(embeddings, "projection", embeddings)  # without one if it was set by `set_input_embeddings`
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers searches this file for its attention interface, which is in `attention_focal`.
