@@ -24,7 +24,7 @@ from focal_hf.growing_focal import NEW_SHARE
 from messages import ConversionError, print_progress, printable_line, wrap_errors
 from model_card import swin_model_card
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
-from saved_models import load_whole_model, read_config
+from saved_models import load_whole_model, local_files, read_config
 from swin import MODEL_CLASSES, config_from_swin, focal_from_swin
 
 EPILOG = """\
@@ -205,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    output, config_file = options.output.resolve(), Path(options.model) / "config.json"
-    inputs = (config_file,) if config_file.exists() else ()
+    output, inputs = options.output.resolve(), local_files(options.model)
     check_output_folder(output, options.overwrite, inputs)
 
     swin_config = read_config(options.model)

@@ -17,7 +17,7 @@ from focal_hf import FocalBackbone, FocalForImageClassification, freeze
 from focal_hf.compatibility_focal import AutoImageProcessor
 from messages import ConversionError, print_progress, wrap_errors
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
-from saved_models import load_whole_model, read_config
+from saved_models import load_whole_model, local_files, read_config
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSETS = range(18, 24)
@@ -220,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.disable_progress_bar()
     check_options(options)
-    output = options.output.resolve()
-    check_output_folder(output, options.overwrite, inputs=(Path(options.model),))
+    output, inputs = options.output.resolve(), local_files(options.model)
+    check_output_folder(output, options.overwrite, inputs)
 
     print_progress(f"Reading {options.model}")
     config = read_config(options.model)
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if processor is not None:
                 processor.save_pretrained(folder)
         compare(model, file, check_shapes(model, options, size), "int8" if options.int8 else options.dtype)
-        check_output_folder(output, options.overwrite, inputs=(Path(options.model),))
+        check_output_folder(output, options.overwrite, inputs)
         move_into_place(staging, output)
     print_progress(f"Done: {options.output}")
 

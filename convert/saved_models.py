@@ -23,6 +23,12 @@ def read_config(name: str) -> PreTrainedConfig:
         raise _loading_error(name, error) from None
 
 
+def local_files(name: str) -> tuple[Path, ...]:
+    """The config of a model in a folder, or nothing for a model on the Hub: inputs for `check_output_folder`."""
+    config_file = Path(name) / "config.json"
+    return (config_file,) if config_file.exists() else ()
+
+
 def load_whole_model(name: str, model_class: type[PreTrainedModel], expected: str) -> PreTrainedModel:
     """Loads a model with all its weights. They must be in the format of safetensors.
 

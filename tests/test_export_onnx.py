@@ -118,6 +118,12 @@ def test_models_without_an_image_processor(folder):
         export(folder)
 
 
+def test_the_model_is_not_replaced(folder):
+    with pytest.raises(ConversionError, match=r"--output .*focal-tiny holds the input .*config\.json"):
+        export_onnx.main(["--model", str(folder), "--output", str(folder), "--overwrite"])
+    assert (folder / "model.safetensors").exists()
+
+
 def test_a_missing_package(folder, monkeypatch):
     monkeypatch.setattr(export_onnx, "PACKAGES", ("onnxruntime", "surely_not_installed"))
     with pytest.raises(ConversionError, match=r"surely_not_installed cannot be found\. Install them"):
