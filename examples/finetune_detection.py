@@ -153,8 +153,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     smallest = args.smallest_size or round(0.6 * side)
     if smallest > side:
         raise Problem(f"--smallest-size {smallest} is above the {side} pixels of --image-size.")
-    kind = type("BatchedImages", (ObjectImages,), {"step": stride_of(model)})
-    sizes = training_sizes(processor, smallest, kind.step)
+    step = stride_of(model)
+    sizes = training_sizes(processor, smallest, step)
     views = (
         View(processor, config.label2id, sizes, args),
         View(processor, config.label2id, [sides(processor)]),
@@ -164,7 +164,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         functools.partial(range, len(validation_data["labels"])),
         [row_fetcher(data["rows"], data["labels"], args.image_column) for data in (train_data, validation_data)],
         views,
-        kind,
+        functools.partial(ObjectImages, step=step),
     )
     objects = sum(int(clipped_boxes(image)[1].sum()) for image in train_data["labels"])
     settings = result_settings(args, accelerator, images, (train_data, validation_data))

@@ -1,6 +1,7 @@
 """examples/finetune_detection.py: training on plain rectangles, and its parts."""
 
 import json
+import pickle
 import random
 from argparse import Namespace
 from pathlib import Path
@@ -52,10 +53,21 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
+def pickle_data_sets() -> None:
+    """Pickles what a DataLoader sends to its workers where they are not forked: on macOS, and since Python 3.14."""
+    create = torch.utils.data.DataLoader.__init__
+
+    def pickle_and_create(self, dataset: torch.utils.data.Dataset, **options) -> None:
+        pickle.dumps((dataset, options["collate_fn"]))
+        create(self, dataset, **options)
+
+    torch.utils.data.DataLoader.__init__ = pickle_and_create
+
+
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, str]:
     """The output folder of an uninterrupted run, and what the run printed."""
-    said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT).end()
+    said, _ = Run(place, *OPTIONS, "--output", "whole/out", script=SCRIPT, prepare=pickle_data_sets).end()
     return place / "whole" / "out", said
 
 
@@ -207,8 +219,7 @@ def test_boxes_stay_around_their_pixels(width, height, place, size, seed, shorte
         | {"size": torch.tensor([height, width]), "index": number, "broken": None}
         for number in range(2)
     ]
-    images = type("Padded", (ObjectImages,), {"step": 32})(None, None)
-    batch = images.collate(samples)
+    batch = ObjectImages(None, None, step=32).collate(samples)
     rows, columns = batch["pixel_values"].shape[-2:]
     assert rows % 32 == columns % 32 == 0
     for image, mask, labels in zip(batch["pixel_values"], batch["pixel_mask"], batch["labels"], strict=True):
@@ -375,7 +386,7 @@ def test_unreadable_and_turned_pictures(tmp_path):
     image.save(file, exif=exif)
     for size, broken in (((64, 48), False), ((48, 64), False), ((64, 50), True)):
         target = data["labels"][0] | {"size": size}
-        images = ObjectImages(lambda key, target=target: ({"path": str(file), "bytes": None}, target), view)
+        images = ObjectImages(lambda key, target=target: ({"path": str(file), "bytes": None}, target), view, step=1)
         sample = images[Item(0)]
         assert bool(sample["broken"]) == broken
         assert sample["index"] == (-1 if broken else 0)

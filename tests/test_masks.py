@@ -230,7 +230,7 @@ def test_masks_stay_with_their_pixels(width, height, corners, seed, shorter):
         | {"size": torch.tensor([height, width]), "index": number, "broken": None}
         for number in range(2)
     ]
-    batch = type("Padded", (ObjectImages,), {"step": 64})(None, None).collate(samples)
+    batch = ObjectImages(None, None, step=64).collate(samples)
     for image, valid, labels in zip(batch["pixel_values"], batch["pixel_mask"], batch["labels"], strict=True):
         assert labels["masks"].shape[1:] == image.shape[1:] == valid.shape
         assert len(labels["masks"]) == len(labels["class_labels"]) <= 1

@@ -3,6 +3,7 @@
 import argparse
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -107,11 +108,13 @@ def training_sizes(processor: BaseImageProcessor, smallest: int, step: int) -> l
 class ObjectImages(Images):
     """Images with their objects. An unreadable image becomes a black image without objects.
 
-    `fetch` returns an undecoded image and its objects. `view` takes the image, the objects and a
-    `random.Random`.
+    `fetch` returns an undecoded image and its objects. `view` takes the image, the objects and a `random.Random`. The
+    height and width of a batch are multiples of `step`.
     """
 
-    step = 1  # height and width of a batch are multiples of this
+    def __init__(self, fetch: Callable, view: Callable, step: int):
+        super().__init__(fetch, view)
+        self.step = step
 
     def __getitem__(self, item: Item) -> dict:
         cell, target = self.fetch(item.key)

@@ -90,7 +90,7 @@ def make_loaders(
     validation_keys: Callable,
     fetchers: Sequence[Callable],
     views: Sequence[Callable],
-    kind: type[Images] = Images,
+    kind: Callable[..., Images] = Images,
 ) -> tuple[TrainingBatches, Loader, Loader]:
     """The batch sampler of training, the training loader and the validation loader.
 
@@ -98,7 +98,7 @@ def make_loaders(
         keys, images: as in [`TrainingBatches`], for training.
         validation_keys: as in [`EvaluationBatches`], for validation.
         fetchers, views: as in [`Images`], for training and for validation.
-        kind: the class that loads images.
+        kind: given a fetcher and a view, the data set that loads images.
     """
     place = accelerator.num_processes, accelerator.process_index
     train_batches = TrainingBatches(keys, images, args.batch_size, args.accumulate, *place, args.seed)
