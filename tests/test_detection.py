@@ -26,9 +26,10 @@ from transformers import (
 
 from common.dense_evaluation import average_precision, ground_truth
 from common.dense_losses import detection_loss
-from common.dense_models import backbone_of, build_detector, build_segmenter
+from common.dense_models import backbone_of, build_detector, build_segmenter, segmentation_processor
 from common.detection_views import ObjectImages, View, training_sizes
 from common.loading import Item
+from common.models import load_processor
 from common.options import Problem
 from detection_scenes import CLASSIFIER, NAMES, STAGES, detector_config, draw_scenes, official, read, write_scenes
 from example_runs import Run, assert_same, results, run_examples_in_turn, tiny_config
@@ -278,6 +279,25 @@ def test_network_without_stages_is_refused(tmp_path, build):
     args = Namespace(model=str(tmp_path / "bert"), config=None, head="rt_detr", drop_path=None)
     with pytest.raises(Problem, match=r"/bert \(bert\) is no backbone with stages, as Focal and Swin are\.$"):
         build(args, NAMES, print)
+
+
+@pytest.mark.parametrize("content", ['{"size": ', "[]", '{"image_processor_type": "Absent"}'])
+def test_damaged_image_processor_is_no_missing_one(tmp_path, content):
+    """A checkpoint without an image processor gets a default one, and an unusable one is an error."""
+    config = detector_config("rt_detr")
+    RTDetrForObjectDetection(config).save_pretrained(tmp_path)
+    args = Namespace(config=None, model=str(tmp_path), crop=0.875, image_size=None, crop_size=32, reduce_labels=False)
+    loaders = (
+        lambda: load_processor(args, config.backbone_config, print),
+        lambda: build_detector(args, NAMES, print)[1],
+        lambda: segmentation_processor(args, print),
+    )
+    for load in loaders:
+        assert load().do_normalize
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    for load in loaders:
+        with pytest.raises(Problem, match=r"Cannot load the image processor of --model .*: repair its preprocessor_"):
+            load()
 
 
 def test_data_set_with_a_column_of_objects_is_read_as_coco_is(place, tmp_path):

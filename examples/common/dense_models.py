@@ -1,7 +1,6 @@
 """Build models for detection and segmentation, and their image processors."""
 
 import argparse
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from .models import (
     explain_missing_torchvision,
     load_model,
     resize_views,
-    stored_processor,
+    stored_processor_if_any,
 )
 from .options import Problem, first_line
 from .recipe import drop_path_by_size
@@ -197,10 +196,7 @@ def build_detector(
         config.label2id = {name: index for index, name in config.id2label.items()}
         model = build_on_backbone(args, kind_of(config), config, log)
 
-    processor = None
-    if args.model and backbone is None:
-        with contextlib.suppress(OSError):
-            processor = stored_processor(args.model)
+    processor = stored_processor_if_any(args.model) if args.model and backbone is None else None
     if processor is None:  # types without an own processor, such as D-FINE, use that of RT-DETR
         kinds = IMAGE_PROCESSOR_MAPPING.get(type(model.config), {})
         with explain_missing_torchvision():
@@ -291,12 +287,12 @@ def segmentation_processor(args: argparse.Namespace, log: Callable[[str], None])
     """The image processor for whole images, with the mean and standard deviation of the checkpoint or of ImageNet."""
     statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if args.model:
-        try:
-            known = stored_processor(args.model)
+        known = stored_processor_if_any(args.model)
+        if known is None:
+            log(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
+        else:
             names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
             statistics = {name: getattr(known, name) for name in names}
-        except OSError:
-            log(f"{args.model} has no image processor: using the mean and standard deviation of ImageNet.")
     # Segformer's processor does the same, but requires torchvision in transformers 5.18.
     with explain_missing_torchvision():
         processor = BeitImageProcessorPil(

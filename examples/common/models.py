@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import ModelOutput, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, has_file, logging
 
 from focal_hf import FocalForImageClassification
 from focal_hf.compatibility_focal import AutoImageProcessor
@@ -59,7 +59,7 @@ def load_model(
         kind: an Auto class.
         what: the kind of model in words, for error messages.
         head: prefixes of the names of weights that a checkpoint for another task does not have.
-        say: prints a line about other missing or unused weights.
+        log: prints a line about other missing or unused weights.
         adjust: may change the config before the model is built.
     """
     source = args.config or args.model
@@ -112,13 +112,28 @@ def explain_missing_torchvision() -> Iterator[None]:
         ) from error
 
 
+def stored_processor_if_any(name: str) -> BaseImageProcessor | None:
+    """The image processor of a checkpoint, or `None` if it has none. An unusable one raises an error."""
+    try:
+        return stored_processor(name)
+    except Problem:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not has_file(name, IMAGE_PROCESSOR_NAME):
+            return None
+        raise Problem(
+            f"Cannot load the image processor of --model {name} ({first_line(error)}): repair its "
+            f"{IMAGE_PROCESSOR_NAME}, or remove this file to use default values."
+        ) from error
+
+
 def load_processor(args: argparse.Namespace, config: PreTrainedConfig, log: Callable) -> BitImageProcessorPil:
     """The image processor of the checkpoint, or a default one for the config."""
     if args.model:
-        try:
-            return stored_processor(args.model)
-        except OSError:
-            log(f"{args.model} has no image processor: using ImageNet's mean and std, and --crop {args.crop}.")
+        processor = stored_processor_if_any(args.model)
+        if processor is not None:
+            return processor
+        log(f"{args.model} has no image processor: using ImageNet's mean and std, and --crop {args.crop}.")
     return default_processor(config, args.crop)
 
 
