@@ -22,6 +22,7 @@ from common.loading import IGNORED, Loader, TrainingBatches, row_fetcher, shuffl
 from common.models import add_adapters, apply_speed_options, build_model, freeze, input_size, stages_of
 from common.options import (
     Problem,
+    between,
     data_options,
     fraction,
     model_options,
@@ -150,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument(
         "--erasing",
-        type=not_negative,
+        type=between(float, 0, 1),
         metavar="P",
         help=f"erase a random rectangle with probability P {defaults_of('erasing')}",
     )
@@ -174,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_options(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Raise an error for contradictory options, before any data is read."""
-    for name, limit in (("rand_augment", 10), ("label_smoothing", 1), ("drop_path", 1), ("erasing", 1.0001)):
+    for name, limit in (("rand_augment", 10), ("label_smoothing", 1), ("drop_path", 1)):
         value = getattr(args, name)
         if value is not None and value >= limit:
             raise Problem(f"--{name.replace('_', '-')} {value:g} is too large: it must be below {limit:g}.")

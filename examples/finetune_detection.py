@@ -104,8 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     result_options(parser)
 
     group = parser.add_argument_group("training")
-    training_options(group, default_help)
-    group.set_defaults(batch_size=8)
+    training_options(group, default_help, batch_size=8)
     group.add_argument(
         "--backbone-rate",
         type=fraction,

@@ -28,6 +28,7 @@ from common.options import (
     Problem,
     data_options,
     flip_option,
+    image_size_option,
     model_options,
     positive,
     result_options,
@@ -153,12 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("images in evaluation")
-    group.add_argument(
-        "--image-size",
-        type=positive(int),
-        metavar="N",
-        help="shorter side of the model's input in pixels (default: --crop-size, or that of a finished model)",
-    )
+    image_size_option(group, "--crop-size, or that of a finished model")
     group.add_argument(
         "--window", type=positive(int), metavar="N", help="side of sliding windows in pixels (default: whole images)"
     )

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-from common.options import positive
+from common.options import seed_option
 
 CONTENTS = """\
 what FOLDER then holds, the same for equal options:
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "strokes alone are pasted, in any colour",
     )
     parser.add_argument("--size", type=int, default=128, metavar="N", help="side of a scene (default: 128 pixels)")
-    parser.add_argument("--seed", type=positive(int, or_zero=True), default=0, metavar="N", help="default: 0")
+    seed_option(parser)
     return parser.parse_args()
 
 

@@ -13,6 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from transformers.utils import logging
 
+# A square with longer sides has more pixels than any picture that the scripts read (`MOST_PIXELS` in pictures.py).
+LONGEST_SIDE = 10_000
+
 
 class Problem(Exception):
     """An error that only the user can fix. It is shown as one line, without a traceback."""
@@ -28,6 +31,19 @@ def positive(kind: type, or_zero: bool = False) -> Callable[[str], int | float]:
         return value
 
     parse.__name__ = kind.__name__  # argparse shows this name in "invalid int value"
+    return parse
+
+
+def between(kind: type, lowest: float, highest: float) -> Callable[[str], int | float]:
+    """An argparse type: an int or a float from `lowest` to `highest`."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is not from {lowest} to {highest}")
+        return value
+
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -136,12 +152,12 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def image_size_option(group: argparse._ArgumentGroup) -> None:
+def image_size_option(group: argparse._ArgumentGroup, default: str = "the image processor's size") -> None:
     group.add_argument(
         "--image-size",
-        type=positive(int),
+        type=between(int, 1, LONGEST_SIDE),
         metavar="N",
-        help="shorter side of the model's input, in pixels (default: the image processor's size)",
+        help=f"shorter side of the model's input, in pixels (default: {default})",
     )
 
 
@@ -195,7 +211,11 @@ def training_options(group: argparse._ArgumentGroup, default_help: Callable[[str
     group.add_argument(
         "--clip", type=positive(float), metavar="NORM", help=f"largest gradient norm {default_help('clip')}"
     )
-    group.add_argument("--seed", type=positive(int, or_zero=True), default=0, metavar="N", help="default: 0")
+    seed_option(group)
+
+
+def seed_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0, metavar="N", help="default: 0")
 
 
 def view_options(group: argparse._ArgumentGroup, default_help: Callable[[str], str]) -> None:
