@@ -1,11 +1,14 @@
 """A frozen model gives the outputs of its model, for images of one size."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from focal_hf import FocalBackbone, FocalForImageClassification, freeze
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalModel, freeze
 from focal_hf.modeling_focal import FocalPooling
+from hub_server import serve
 from small_models import BOTH, TORCH_2_7, pixels, randomized, tiny
 
 
@@ -69,12 +72,31 @@ def test_other_models_are_refused():
         freeze(freeze(FocalBackbone(tiny()), (64, 48)), (64, 48))
 
 
+    with pytest.raises(ValueError, match=r"nor offloaded; embeddings\S+ is on the meta device\. Load it .* on one device"):
+        freeze(FocalModel(tiny()).to("meta"), (64, 48))
+
+
 def test_frozen_models_are_not_saved(tmp_path):
     """They lack the weights from which the biases were computed."""
     frozen = freeze(FocalForImageClassification(tiny()), (64, 48))
+    with serve(tmp_path / "hub", "me/focal"), pytest.raises(ValueError, match="A frozen model cannot be saved"):
+        frozen.push_to_hub("me/focal")
     with pytest.raises(ValueError, match="A frozen model cannot be saved"):
         frozen.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_frozen_models_load_no_weights(attention_type):
+    """Not even those of another frozen model, which would fit: the constant biases would be those of the old weights."""
+    model, images = randomized(FocalBackbone(tiny(attention_type))), pixels(1, 3, 64, 48)
+    other = freeze(FocalBackbone(tiny(attention_type)), (64, 48))
+    frozen = copy.deepcopy(freeze(model, (64, 48)))
+    for whole, part in ((frozen, other), (frozen.focal, other.focal), (nn.Sequential(frozen), nn.Sequential(other))):
+        with pytest.raises(ValueError, match=r"A frozen model cannot load weights\. Load them into the model that was"):
+            whole.load_state_dict(part.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images).to_tuple(), model(images).to_tuple(), rtol=1e-5, atol=1e-5)
 
 
 class Doubled(nn.Module):

@@ -143,7 +143,7 @@ def test_int8_weights_by_torchao(attention_type, tmp_path):
     images = pixels(2, 3, 40, 52)
     found, expected = logits(quantized, images), logits(model, images)
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
-    with pytest.raises(ValueError, match=r"neither quantized nor sharded; \S*weight is Int8Tensor"):
+    with pytest.raises(ValueError, match=r"neither quantized, sharded nor offloaded; \S*weight is Int8Tensor"):
         freeze(quantized, (40, 52))
     quantized.save_pretrained(tmp_path / "quantized")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "quantized")

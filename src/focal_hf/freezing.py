@@ -95,8 +95,13 @@ def check_map(patches: tuple[int, int], encoder: nn.Module, inputs: tuple) -> No
 
 
 def refuse_to_save(*arguments: object, **options: object) -> None:
-    """`save_pretrained` of a frozen model."""
+    """`save_pretrained` and `push_to_hub` of a frozen model."""
     raise ValueError("A frozen model cannot be saved as a model. Save the model that was frozen, or export this one.")
+
+
+def refuse_to_load(*arguments: object) -> None:
+    """A hook before `load_state_dict` of a frozen model, whose constant biases would stay those of the old weights."""
+    raise ValueError("A frozen model cannot load weights. Load them into the model that was frozen, and freeze it again.")
 
 
 @torch.no_grad()
@@ -113,14 +118,15 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
             Height and width in pixels. Other images raise a ValueError.
 
     Raises:
-        ValueError: if the model has no Focal Transformer or is frozen already, if its weights are quantized or sharded,
-            or if it cannot run images of this size.
+        ValueError: if the model has no Focal Transformer or is frozen already, if its weights are quantized, sharded or
+            offloaded, or if it cannot run images of this size.
     """
     for name, parameter in model.named_parameters():
-        if type(parameter.data) is not torch.Tensor:
+        if parameter.is_meta or type(parameter.data) is not torch.Tensor:
+            kind = "on the meta device" if parameter.is_meta else type(parameter.data).__name__
             raise ValueError(
-                "model must have weights that are neither quantized nor sharded; "
-                f"{name} is {type(parameter.data).__name__}. Load it without quantization_config and on one device."
+                f"model must have weights that are neither quantized, sharded nor offloaded; {name} is {kind}. Load it "
+                "without quantization_config and on one device."
             )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     encoders = [module for module in frozen.modules() if isinstance(module, FocalEncoder)]
@@ -146,8 +152,9 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
             if downsample.projection.kernel_size == downsample.projection.stride:
                 downsample.add_module("projection", FrozenProjection(downsample.projection))
     for module in frozen.modules():
+        module.register_load_state_dict_pre_hook(refuse_to_load)
         if isinstance(module, PreTrainedModel):
-            module.save_pretrained = refuse_to_save  # type: ignore[method-assign]
+            module.save_pretrained = module.push_to_hub = refuse_to_save  # type: ignore[method-assign]
     return frozen
 
 
