@@ -101,7 +101,7 @@ def refuse_to_save(*arguments: object, **options: object) -> None:
 
 def refuse_to_load(*arguments: object) -> None:
     """A hook before `load_state_dict` of a frozen model, whose constant biases would stay those of the old weights."""
-    raise ValueError("A frozen model cannot load weights. Load them into the model that was frozen, and freeze it again.")
+    raise ValueError("A frozen model cannot load weights. Load them into the model that was frozen, and freeze that.")
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
     for module in frozen.modules():
         module.register_load_state_dict_pre_hook(refuse_to_load)
         if isinstance(module, PreTrainedModel):
-            module.save_pretrained = module.push_to_hub = refuse_to_save  # type: ignore[method-assign]
+            module.save_pretrained = module.push_to_hub = refuse_to_save  # type: ignore[assignment, method-assign]
     return frozen
 
 
