@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from focal_hf import FocalBackbone, FocalForImageClassification, FocalModel, freeze
@@ -119,3 +120,12 @@ def test_layers_in_the_place_of_pooling_layers_are_called(pool):
     with torch.no_grad():
         exported = torch.export.export(model, (), {"pixel_values": images}).module()
         torch.testing.assert_close(exported(pixel_values=images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_patch_merging_are_called():
+    model = randomized(FocalForImageClassification(tiny()))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["projection"], init_lora_weights=False)).eval()
+    images = pixels(2, 3, 40, 36)
+    with torch.no_grad():
+        expected, found = adapted(images).logits, freeze(adapted, (40, 36))(images).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -149,8 +149,10 @@ def freeze(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
             for attention in [module for module in stage.modules() if isinstance(module, FocalAttention)]:
                 attention.add_module("neighborhood", FrozenNeighborhood(attention, *size))
         for downsample in [module for module in encoder.modules() if isinstance(module, FocalDownsample)]:
-            if downsample.projection.kernel_size == downsample.projection.stride:
-                downsample.add_module("projection", FrozenProjection(downsample.projection))
+            projection = downsample.projection
+            # An adapter in the place of the convolution is called as it is.
+            if type(projection) is nn.Conv2d and projection.kernel_size == projection.stride:
+                downsample.add_module("projection", FrozenProjection(projection))
     for module in frozen.modules():
         module.register_load_state_dict_pre_hook(refuse_to_load)
         if isinstance(module, PreTrainedModel):
