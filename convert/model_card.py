@@ -1,10 +1,12 @@
 """Writes the model card of a converted checkpoint: usage, published accuracies, licence and origin."""
 
+import re
 from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from focal_hf import FocalConfig, FocalPreTrainedModel
+from settings_files import parse_yaml
 
 ORIGINAL = "https://github.com/microsoft/Focal-Transformer"
 PADDLEVIT = "https://github.com/BR-IDL/PaddleViT"
@@ -245,9 +247,7 @@ def swin_model_card(
         source_card: Text of the Swin's card, if it has one.
         new_share: Share of the attention of new keys, if the model has grown.
     """
-    # A card with invalid metadata keeps its text.
-    swin = ModelCard(source_card or "", ignore_metadata_errors=True)
-    metadata = {key: value for key, value in swin.data.to_dict().items() if key in _KEPT_METADATA}
+    metadata, source_text = _split_card(source_card or "")
     on_hub = source["source"] != "local folder"
     data = ModelCardData(
         **metadata,
@@ -270,7 +270,7 @@ def swin_model_card(
             else "It states no licence. Whoever trained the weights decides on their licence."
         ),
         f"## Citation\n\n```bibtex\n{SWIN_CITATION}\n\n{CITATION}\n```",
-        f"## The card of the Swin\n\n{swin.text.strip()}" if swin.text.strip() else "",
+        f"## The card of the Swin\n\n{source_text}" if source_text else "",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
@@ -279,6 +279,23 @@ _PIPELINES = {
     "FocalForImageClassification": "image-classification",
     "FocalForMaskedImageModeling": "image-feature-extraction",
 }
+
+
+def _split_card(card: str) -> tuple[dict[str, str | list[str]], str]:
+    """Returns the metadata to keep and the text of a card. Invalid metadata is dropped: anyone can have written it."""
+    match = re.match(r"\s*---\n(.*?)\n---\s*(?:\n|$)", card, re.DOTALL)
+    if not match:
+        return {}, card.strip()
+    try:
+        metadata = parse_yaml(match[1])
+    except Exception:
+        metadata = None
+    kept = {}
+    for key in _KEPT_METADATA:
+        value = metadata.get(key) if isinstance(metadata, dict) else None
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            kept[key] = value
+    return kept, card[match.end() :].strip()
 
 
 def _swin_summary(config: FocalConfig, new_share: float | None) -> str:

@@ -28,6 +28,16 @@ def read_settings(config: str) -> dict:
     return _read_yaml(path.resolve(), (), {})
 
 
+def parse_yaml(text: str) -> object:
+    """Returns the value of a YAML text of builtin types.
+
+    Raises:
+        ConversionError: if it uses an alias.
+        Exception: of almost any type, if it is not YAML. Invalid dates and numbers raise their own.
+    """
+    return yaml.load(text, _NoAliasLoader)
+
+
 class _NoAliasLoader(yaml.SafeLoader):
     """Refuses aliases: with them, a small file can hold a value of any size."""
 
@@ -60,10 +70,10 @@ def _read_yaml(path: Path, parents: tuple[Path, ...], cache: dict[Path, dict]) -
             f"{path} has {path.stat().st_size:,} bytes; a settings file may have at most {MAX_FILE_SIZE:,}."
         )
     try:
-        settings = yaml.load(path.read_text(), _NoAliasLoader) or {}
+        settings = parse_yaml(path.read_text()) or {}
     except OSError:
         raise
-    except Exception as error:  # invalid YAML, dates and numbers raise exceptions of almost any type
+    except Exception as error:
         reason = str(error) or type(error).__name__
         raise ConversionError(f"{path} cannot be read as YAML: {reason}") from None
     if not isinstance(settings, dict):

@@ -17,7 +17,9 @@ import torch
 
 import messages
 from checkpoint_files import read_checkpoint
+from focal_hf import FocalConfig, FocalForImageClassification
 from messages import ConversionError, printable_line
+from model_card import swin_model_card
 from original import config_from_settings, from_original
 from settings_files import read_settings
 
@@ -26,6 +28,16 @@ def assert_short_message(error: ConversionError) -> None:
     line = printable_line(str(error))
     assert line.isprintable()
     assert len(line) < messages.MAX_MESSAGE_LENGTH + 10
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """Limits the memory of the process to 256 MiB more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -125,6 +137,30 @@ def test_huge_model_is_compared_on_the_meta_device():
         from_original({"patch_embed.proj.weight": torch.zeros(1)}, config)
 
 
+# --- Model cards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        NESTED_ALIASES.replace("MODEL", "license"),
+        NESTED_MERGES,
+        "license: mit\n" + "[" * 5000,
+        "license: 2021-99-99",
+        "license: {a: b}\ndatasets: [1]",
+        "- license",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_invalid_metadata_of_a_card_is_dropped(bounded_memory, metadata):
+    source = {"source": "me/swin", "revision": None}
+    card = f"---\n{metadata}\n---\n\n# A Swin\n"
+    written = swin_model_card("focal", FocalForImageClassification, FocalConfig(), source, card, None)
+    assert (written.data.license, written.data.datasets) == (None, None)
+    assert "states no licence" in written.text
+    assert written.text.endswith("## The card of the Swin\n\n# A Swin\n")
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -178,16 +214,6 @@ def write_legacy(path: Path, state: dict | bytes, records: dict[str, bytes]) -> 
     parts += [state if isinstance(state, bytes) else pickle_bytes(state, legacy=True), pickle_bytes(list(records))]
     parts += [(len(record) // 4).to_bytes(8, "little") + record for record in records.values()]
     path.write_bytes(b"".join(parts))
-
-
-@pytest.fixture
-def bounded_memory() -> Iterator[None]:
-    """Limits the memory of the process to 256 MiB more than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def assert_refused(path: Path, message: str) -> None:
