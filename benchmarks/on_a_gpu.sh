@@ -85,7 +85,7 @@ for part in "${parts[@]}"; do
             step test_export 120 "${tests[@]}" --device "$device" tests/test_export.py "${selection[@]}"
             ;;
         benchmarks)
-            step bfloat16 220 "${time_models[@]}" --dtype bfloat16 --attention focal topk --peer sdpa swin focalnet \
+            step bfloat16 220 "${time_models[@]}" --dtype bfloat16 --attention focal topk --peer sdpa frozen swin focalnet \
                 --output "$results/bfloat16"
             step kernels 60 "$PYTHON" benchmarks/triton_attention.py "${launches[@]}"
             step bfloat16_compiled 240 "${time_models[@]}" --dtype bfloat16 --peer sdpa swin --compile \

@@ -4,8 +4,9 @@ Models. All models of a row have random weights and share the images and the dty
 pixels, like the published models, whatever the size of the images in the row. Only the authors' code is built for the
 size in the row, because it runs at no other. Each peer uses sdpa or eager attention, whichever is faster here
 uncompiled. Focal uses its default attention or, on a GPU with Triton installed, attn_implementation="triton". The peer
-"sdpa" is Focal with PyTorch's attention. The peer "swin-as-focal" is the Swin of the row, with the same weights, as
-convert_swin_to_focal.py converts it: this package computes it.
+"sdpa" is Focal with PyTorch's attention. The peer "frozen" is Focal after focal_hf.freeze, in rows of inference. The
+peer "swin-as-focal" is the Swin of the row, with the same weights, converted by convert_swin_to_focal.py: this package
+computes it.
 
 Time. Each row runs in its own process. After a warm-up the models take turns, one step each, until the time of the row
 (--seconds) is over and each model has made three steps. The output has the median and the quartiles. A step of
@@ -58,7 +59,7 @@ from transformers import (
 )
 from transformers.utils import is_triton_available
 
-from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, freeze
 from focal_hf.modeling_focal import FocalDropPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "convert"))
@@ -87,13 +88,13 @@ examples:
     python benchmarks/throughput.py --original Focal-Transformer --peer
 """
 
-OURS, SDPA, ORIGINAL, CONVERTED = "focal_hf", "sdpa", "original", "swin-as-focal"
+OURS, SDPA, FROZEN, ORIGINAL, CONVERTED = "focal_hf", "sdpa", "frozen", "original", "swin-as-focal"
 PEERS = {
     "swin": (SwinConfig, SwinForImageClassification, SwinBackbone),
     "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
 }
 LABELS = {OURS: "Focal", SDPA: "sdpa Focal", "swin": "Swin", "focalnet": "FocalNet", ORIGINAL: "original Focal"}
-LABELS[CONVERTED] = "converted Swin"
+LABELS |= {FROZEN: "frozen Focal", CONVERTED: "converted Swin"}
 MODEL_SIZES = {  # the published sizes, the same for all models compared here
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
@@ -167,7 +168,7 @@ def log(text: str) -> None:
 
 
 def title(name: str, work: Workload) -> str:
-    kind = " topk" if name in (OURS, SDPA, ORIGINAL) and work.attention == "topk" else ""
+    kind = " topk" if name in (OURS, SDPA, FROZEN, ORIGINAL) and work.attention == "topk" else ""
     return f"{LABELS[name]}-{work.size.capitalize()}{kind}{' backbone' * work.backbone}"
 
 
@@ -216,7 +217,7 @@ def build(name: str, work: Workload, checkout: str | None) -> torch.nn.Module:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
             return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
-    if name in (OURS, SDPA):
+    if name in (OURS, SDPA, FROZEN):
         classes = FocalConfig, FocalForImageClassification, FocalBackbone
         settings = settings | {"attention_type": work.attention, "use_conv_embed": overlapping}
     else:
@@ -241,10 +242,12 @@ class Contender:
         self.pixels = torch.randn(work.batch_size, 3, *work.sides).to(device, dtype)
         self.labels = torch.randint(1000, (work.batch_size,)).to(device)
         self.module = build(name, work, setting.original).to(device, dtype).train(work.task == "training")
-        if name == OURS and self.pixels.is_cuda and is_triton_available():  # opt-in, so not the default
+        if name in (OURS, FROZEN) and self.pixels.is_cuda and is_triton_available():  # opt-in, so not the default
             attn_implementation = "triton"
         if attn_implementation := attn_implementation or (SDPA if name == SDPA else None):
             self.module.set_attn_implementation(attn_implementation)
+        if name == FROZEN:
+            self.module = freeze(self.module, work.sides)
         self.forward = torch.compile(self.module) if setting.compile else self.module
 
     def step(self, forward: Callable | None = None) -> float:
@@ -553,7 +556,7 @@ def draw(file: Path, lines: list[dict], machine: str) -> None:
 
     figure, axes = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
     colours = {OURS: "#2456c8", SDPA: "#7fa3f0", "swin": "#d1372c", "focalnet": "#2a8f5b", ORIGINAL: "#8a93a6"}
-    colours[CONVERTED] = "#e79a5b"
+    colours |= {FROZEN: "#5b3fa8", CONVERTED: "#e79a5b"}
     for (label, model, size, task), points in sorted(curves.items(), key=lambda curve: -max(curve[1].values())):
         axes.plot(
             *zip(*sorted(points.items()), strict=True),
@@ -623,13 +626,13 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--growth", action="store_true", help=f"both attention types at {sides}; adds columns per pixel")
 
     group = parser.add_argument_group("other models")
-    peers = {"choices": [*PEERS, CONVERTED, SDPA], "default": ["swin", CONVERTED, "focalnet"]}
+    peers = {"choices": [*PEERS, CONVERTED, SDPA, FROZEN], "default": ["swin", CONVERTED, "focalnet"]}
     group.add_argument(
         "--peer",
         nargs="*",
         **peers,
         help="default: swin swin-as-focal focalnet; swin-as-focal: the same Swin, converted to Focal; sdpa: Focal with "
-        "PyTorch's attention",
+        "PyTorch's attention; frozen: Focal after focal_hf.freeze, in rows of inference",
     )
     group.add_argument("--original", metavar="PATH", help="checkout of microsoft/Focal-Transformer; its code is run")
 
@@ -734,14 +737,17 @@ def main() -> None:
     names = [OURS, *dict.fromkeys(arguments.peer), *([ORIGINAL] if setting.original else [])]
     workloads = list_workloads(arguments)
     rate = matmul_rate(setting) if arguments.profile else None
-    lines = []
+    lines, missing = [], 0
     for count, work in enumerate(workloads, start=1):
+        in_row = [name for name in names if name != FROZEN or work.task == "inference"]
+        missing += len(in_row)
         row = f"{title(OURS, work)}, {work.task}, {work.image_size} px, batch {work.batch_size}"
         log(f"[{count}/{len(workloads)}] {row}")
         # Memory that the allocator keeps from other rows changes a model's time by up to a fifth.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             try:
-                lines += process.submit(measure, names, work, setting, arguments.seconds, rate).result()
+                found = process.submit(measure, in_row, work, setting, arguments.seconds, rate).result()
+                lines, missing = lines + found, missing - len(found)
             except BrokenProcessPool:
                 log("    The process of this row was killed, perhaps by the system for lack of memory.")
         if lines:
@@ -753,8 +759,8 @@ def main() -> None:
         if can_draw:
             draw(arguments.output / "throughput.png", lines, machine)
         log(f"Wrote results.csv{' and throughput.png' * can_draw} in {arguments.output}.")
-    if (missing := len(workloads) * len(names) - len(lines)) > 0:
-        sys.exit(f"error: {missing} of {len(workloads) * len(names)} measurements failed; the reasons are above.")
+    if missing:
+        sys.exit(f"error: {missing} of {len(lines) + missing} measurements failed; the reasons are above.")
 
 
 if __name__ == "__main__":

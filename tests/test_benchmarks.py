@@ -181,6 +181,15 @@ def test_backbones_see_the_images_of_detectors(tmp_path, monkeypatch):
     assert lines[-1]["peak_mib"] > 100  # the gradients of 27.5 million parameters
 
 
+def test_a_frozen_model_is_timed(monkeypatch):
+    monkeypatch.setattr(throughput, "peak_memory", lambda contender: None)
+    work = throughput.Workload("tiny", "topk", "inference", 32, 1)
+    names = [throughput.OURS, throughput.FROZEN]
+    lines = throughput.measure(names, work, throughput.Setting("cpu", "float32", False, 1, None), 0.01, None)
+    assert [line["model"] for line in lines] == names
+    assert "frozen Focal-Tiny topk" in throughput.speed_table(lines, per_pixel=False)
+
+
 def test_stubs_are_removed_after_the_import(checkout):
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("timm", "torchvision")}
     model = throughput.original_class(str(checkout), "topk")(32, 96, (1,), (1,), (1,), "fc", True, 128)
