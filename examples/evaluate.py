@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> tuple[np.ndar
         the names of the classes.
     """
     if args.report:
-        check_new("--report", args.report)
+        check_new("--report", args.report, args.data)
     with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, processor = load_trained(args.model, AutoModelForImageClassification)
         data = load_split(args.data, args.split, ("validation", "val", "test"), args.streaming, drop_labels=False)

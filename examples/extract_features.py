@@ -210,7 +210,7 @@ def write_shard(file: Path, rows: dict[str, list], schema: pa.Schema) -> None:
 
 @torch.no_grad()
 def extract(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    check_place("--output", args.output)
+    check_place("--output", args.output, args.data)
     with accelerator.local_main_process_first():  # the other processes use its downloads and caches
         model, processor = load_model(args)
         data = load_split(args.data, args.split, streaming=args.streaming, drop_labels=None)

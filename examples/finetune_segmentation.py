@@ -304,7 +304,7 @@ def describe(measured: dict) -> str:
 
 def measure_finished(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Evaluate a finished model, for --evaluate-only."""
-    check_new("--output", args.output)
+    check_new("--output", args.output, args.data)
     model, processor = load_trained(args.model, AutoModelForSemanticSegmentation)
     splits, names = read_pairs(args)
     if args.validation_split not in splits:

@@ -12,7 +12,7 @@ from example_runs import contents
 
 
 def arguments(folder: Path, **given) -> Namespace:
-    return Namespace(**{"output": folder, "overwrite": False, "resume": False} | given)
+    return Namespace(**{"output": folder, "data": "/nowhere", "overwrite": False, "resume": False} | given)
 
 
 REPLACEABLE = {
@@ -85,3 +85,13 @@ def test_links_in_an_output_folder_are_kept(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     with pytest.raises(Problem, match="is a link to a folder that does not exist"):
         check_output(arguments(tmp_path / "dangling"))
+
+
+@pytest.mark.parametrize("output", ["pictures", "pictures/cat/out", "link/out"])
+def test_output_is_outside_of_the_data(tmp_path, output):
+    """Curves, for instance, would be pictures of one more class."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "link").symlink_to("pictures")
+    with pytest.raises(Problem, match=r"is in --data .*: the next run would read its files as data"):
+        check_output(arguments(tmp_path / output, data=str(tmp_path / "pictures")))
+    check_output(arguments(tmp_path / "pictures_out", data=str(tmp_path / "pictures")))

@@ -33,8 +33,12 @@ KNOWN_FOLDERS = re.compile(
 )
 
 
-def check_place(option: str, folder: Path) -> None:
-    """Raise an error if files cannot be written to the folder."""
+def check_place(option: str, folder: Path, data: str) -> None:
+    """Raise an error if files cannot be written to the folder, or if the next run would read them as data."""
+    if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise Problem(
+            f"{option} {folder} is in --data {data}: the next run would read its files as data. Name a folder outside."
+        )
     if folder.is_symlink() and not folder.exists():
         raise Problem(f"{option} {folder} is a link to a folder that does not exist: name another folder.")
     if folder.exists() and not folder.is_dir():
@@ -49,9 +53,9 @@ def check_place(option: str, folder: Path) -> None:
         ) from error
 
 
-def check_new(option: str, folder: Path) -> None:
-    """Raise an error unless the folder is new or empty."""
-    check_place(option, folder)
+def check_new(option: str, folder: Path, data: str) -> None:
+    """Raise an error unless the folder is new or empty, and outside of the data."""
+    check_place(option, folder, data)
     if folder.is_dir() and any(folder.iterdir()):
         raise Problem(f"{option} {folder} exists and is not an empty folder: name another one.")
 
@@ -59,7 +63,7 @@ def check_new(option: str, folder: Path) -> None:
 def check_output(args: argparse.Namespace) -> None:
     """Raise an error if the run would overwrite the output folder by mistake."""
     folder = args.output
-    check_place("--output", folder)
+    check_place("--output", folder, args.data)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if args.resume and (is_complete(folder) or states_in(folder)):
