@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
 from download import (
@@ -252,7 +251,6 @@ def convert(options: argparse.Namespace) -> None:
 
     The examples of the model card load the model from `options.push_to_hub` or, if it is None, from the folder.
     """
-    logging.disable_progress_bar()
     output, dtype = options.output.resolve(), DTYPES[options.dtype]
     path = options.checkpoint or cached_checkpoint(options.config, options.cache_dir)
     inputs = (path, Path(options.config))

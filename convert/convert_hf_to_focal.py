@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers.utils import logging
 
 from checkpoint_files import read_checkpoint
-from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, FocalPreTrainedModel
+from focal_hf import FocalBackbone, FocalConfig, FocalPreTrainedModel
 from messages import ConversionError, print_progress, wrap_errors
 from original import (
     config_from_settings,
@@ -23,7 +22,7 @@ from original import (
     why_original_cannot_run,
 )
 from output_files import check_output_files, move_into_place, run_script, staging_folder
-from saved_models import load_whole_model, read_config
+from saved_models import load_focal
 from settings_files import read_settings
 
 EPILOG = """\
@@ -52,13 +51,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_model(name: str) -> FocalPreTrainedModel:
-    """Loads the classifier or backbone. Every weight must be in its files."""
-    config = read_config(name)
-    if config.model_type != "focal":
-        raise ConversionError(f"--model {name} is a {config.model_type} model. Give a Focal Transformer.")
-    is_backbone = config.architectures == [FocalBackbone.__name__]
-    model_class = FocalBackbone if is_backbone else FocalForImageClassification
-    model = load_whole_model(name, model_class, "an image classifier or a backbone")
+    """Loads the classifier or backbone, and checks that the original can compute its outputs."""
+    model = load_focal(name)
+    is_backbone = isinstance(model, FocalBackbone)
     if is_backbone and "stem" in model.out_features:
         raise ConversionError(
             f"--model {name} returns the map of the stem, for which the original has no norm. Load it with other "
@@ -91,7 +86,6 @@ def check_original_computes_the_same(name: str, config: FocalConfig, is_backbone
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.disable_progress_bar()
     checkpoint = options.output.resolve()
     if checkpoint.suffix != ".pth":
         raise ConversionError(
@@ -102,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print_progress(f"Reading {options.model}")
     model = load_model(options.model)
-    weights = model.state_dict()
+    weights, original_settings = model.state_dict(), settings_from_config(model.config, checkpoint.stem)
 
     with staging_folder(checkpoint, settings) as staging:
         print_progress(f"Writing {options.output} and {settings.name}")
         new_checkpoint, new_settings = staging / checkpoint.name, staging / settings.name
-        original_settings = settings_from_config(model.config, checkpoint.stem)
-        with wrap_errors(f"Writing {options.output}"):
+        # What torch.save raises for a full disk does not say so.
+        with wrap_errors(f"Writing {options.output}", "Check the free space of the disk."):
             torch.save({"model": to_original(weights, model.config)}, new_checkpoint)
             new_settings.write_text(yaml.safe_dump(original_settings, sort_keys=False))
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.utils import logging as hub_logging
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from convert_focal_to_hf import relative_difference
@@ -21,7 +20,7 @@ from download import check_sha256
 from focal_hf import FocalBackbone, FocalConfig, FocalForMaskedImageModeling, FocalPreTrainedModel, add_focal_levels
 from focal_hf.compatibility_focal import AutoImageProcessor
 from focal_hf.growing_focal import NEW_SHARE
-from messages import ConversionError, print_progress, printable_line, wrap_errors
+from messages import ConversionError, print_progress, printable_line, short_repr, wrap_errors
 from model_card import swin_model_card
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
 from saved_models import load_whole_model, local_files, read_config
@@ -111,13 +110,13 @@ def focal_class(name: str, config: PreTrainedConfig) -> type[FocalPreTrainedMode
         raise ConversionError(
             f"--model {name} is a {config.model_type} model.{reason} Give a Swin Transformer of model_type swin."
         )
-    (architecture,) = config.architectures if len(config.architectures or ()) == 1 else (None,)
-    if architecture not in MODEL_CLASSES:
-        raise ConversionError(
-            f"--model {name} is of class {', '.join(config.architectures or ['unknown'])}; expected one of "
-            f"{', '.join(MODEL_CLASSES)}."
-        )
-    return MODEL_CLASSES[architecture]
+    for architecture, model_class in MODEL_CLASSES.items():
+        if config.architectures == [architecture]:
+            return model_class
+    raise ConversionError(
+        f"--model {name} has architectures = {short_repr(config.architectures)} in its config.json; expected one of "
+        f"{', '.join(MODEL_CLASSES)}."
+    )
 
 
 def check_levels(config: FocalConfig, settings: dict) -> None:
@@ -201,10 +200,6 @@ def describe_source(name: str) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    # Every problem is one line of this script.
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
     output, inputs = options.output.resolve(), local_files(options.model)
     check_output_folder(output, options.overwrite, inputs)
 

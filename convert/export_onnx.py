@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
-from focal_hf import FocalBackbone, FocalForImageClassification, freeze
+from focal_hf import FocalBackbone, freeze
 from focal_hf.compatibility_focal import AutoImageProcessor
 from messages import ConversionError, print_progress, wrap_errors
 from output_files import check_output_folder, move_into_place, run_script, staging_folder
-from saved_models import load_whole_model, local_files, read_config
+from saved_models import load_focal, local_files
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSETS = range(18, 24)
@@ -218,24 +217,18 @@ def compare(model: nn.Module, file: Path, shapes: list[tuple[int, ...]], precisi
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.disable_progress_bar()
     check_options(options)
     output, inputs = options.output.resolve(), local_files(options.model)
     check_output_folder(output, options.overwrite, inputs)
 
     print_progress(f"Reading {options.model}")
-    config = read_config(options.model)
-    if config.model_type != "focal":
-        raise ConversionError(f"--model {options.model} is a {config.model_type} model. Give a Focal Transformer.")
-    is_backbone = config.architectures == [FocalBackbone.__name__]
-    model_class = FocalBackbone if is_backbone else FocalForImageClassification
-    model = load_whole_model(options.model, model_class, "an image classifier or a backbone").float().eval()
+    model = load_focal(options.model).float().eval()
     size = model.config.image_sides if options.size == () else options.size
     check_size(size, model, options.model)
     try:
         processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     except Exception:  # transformers raises exceptions of almost any type
-        if not is_backbone:  # a detector or segmenter prepares the images of its backbone
+        if not isinstance(model, FocalBackbone):  # a detector or segmenter prepares the images of its backbone
             raise ConversionError(
                 f"--model {options.model} has no image processor that can be loaded (preprocessor_config.json), so "
                 "users of the graph could not prepare images. Save one in the model's folder with "

@@ -129,15 +129,7 @@ def config_from_settings(settings: Mapping, image_size: int | list[int] | None =
         raise ConversionError(f"The settings do not describe a model: {error.__cause__ or error}") from error
     config.drop_remainder = has_remainder(config)
     config.encoder_stride = _total_stride(config)
-    if sum(config.depths) > _MAX_BLOCKS:
-        raise ConversionError(
-            f"MODEL.FOCAL.DEPTHS must have at most {_MAX_BLOCKS} blocks in total; got {short_repr(config.depths)}."
-        )
-    if (numel := _largest_tensor(config)) > _MAX_TENSOR:
-        raise ConversionError(
-            f"A model of these settings needs tensors of {numel:,} elements for one image; at most {_MAX_TENSOR:,} are "
-            "allowed. Give a smaller --image-size: the converted model takes images of any size."
-        )
+    check_bounds(config)
     return config
 
 
@@ -168,6 +160,24 @@ def _check_type(name: str, value, example) -> None:
         raise ConversionError(f"{name} must be {expected}, such as {example}; got {short_repr(value)}.")
 
 
+def check_bounds(config: FocalConfig) -> None:
+    """Checks bounds on memory and time, so that a config from a hostile file can exhaust neither.
+
+    Raises:
+        ConversionError: if the model has too many blocks, or needs too large tensors for one image.
+    """
+    if sum(config.depths) > _MAX_BLOCKS:
+        raise ConversionError(
+            f"A model may have at most {_MAX_BLOCKS} blocks in total; these settings have depths = "
+            f"{short_repr(config.depths)}."
+        )
+    if (numel := _largest_tensor(config)) > _MAX_TENSOR:
+        raise ConversionError(
+            f"A model of these settings needs tensors of {numel:,} elements for one image; at most {_MAX_TENSOR:,} are "
+            f"allowed. Set a smaller image size than {config.image_size}: the converted model takes images of any size."
+        )
+
+
 def _largest_tensor(config: FocalConfig) -> int:
     """Returns the number of elements of the largest tensor: an activation for one image, or an original buffer."""
     height, width = config.image_sides
@@ -177,7 +187,7 @@ def _largest_tensor(config: FocalConfig) -> int:
         window = geometry.window_size**2
         pooled = max((square.side**2 for square in focal_squares(geometry)[1:]), default=0)
         keys = max(window, config.topk if config.attention_type == "topk" else 0)
-        sizes += [rows * cols * max(config.embed_dim * 2**stage, keys), window * pooled]
+        sizes += [rows * cols * max(config.embed_dim * 2**stage, keys), window * max(window, pooled)]
     return max(sizes)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers import CONFIG_MAPPING
+from transformers.utils import logging
 
 import focal_hf
 from messages import ConversionError, printable_line
@@ -30,8 +32,7 @@ def staging_folder(*outputs: Path) -> Iterator[Path]:
     The folder is on the file system of `outputs`, and is deleted afterwards, also after an error or a signal. Only
     SIGKILL leaves it behind, under a hidden name that ends in `.partial`.
     """
-    existing_parent = next(parent for parent in outputs[0].parents if parent.exists())
-    folder = existing_parent / f".{outputs[0].name}.{secrets.token_hex(4)}.partial"
+    folder = _existing_parent(outputs[0]) / f".{outputs[0].name}.{secrets.token_hex(4)}.partial"
     _staging_folders[folder] = outputs
     try:
         (folder / "new").mkdir(parents=True)
@@ -39,6 +40,10 @@ def staging_folder(*outputs: Path) -> Iterator[Path]:
     finally:
         _clean_up(folder, outputs)
         del _staging_folders[folder]
+
+
+def _existing_parent(output: Path) -> Path:
+    return next(parent for parent in output.parents if parent.exists())
 
 
 def move_into_place(staging: Path, *outputs: Path) -> None:
@@ -76,12 +81,13 @@ def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...])
     `output` is a resolved path: the target, if the user gave a symbolic link.
 
     Raises:
-        ConversionError: if `output` is another file or folder.
+        ConversionError: if `output` is another file or folder, or cannot be written.
     """
     for path in inputs:
         if output in path.resolve().parents:
             raise ConversionError(f"--output {output} holds the input {path}. Choose another folder.")
     if not output.exists():
+        _check_parent(output)
         return
     if not overwrite:
         raise ConversionError(f"--output {output} exists. Choose another folder, or add --overwrite to replace it.")
@@ -101,6 +107,16 @@ def check_output_folder(output: Path, overwrite: bool, inputs: tuple[Path, ...])
                 f"--output {output} holds {entry.name}, which --overwrite does not delete: this script does not write "
                 f"it. Move {entry.name} away, or choose another folder."
             )
+    _check_parent(output)
+
+
+def _check_parent(output: Path) -> None:
+    parent = _existing_parent(output)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConversionError(
+            f"--output {output} cannot be written: {parent} is not a folder, or is write-protected. Choose another "
+            "--output."
+        )
 
 
 def _is_model_config(file: Path) -> bool:
@@ -114,7 +130,7 @@ def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
     """Checks that the files do not exist or, with `overwrite`, are regular files.
 
     Raises:
-        ConversionError: if one of them exists, or is a folder or a symbolic link.
+        ConversionError: if one of them exists, is a folder or a symbolic link, or cannot be written.
     """
     for file in files:
         if file.is_symlink() or file.is_dir():
@@ -122,6 +138,7 @@ def check_output_files(files: tuple[Path, ...], overwrite: bool) -> None:
             raise ConversionError(f"{file} is a {kind}, and is not replaced. Choose another --output.")
         if file.exists() and not overwrite:
             raise ConversionError(f"{file} exists. Add --overwrite to replace it, or choose another --output.")
+    _check_parent(files[0])
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -132,6 +149,10 @@ _SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QU
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main`. An error that the user can correct is printed to stderr as one line, and the exit code is 1."""
+    # Without the warnings and progress bars of libraries, of which some have many lines.
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _exit_on_signal)

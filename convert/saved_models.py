@@ -4,7 +4,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from focal_hf import FocalBackbone, FocalForImageClassification, FocalPreTrainedModel
 from messages import ConversionError
+from original import check_bounds
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -48,6 +50,21 @@ def load_whole_model(name: str, model_class: type[PreTrainedModel], expected: st
             f"wrong shape: {', '.join(problems[:4])}."
         )
     return model
+
+
+def load_focal(name: str) -> FocalPreTrainedModel:
+    """Loads a Focal Transformer: a `FocalBackbone`, or otherwise an image classifier.
+
+    Raises:
+        ConversionError: if it is another model, is too large, or cannot be loaded with all its weights.
+    """
+    config = read_config(name)
+    if config.model_type != "focal":
+        raise ConversionError(f"--model {name} is a {config.model_type} model. Give a Focal Transformer.")
+    check_bounds(config)
+    is_backbone = config.architectures == [FocalBackbone.__name__]
+    model_class = FocalBackbone if is_backbone else FocalForImageClassification
+    return load_whole_model(name, model_class, "an image classifier or a backbone")
 
 
 def _loading_error(name: str, error: Exception) -> ConversionError:

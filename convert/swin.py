@@ -19,7 +19,7 @@ from focal_hf import (
     FocalPreTrainedModel,
 )
 from messages import ConversionError, join_names, short_repr
-from original import build_on_meta
+from original import build_on_meta, check_bounds
 
 MODEL_CLASSES = {
     "SwinForImageClassification": FocalForImageClassification,
@@ -64,7 +64,7 @@ def config_from_swin(swin: SwinConfig, model_class: type[FocalPreTrainedModel]) 
     """Returns the FocalConfig of the model that computes what a Swin of that config computes.
 
     Raises:
-        ConversionError: if Focal has no setting for a value of `swin`.
+        ConversionError: if Focal has no setting for a value of `swin`, or the model is too large.
     """
     patch_size, image_size, stages = swin.patch_size, swin.image_size, len(swin.depths)
     if not isinstance(patch_size, int):
@@ -76,13 +76,8 @@ def config_from_swin(swin: SwinConfig, model_class: type[FocalPreTrainedModel]) 
             f"Focal reconstructs as many pixels as the image has, with an encoder_stride of "
             f"{patch_size * 2 ** (stages - 1)} for this model; it has encoder_stride = {swin.encoder_stride}."
         )
-    if swin.use_absolute_embeddings:
-        # Swin has no positions for patches that the image does not fill.
-        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        sides = [side // patch_size * patch_size for side in sides]
-        image_size = sides[0] if isinstance(image_size, int) else sides
     try:
-        return FocalConfig(
+        config = FocalConfig(
             **{name: getattr(swin, name) for name in _SHARED_SETTINGS},
             image_size=image_size,
             patch_size=patch_size,
@@ -96,8 +91,15 @@ def config_from_swin(swin: SwinConfig, model_class: type[FocalPreTrainedModel]) 
             swin_compatible=True,
             out_features=list(swin.out_features),
         )
+        if swin.use_absolute_embeddings:
+            # Swin has no positions for patches that the image does not fill.
+            height, width = (side // patch_size * patch_size for side in config.image_sides)
+            config.image_size = height if isinstance(image_size, int) else [height, width]
+            config.validate()
     except Exception as error:  # huggingface_hub wraps the ValueError of FocalConfig
         raise ConversionError(f"Focal does not have these settings: {error.__cause__ or error}") from error
+    check_bounds(config)
+    return config
 
 
 def from_swin(

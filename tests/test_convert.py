@@ -4,21 +4,23 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, constants
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -350,6 +352,7 @@ UNSUPPORTED_BY_ORIGINAL = {
     "conv embed, 4n + 3": {"image_size": 75, "use_conv_embed": True, "drop_remainder": True},
     "shift": {"use_shift": True, "depths": (2, 1)},
     "topk": {"attention_type": "topk"},
+    "size": {"image_size": 60_000},
 }
 
 
@@ -422,6 +425,7 @@ def write_unconvertible_model(folder: Path, kind: str, converted: Path) -> None:
             "topk in a backbone",
             "with focalv2, maps must divide into windows; .* stage 1 has 18 x 18 tokens for windows of 4",
         ),
+        ("size", "needs tensors of 10,800,000,000 elements for one image; .* smaller image size than 60000"),
         ("contradiction", r"num_heads must hold one value for each of the 2 stages"),
         ("pickle", "no file named model.safetensors"),
         ("pipe", r"holds config\.json, which is neither a file nor a folder"),
@@ -429,12 +433,13 @@ def write_unconvertible_model(folder: Path, kind: str, converted: Path) -> None:
         ("absent", "cannot be loaded. Give a folder"),
     ],
 )
-def test_unconvertible_models_are_refused(converted, tmp_path, kind, message, monkeypatch):
+def test_unconvertible_models_are_refused(converted, tmp_path, kind, message, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_unconvertible_model(tmp_path / "model", kind, converted)
     with pytest.raises(ConversionError, match=message):
         convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
     assert not list(tmp_path.glob("*back*"))
+    assert "Writing" not in capsys.readouterr().out
 
 
 def test_code_beside_a_model_is_not_executed(tmp_path, monkeypatch, capsys):
@@ -813,9 +818,20 @@ def test_other_files_are_refused(convert, tmp_path, kind, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_are_one_line_without_a_traceback(capsys, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+@pytest.fixture
+def process_state() -> Iterator[None]:
+    """Restores what `run_script` changes in the process, which other tests would notice."""
+    handlers = {number: signal.getsignal(number) for number in output_files._SIGNALS}
+    loggers = transformers.utils.logging, huggingface_hub.utils.logging
+    levels = [logger.get_verbosity() for logger in loggers]
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.set_verbosity(level)
 
+
+def test_errors_are_one_line_without_a_traceback(process_state):
     def fail():
         raise ConversionError("first\n  second \x1b[2J")
 
@@ -824,16 +840,17 @@ def test_errors_are_one_line_without_a_traceback(capsys, monkeypatch):
     assert caught.value.code == r"error: first second \x1b[2J"
 
 
-def test_full_disk_leaves_no_files(convert, converted, tmp_path, monkeypatch):
-    def fail(*_):
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr(FocalForImageClassification, "save_pretrained", fail)
-    with pytest.raises(ConversionError, match=r"Writing .*out failed: No space left"):
-        convert(RELEASED_PTH)
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(ConversionError, match=r"Writing .*back\.pth failed: No space left"):
-        convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.pth")])
+def test_full_disk_leaves_no_files(convert, converted, tmp_path):
+    """In its place, a limit of the size of a file, at which writing fails in the same way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ConversionError, match=r"Writing .*out failed: .*File too large"):
+            convert(RELEASED_PTH)
+        with pytest.raises(ConversionError, match=r"Writing .*back\.pth failed: .* Check the free space of"):
+            convert_hf_to_focal.main(["--model", str(converted), "--output", str(tmp_path / "back.pth")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -932,14 +949,16 @@ def test_overwrite_fills_an_empty_folder_and_makes_parents(convert, tmp_path):
         ({"config.json": '{"model_type": "focal"}', "model.safetensors": "link"}, r"holds model\.safetensors, which"),
         ({"config.json": '{"model_type": "focal"}', "given.pth": "given"}, r"holds the input .*given\.pth"),
         ("file", "is a file"),
+        ("file above", r"cannot be written: \S+home is not a folder, or is write-protected"),
         ("working folder", "is the working folder"),
     ],
     ids=str,
 )
 def test_overwrite_keeps_folders_with_other_files(convert, tmp_path, contents, message, monkeypatch):
     folder, checkpoint = tmp_path / "home", RELEASED_PTH
-    if contents == "file":
+    if contents in ("file", "file above"):
         folder.write_text("mine")
+        folder = folder / "out" / "folder" if contents == "file above" else folder
     elif contents == "working folder":
         monkeypatch.chdir(write_old_model(folder))
     else:
@@ -1052,17 +1071,12 @@ def test_signals_leave_no_incomplete_output(config, tmp_path, seen, numbers):
         assert list(tmp_path.glob("*/.*")) == []
 
 
-def test_ignored_signals_stay_ignored():
+def test_ignored_signals_stay_ignored(process_state):
     """nohup ignores SIGHUP."""
-    before = {number: signal.getsignal(number) for number in output_files._SIGNALS}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        output_files.run_script(lambda: None)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) == output_files._exit_on_signal
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    output_files.run_script(lambda: None)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == output_files._exit_on_signal
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
