@@ -271,6 +271,17 @@ def test_reads_a_data_set_and_a_model_from_the_hub_and_pushes_the_best(finetune,
     assert 'model="org/focal"' in written["README.md"].decode()
 
 
+def test_repository_is_created_after_all_checks_and_before_training(finetune, data, config, tmp_path):
+    options = ("--config", config, "--output", tmp_path / "out", "--push-to-hub")
+    with serve(tmp_path / "repository", "org/focal"):
+        run = finetune(*options, "org/focal", "--data", "./nowhere", online=True)
+        assert "error: No such folder: --data ./nowhere" in run.stderr
+        run = finetune(*options, "other/focal", "--data", data, online=True)
+        assert "error: Cannot create the repository --push-to-hub other/focal: HfHubHTTPError: " in run.stderr
+    assert not (tmp_path / "repository").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_stopped_while_saving_leaves_the_earlier_model_whole(tmp_path):
     class FullDisk:
         def save_pretrained(self, folder: Path):

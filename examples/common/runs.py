@@ -60,7 +60,7 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 def needs_training(args: argparse.Namespace, accelerator: Accelerator) -> bool:
-    """Whether there is something left to train. Raises an error if the results cannot be saved."""
+    """Whether there is something left to train. Raises an error if --output cannot be used."""
     if not keeps_states(accelerator) and (args.resume or args.save_every):
         raise Problem(
             f"--resume and --save-every do not work with {accelerator.distributed_type.value}: its checkpoints are "
@@ -72,13 +72,6 @@ def needs_training(args: argparse.Namespace, accelerator: Accelerator) -> bool:
             shutil.rmtree(args.output / ".part", ignore_errors=True)
         accelerator.print(f"Training is complete: {args.output} holds the best model, {args.output / 'last'} the last.")
         return False
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            HfApi().create_repo(args.push_to_hub, exist_ok=True)
-        except Exception as error:
-            raise Problem(
-                f"Cannot create the repository --push-to-hub {args.push_to_hub}: {first_line(error)}"
-            ) from error
     return True
 
 
@@ -160,6 +153,13 @@ def begin(
         unsharded=unsharded,
     )
     resumed = args.resume and training.load_state()
+    if args.push_to_hub and accelerator.is_main_process:
+        try:  # before training, since this shows whether the user may upload
+            HfApi().create_repo(args.push_to_hub, exist_ok=True)
+        except Exception as error:
+            raise Problem(
+                f"Cannot create the repository --push-to-hub {args.push_to_hub}: {first_line(error)}"
+            ) from error
     if accelerator.is_main_process and not resumed:
         if args.overwrite or args.resume:
             clear_output(args.output)
