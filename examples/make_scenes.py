@@ -6,6 +6,7 @@ training scenes are in no others, and neither is any part of the photographs.
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,27 +128,37 @@ def write_split(
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(everything))
 
 
+def write_scenes(folder: Path, args: argparse.Namespace, photographs: list[np.ndarray]) -> None:
+    digits = load_digits()
+    rows = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=0)
+    width = photographs[0].shape[1]
+    cut = min(width * 3 // 4, width - args.size)
+    parts = [[photograph[:, part] for photograph in photographs] for part in (slice(cut), slice(cut, None))]
+    for number, split in enumerate(("train", "validation")):
+        write_split(
+            *(folder, split, getattr(args, split), args.size, args.scans, parts[number]),
+            [(digits.images[row], int(digits.target[row])) for row in rows[number]],
+            np.random.default_rng((args.seed, number)),
+        )
+    (folder / "annotations" / "classes.txt").write_text("\n".join(NAMES) + "\n")
+
+
 def main() -> None:
     args = parse_arguments()
     photographs = load_sample_images().images
-    width = photographs[0].shape[1]
-    largest = width // 2
+    largest = photographs[0].shape[1] // 2
     if not 32 <= args.size <= largest or args.train < 1 or args.validation < 1:
         raise SystemExit(f"error: --size must be from 32 to {largest} pixels, --train and --validation above zero.")
     if args.folder.exists():
         raise SystemExit(f"error: {args.folder} exists: name a new folder.")
 
-    digits = load_digits()
-    rows = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=0)
-    cut = min(width * 3 // 4, width - args.size)
-    parts = [[photograph[:, part] for photograph in photographs] for part in (slice(cut), slice(cut, None))]
-    for number, split in enumerate(("train", "validation")):
-        write_split(
-            *(args.folder, split, getattr(args, split), args.size, args.scans, parts[number]),
-            [(digits.images[row], int(digits.target[row])) for row in rows[number]],
-            np.random.default_rng((args.seed, number)),
-        )
-    (args.folder / "annotations" / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    temporary = args.folder.with_name(f".{args.folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        write_scenes(temporary, args, photographs)
+        temporary.rename(args.folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

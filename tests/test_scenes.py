@@ -1,6 +1,7 @@
 """examples/make_scenes.py: masks, boxes and class maps that agree with each other and with the pixels."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from example_runs import run_examples_in_turn
+from forked_scripts import ForkedScript
 
 OPTIONS = ("--train", 30, "--validation", 4, "--size", 64)
 
@@ -60,3 +62,15 @@ def test_equal_options_give_equal_scenes(place):
     assert len(files) == 2 * 34 + 3
     for file in files:
         assert (place / "scans" / file).read_bytes() == (place / "again" / file).read_bytes()
+
+
+def test_a_killed_run_leaves_no_scenes(tmp_path):
+    killed = ForkedScript("make_scenes.py", "scenes", "--train", 10**6, folder=tmp_path)
+    while not any(tmp_path.rglob("*.png")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    assert not (tmp_path / "scenes").exists()
+    ((status, *_),) = run_examples_in_turn("make_scenes.py", [["scenes", *OPTIONS]], tmp_path)
+    assert status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
