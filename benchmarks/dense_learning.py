@@ -10,22 +10,21 @@ the folder are reused, and interrupted ones are resumed. Each network and task t
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from learning_runs import EXAMPLES, run_example, table_by_epoch
 from transformers import AutoModelForObjectDetection, AutoModelForSemanticSegmentation, RTDetrConfig, SwinConfig
 
 from focal_hf import FocalConfig
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import write_pictures  # noqa: E402
+from quickstart import write_pictures
 
-CLASSIFYING = ("--epochs", 20, "--batch-size", 32, "--learning-rate", 1.5e-3, "--no-flip", "--crop", 1.0)
+CLASSIFYING = ("--batch-size", 32, "--learning-rate", 1.5e-3, "--no-flip", "--crop", 1.0)
 # Swin needs maps that are at least as large as its window (3 x 3). The last map is 3 x 3 at 96 pixels with patches of 8
 # and at 48 pixels with patches of 4.
 TASKS = {
@@ -35,7 +34,7 @@ TASKS = {
         "classifying": ("--crop-scale", 0.5, "--color-jitter", 0.4, "--rand-augment", 9),
         "script": "finetune_detection.py",
         "options": (
-            *("--epochs", 25, "--batch-size", 8, "--learning-rate", 1e-3, "--backbone-rate", 0.3, "--clip", 1),
+            *("--batch-size", 8, "--learning-rate", 1e-3, "--backbone-rate", 0.3, "--clip", 1),
             *("--image-size", 128, "--smallest-size", 96, "--no-flip", "--crop-scale", 0.5, "--head", "head"),
         ),
         "model": AutoModelForObjectDetection,
@@ -49,7 +48,7 @@ TASKS = {
         "classifying": ("--crop-scale", 0.7),
         "script": "finetune_segmentation.py",
         "options": (
-            *("--epochs", 20, "--batch-size", 8, "--learning-rate", 1e-3, "--clip", 5, "--drop-path", 0),
+            *("--batch-size", 8, "--learning-rate", 1e-3, "--clip", 5, "--drop-path", 0),
             *("--crop-size", 128, "--resize", 0.8, 1.25, "--no-flip", "--no-distortion", "--head-channels", 48),
         ),
         "model": AutoModelForSemanticSegmentation,
@@ -81,49 +80,27 @@ def write_configs(folder: Path, network: dict) -> None:
     ).save_pretrained(folder / "head")
 
 
-def run(script: str, folder: Path, output: str, *options: object) -> None:
-    command = [sys.executable, EXAMPLES / script, "--output", output, "--workers", 0, *options]
-    if (folder / output / "checkpoints").is_dir() or (folder / output / "last").is_dir():
-        command.append("--resume")
-    print(f"{folder}: {script} --output {output}", flush=True)
-    # The script runs in the folder, because a resumed run must have the same paths, which are relative to it.
-    if subprocess.run([*map(str, command)], cwd=folder, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: {script} failed; see its message above.")
-
-
 def learn(task: dict, folder: Path) -> list[str]:
     """Trains both networks on a task, with all files in the folder. Returns the lines of its table."""
-    if not (folder / "digits").is_dir():
-        write_pictures(folder / "digits")
+    write_pictures(folder / "digits")
     if not (folder / "scenes").is_dir():
         command = [sys.executable, EXAMPLES / "make_scenes.py", folder / "scenes", "--train", "2000", *task["scenes"]]
         subprocess.run(command, check=True)
     write_configs(folder, task["network"])
-    lines = [
-        f"{task['measure']} on unseen scenes in %, by number of epochs.",
-        "",
-        f"| backbone | parameters | {' | '.join(map(str, task['shown']))} |",
-        f"|---|---:|{'---:|' * len(task['shown'])}",
-    ]
+    rows = {}
     for name in ("focal", "swin"):
-        run(
-            "finetune.py",
-            folder,
-            f"digits_{name}",
-            "--config",
-            name,
-            "--data",
-            "digits",
-            *CLASSIFYING,
-            *task["classifying"],
-        )
-        run(task["script"], folder, f"scenes_{name}", "--model", f"digits_{name}", "--data", "scenes", *task["options"])
+        options = ("--config", name, "--data", "digits", *CLASSIFYING, *task["classifying"])
+        run_example("finetune.py", folder, f"digits_{name}", 20, *options)
+        options = ("--model", f"digits_{name}", "--data", "scenes", *task["options"])
+        history = run_example(task["script"], folder, f"scenes_{name}", task["shown"][-1], *options)
         model = task["model"].from_pretrained(folder / f"scenes_{name}")
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        history = json.loads((folder / f"scenes_{name}" / "results.json").read_text())["history"]
-        cells = [f"{100 * history[epoch - 1][task['key']]:.1f}" for epoch in task["shown"]]
-        lines.append(f"| {name.capitalize()} | {parameters:,} | {' | '.join(cells)} |")
-    return lines
+        rows[name.capitalize()] = parameters, [{entry["epoch"]: entry[task["key"]] for entry in history}]
+    return [
+        f"{task['measure']} on unseen scenes in %, by number of epochs.",
+        "",
+        *table_by_epoch("backbone", rows, task["shown"]),
+    ]
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from learning_runs import table_by_epoch
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -195,13 +195,14 @@ def starts(task: str) -> dict[str, Callable[[nn.Module], nn.Module]]:
     return named
 
 
-def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) -> tuple[dict, dict]:
-    """Scores of each run in the second phase, one list per seed, and the numbers of parameters."""
+def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) -> dict[str, tuple[int, list]]:
+    """By the name of each start, the number of parameters and, for each seed, the scores in the second phase."""
     data = digits_data() if task == "digits" else scenes_data()
-    scores, parameters = {}, {}
+    rows = {}
 
-    def run(name: str, seed: int, make: Callable[[], nn.Module], epochs: int, rate: float) -> nn.Module | None:
-        file = folder / f"{task}-{seed}-{name.replace(' ', '_').replace(',', '')}.json"
+    def run(name: str, seed: int, make: Callable[[], nn.Module], epochs: int, rate: float) -> Path:
+        """Trains a model, unless its files are there. Returns the file with its scores."""
+        file = folder / f"{task}-{first}+{second}-{seed}-{name.replace(' ', '_').replace(',', '')}.json"
         if not file.exists():
             torch.manual_seed(seed)
             model = make()
@@ -211,14 +212,16 @@ def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) 
             count = sum(parameter.numel() for parameter in model.parameters())
             file.write_text(json.dumps({"scores": result, "parameters": count}))
         result = json.loads(file.read_text())
-        parameters[name] = result["parameters"]
-        scores.setdefault(name, []).append(result["scores"][-(second + 1) :])
+        if name != "Swin":
+            _, curves = rows.setdefault(name, (result["parameters"], []))
+            curves.append(dict(enumerate(result["scores"][-(second + 1) :])))
         print(f"{task}, seed {seed}, {name}: {100 * result['scores'][-1]:.1f}", flush=True)
+        return file
 
     for seed in seeds:
-        run("Swin", seed, lambda: build(task, swin=True), first, FIRST_RATE)
+        scores = run("Swin", seed, lambda: build(task, swin=True), first, FIRST_RATE)
         swin = build(task, swin=True)
-        swin.load_state_dict(torch.load(folder / f"{task}-{seed}-Swin.pth"))
+        swin.load_state_dict(torch.load(scores.with_suffix(".pth")))
 
         def grown(start: Callable, swin: nn.Module = swin) -> nn.Module:
             model = copy.deepcopy(swin)
@@ -229,28 +232,16 @@ def measure(task: str, folder: Path, seeds: list[int], first: int, second: int) 
             run(name, seed, lambda start=start: grown(start), second, SECOND_RATE)
         for name, swin in (("Swin from scratch", True), ("Focal from scratch", False)):
             run(name, seed, lambda swin=swin: build(task, swin), first + second, FIRST_RATE)
-    return scores, parameters
+    return rows
 
 
-def table(task: str, scores: dict, parameters: dict, first: int, second: int) -> list[str]:
-    shown = sorted({0, 1, second // 2, second})
-    lines = [
-        f"{MEASURES[task]} in %, mean and standard deviation of {len(scores['Swin'])} seed(s), by number of epochs of "
-        f"the second phase. The first phase has {first}.",
+def table(task: str, rows: dict, seeds: int, first: int, second: int) -> list[str]:
+    return [
+        f"{MEASURES[task]} in %, mean and standard deviation of {seeds} seed(s), by number of epochs of the second "
+        f"phase. The first phase has {first}.",
         "",
-        f"| | parameters | {' | '.join(map(str, shown))} |",
-        f"|---|---:|{'---:|' * len(shown)}",
+        *table_by_epoch("start", rows, sorted({0, 1, second // 2, second})),
     ]
-    for name, runs in scores.items():
-        if name == "Swin":
-            continue
-        cells = []
-        for epoch in shown:
-            values = [100 * run[epoch] for run in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {name} | {parameters[name]:,} | {' | '.join(cells)} |")
-    return lines
 
 
 def main() -> None:
@@ -273,7 +264,7 @@ def main() -> None:
     tables = []
     for task in args.task:
         phases = args.first, args.second
-        tables += [*table(task, *measure(task, args.folder, args.seeds, *phases), *phases), ""]
+        tables += [*table(task, measure(task, args.folder, args.seeds, *phases), len(args.seeds), *phases), ""]
     (args.folder / "growing.md").write_text("\n".join(tables))
     print("\n" + "\n".join(tables))
 

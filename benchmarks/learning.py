@@ -10,20 +10,18 @@ resumed.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from learning_runs import EXAMPLES, run_example, table_by_epoch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import AutoModelForImageClassification, PreTrainedConfig, SwinConfig
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import small_config, write_pictures  # noqa: E402
+from quickstart import small_config, write_pictures
 
 COLOURS = {"focal": "#2456c8", "swin": "#d1372c"}
 STARTS = {"scratch": "from scratch", "mim": "pre-trained"}
@@ -44,65 +42,42 @@ def configs() -> dict[str, PreTrainedConfig]:
     return configs
 
 
-def run(script: str, folder: Path, output: str, *options: object) -> list[dict]:
-    """Runs a script. Returns its measurements after each epoch."""
-    command = [
-        *(sys.executable, EXAMPLES / script, "--data", folder / "digits", "--output", folder / output, "--resume"),
-        *("--batch-size", 32, "--learning-rate", 1.5e-3, "--crop-scale", 0.7, "--no-flip", "--crop", 1.0),
-        *("--workers", 0, *options),
-    ]
-    if not (folder / output / "checkpoints").is_dir() and not (folder / output / "last").is_dir():
-        command.remove("--resume")
-    print(f"{script} {output}", flush=True)
-    if subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: {script} failed; see its message above.")
-    return json.loads((folder / output / "results.json").read_text())["history"]
-
-
 def measure(folder: Path, seeds: list[int], epochs: int, pretraining_epochs: int) -> dict[tuple[str, str], list]:
-    """The accuracies after each epoch: for each network and start, one list per seed."""
-    accuracies = {(name, start): [] for name in COLOURS for start in STARTS}
+    """The accuracies by epoch: for each network and start, a curve per seed."""
+    shared = ("--data", "digits", "--batch-size", 32, "--learning-rate", 1.5e-3, "--crop-scale", 0.7, "--no-flip")
+    shared += ("--crop", 1.0)
+    curves = {(name, start): [] for name in COLOURS for start in STARTS}
     for seed in seeds:
         for name in COLOURS:
-            config = ("--config", folder / name, "--seed", seed)
+            config = (*shared, "--config", name, "--seed", seed)
             pretrained = f"{name}-{seed}-pretrained"
-            run("pretrain_mim.py", folder, pretrained, *config, "--mask-patch", 8, "--epochs", pretraining_epochs)
-            starts = {"scratch": config, "mim": ("--model", folder / pretrained, "--seed", seed)}
+            run_example("pretrain_mim.py", folder, pretrained, pretraining_epochs, *config, "--mask-patch", 8)
+            starts = {"scratch": config, "mim": (*shared, "--model", pretrained, "--seed", seed)}
             for start, options in starts.items():
-                fixed = ("--validation-split", "test", "--epochs", epochs)
-                history = run("finetune.py", folder, f"{name}-{seed}-{start}", *options, *fixed)
-                accuracies[name, start].append([entry["accuracy"] for entry in history])
-    return accuracies
+                output = f"{name}-{seed}-{start}"
+                history = run_example("finetune.py", folder, output, epochs, *options, "--validation-split", "test")
+                curves[name, start].append({entry["epoch"]: entry["accuracy"] for entry in history})
+    return curves
 
 
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
-def write_table(file: Path, accuracies: dict, parameters: dict[str, int]) -> None:
+def write_table(file: Path, curves: dict, parameters: dict[str, int], seeds: int, epochs: int) -> None:
     """Writes the accuracies after some epochs, including the last."""
-    runs = next(iter(accuracies.values()))
-    epochs = len(runs[0])
     shown = sorted({epoch for epoch in (1, 2, 3, 5, 10, 20, 40, 80) if epoch < epochs} | {epochs})
+    rows = {f"{name.capitalize()}, {STARTS[start]}": (parameters[name], runs) for (name, start), runs in curves.items()}
     lines = [
-        f"Accuracy on unseen digits in %, mean and standard deviation of {len(runs)} seed(s), by number of epochs.",
+        f"Accuracy on unseen digits in %, mean and standard deviation of {seeds} seed(s), by number of epochs.",
         "",
-        f"| | parameters | {' | '.join(map(str, shown))} |",
-        f"|---|---:|{'---:|' * len(shown)}",
+        *table_by_epoch("network", rows, shown),
     ]
-    for (name, start), curves in accuracies.items():
-        cells = " | ".join(mean_and_spread([curve[epoch - 1] for curve in curves]) for epoch in shown)
-        lines.append(f"| {name.capitalize()}, {STARTS[start]} | {parameters[name]:,} | {cells} |")
     file.write_text("\n".join(lines) + "\n")
     print("\n" + file.read_text())
 
 
-def draw(file: Path, accuracies: dict) -> None:
+def draw(file: Path, curves: dict) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, start), curves in accuracies.items():
-        by_epoch = [*zip(*curves, strict=True)]
+    for (name, start), runs in curves.items():
+        by_epoch = [*zip(*(curve.values() for curve in runs), strict=True)]
         epochs = range(1, len(by_epoch) + 1)
         style = {"color": COLOURS[name], "linestyle": "--" if start == "scratch" else "-"}
         label = f"{name.capitalize()}, {STARTS[start]}"
@@ -138,16 +113,15 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    if not (args.folder / "digits").is_dir():
-        write_pictures(args.folder / "digits")
+    write_pictures(args.folder / "digits")
     parameters = {}
     for name, config in configs().items():
         config.save_pretrained(args.folder / name)
         model = AutoModelForImageClassification.from_config(config)
         parameters[name] = sum(parameter.numel() for parameter in model.parameters())
-    accuracies = measure(args.folder, args.seeds, args.epochs, args.pretraining_epochs)
-    write_table(args.folder / "learning.md", accuracies, parameters)
-    draw(args.folder / "learning.png", accuracies)
+    curves = measure(args.folder, args.seeds, args.epochs, args.pretraining_epochs)
+    write_table(args.folder / "learning.md", curves, parameters, len(args.seeds), args.epochs)
+    draw(args.folder / "learning.png", curves)
 
 
 if __name__ == "__main__":

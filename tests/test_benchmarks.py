@@ -3,9 +3,11 @@
 import csv
 import gc
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -309,11 +311,14 @@ def test_numbers_have_three_digits(value, text):
     assert throughput.number(value) == text
 
 
+def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(name)
+
+
 def test_growing_compares_all_starts(tmp_path, monkeypatch):
     """With some of the digits."""
-    spec = importlib.util.spec_from_file_location("growing", ROOT / "benchmarks" / "growing.py")
-    growing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(growing)
+    growing = load_benchmark("growing", monkeypatch)
     images, labels, *test = growing.digits_data()
     monkeypatch.setattr(growing, "digits_data", lambda: (images[:16], labels[:16], *(part[:30] for part in test)))
     monkeypatch.setattr(growing.logging, "set_verbosity_error", lambda: None)  # which other tests would notice
@@ -329,3 +334,28 @@ def test_growing_compares_all_starts(tmp_path, monkeypatch):
     growing.main()  # reuses the finished runs
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")} == files
     assert (tmp_path / "growing.md").read_text() == table
+
+    monkeypatch.setattr(sys, "argv", [*command, "--first", "2", "--second", "1"])
+    growing.main()  # runs with other numbers of epochs are other runs
+    assert len([*tmp_path.glob("*.json")]) == 14
+
+
+def test_finished_runs_are_reused_if_they_have_as_many_epochs(tmp_path, monkeypatch):
+    learning_runs = load_benchmark("learning_runs", monkeypatch)
+    (tmp_path / "out" / "last").mkdir(parents=True)
+    history = [{"epoch": 1, "accuracy": 0.25}, {"epoch": 2, "accuracy": 0.5}]
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"history": history}))
+    assert learning_runs.run_example("finetune.py", tmp_path, "out", 2) == history
+    with pytest.raises(SystemExit, match=r"error: .*out has a run of 2 epochs, not 3: remove it"):
+        learning_runs.run_example("finetune.py", tmp_path, "out", 3)
+
+
+def test_table_of_epochs_has_means_and_deviations(monkeypatch):
+    learning_runs = load_benchmark("learning_runs", monkeypatch)
+    rows = {"Focal": (1234, [{1: 0.25, 5: 0.5}, {1: 0.35, 5: 0.5}]), "Swin": (99, [{1: 0.1, 5: 1.0}])}
+    assert learning_runs.table_by_epoch("network", rows, [1, 5]) == [
+        "| network | parameters | 1 | 5 |",
+        "|---|---:|---:|---:|",
+        "| Focal | 1,234 | 30.0 ± 7.1 | 50.0 ± 0.0 |",
+        "| Swin | 99 | 10.0 | 100.0 |",
+    ]
