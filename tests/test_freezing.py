@@ -71,7 +71,6 @@ def test_other_models_are_refused():
         freeze(nn.Linear(1, 1), (64, 48))
     with pytest.raises(ValueError, match="is frozen already"):
         freeze(freeze(FocalBackbone(tiny()), (64, 48)), (64, 48))
-
     with pytest.raises(ValueError, match=r"nor offloaded; embeddings\S+ is on the meta device\. Load it "):
         freeze(FocalModel(tiny()).to("meta"), (64, 48))
 

@@ -20,7 +20,7 @@ from transformers.models.swin.modeling_swin import SwinDropPath
 
 import convert_swin_to_focal
 from conftest import ROOT
-from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, add_focal_levels
+from focal_hf import FocalBackbone, FocalConfig, FocalForImageClassification, add_focal_levels, freeze
 from focal_hf.modeling_focal import FocalDropPath
 from focal_hf.visualization import record_attention
 from forked_scripts import ForkedScript
@@ -372,6 +372,7 @@ def test_what_cannot_grow():
         (model, float("nan"), "got nan"),
         (grown, 0.1, r"focal_levels=\(2, 3, 2\)"),
         (with_more, 0.1, "adapter.weight"),
+        (freeze(model, (32, 32)), 0.1, r"it lacks \['.*neighborhood.relative_position_bias_table'.* before freezing"),
     ):
         with pytest.raises(ValueError, match=message):
             add_focal_levels(grower, **LEVELS, new_share=share)

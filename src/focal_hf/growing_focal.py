@@ -72,12 +72,13 @@ def add_focal_levels(
     grown = grown.to(dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps the method
     grown = grown.to_empty(device=model.device).train(model.training)
     loaded = grown.load_state_dict(model.state_dict(), strict=False)
-    # `_start_attention` fills the new weights of neighbourhoods and pooling.
-    missing = [name for name in loaded.missing_keys if ".neighborhood." not in name and ".pooling." not in name]
+    # `_start_attention` fills the new tables and the weights of pooling.
+    new = ("_bias_table_to_", ".pooling.")
+    missing = [name for name in loaded.missing_keys if not any(part in name for part in new)]
     if missing or loaded.unexpected_keys:
         raise ValueError(
             f"this {type(model).__name__} has other weights than its config says: it lacks {missing[:3]}, and has "
-            f"{loaded.unexpected_keys[:3]}. Add levels before adapters or the like."
+            f"{loaded.unexpected_keys[:3]}. Add levels before adapters or the like, and before freezing."
         )
     old_modules = dict(model.named_modules())
     with torch.no_grad():
