@@ -332,6 +332,10 @@ def test_invalid_requests_are_refused():
     model, pixel_values = two_stages(), torch.randn(1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"one image at a time.*\(2, 3, 16, 16\)"):
         record_attention(model, torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"got ndarray of shape \(1, 3, 16, 16\)"):
+        record_attention(model, pixel_values.numpy())
+    with pytest.raises(ValueError, match=r"must be floating point, .* got torch\.uint8"):
+        record_attention(model, pixel_values.to(torch.uint8))
     with pytest.raises(ValueError, match=r"takes a Focal model.*got ViTModel"):
         record_attention(ViTModel(SMALL_VIT), pixel_values)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
@@ -351,8 +355,10 @@ def test_invalid_requests_are_refused():
     record = record_attention(two_stages(), pixel_values)
     with pytest.raises(ValueError, match="no class 3"):
         attention_rollout(record, 3)
-    with pytest.raises(ValueError, match=r"\(16, 16, 3\); got \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"\(16, 16, 3\) .*; got \(32, 32, 3\)"):
         shaded(np.zeros((32, 32, 3), np.uint8), query_attention(record, (0, 0)))
+    with pytest.raises(ValueError, match=r"type uint8; .* and float64"):
+        shaded(np.zeros((16, 16, 3)), query_attention(record, (0, 0)))
 
 
 def test_shading_dims_the_image_and_draws_finer_levels_on_top():

@@ -71,12 +71,15 @@ def shaded(image: np.ndarray, seen: QueryAttention, levels: Collection[int] | No
     Returns:
         `np.ndarray` of shape `(rows, columns, 3)` of type uint8: the pixels of the image and of the padded map. Pixels
         beyond the image's height and width are padding.
+
+    Raises:
+        ValueError: for an image of another shape or type.
     """
     image, (height, width) = np.asarray(image), seen.image_size
-    if image.shape != (height, width, 3):
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(
-            f"image must be what the model was shown, of shape {(height, width, 3)}; got {image.shape}. Resize it to "
-            "the pixel_values first."
+            f"image must be what the model was shown, of shape {(height, width, 3)} and type uint8; got {image.shape} "
+            f"and {image.dtype}. Resize it to the pixel_values first."
         )
     size = seen.levels[0].plane.shape
     rows, cols = size[0] * seen.stride, size[1] * seen.stride

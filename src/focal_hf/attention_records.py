@@ -92,7 +92,8 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
             The image, of any size, as the image processor returns it.
 
     Raises:
-        ValueError: for a model that is not Focal or is training, and for more than one image.
+        ValueError: for a model that is not Focal or is training, for more than one image, and for pixels that are not
+            floating point.
     """
     modules = list(model.modules())
     focal = next((module for module in modules if isinstance(module, FocalModel)), None)
@@ -106,7 +107,7 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4 or len(pixel_values) != 1:
         raise ValueError(
             "record_attention takes one image at a time, a tensor of shape (1, channels, height, width); got "
-            f"{tuple(getattr(pixel_values, 'shape', ())) or type(pixel_values).__name__}."
+            f"{type(pixel_values).__name__} of shape {tuple(getattr(pixel_values, 'shape', ()))}."
         )
 
     attentions = [
@@ -140,7 +141,9 @@ def record_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> Atte
     try:
         # Offloaded models have no device. Their hooks move the image.
         device = None if focal.device.type == "meta" else focal.device
-        last_hidden_state = focal(pixel_values.to(device, focal.dtype)).last_hidden_state
+        # Integers stay, so that the model refuses them: they are not normalised.
+        dtype = focal.dtype if pixel_values.is_floating_point() else None
+        last_hidden_state = focal(pixel_values.to(device=device, dtype=dtype)).last_hidden_state
     finally:
         focal.set_attn_implementation(implementation)
         for hook in hooks:
