@@ -335,6 +335,10 @@ def change(content: dict, kind: str) -> None:
         annotations[2]["bbox"].pop()
     elif kind == "boxless":
         del annotations[2]["bbox"]
+    elif kind == "area":
+        annotations[2]["area"] = "12"
+    elif kind == "crowd":
+        annotations[2]["iscrowd"] = "0"
     elif kind == "unnamed":
         content["categories"] = [1, 2]
 
@@ -347,6 +351,8 @@ WRONG = {
     "unlisted": "has image_id 77, which is not in images.",
     "three": "expected four numbers, [left, top, width, height].",
     "boxless": "has no bbox, or a wrong one, in entry 2 of annotations: {",
+    "area": "has no area, or a wrong one, in entry 2 of annotations: {",
+    "crowd": "Each needs image_id, category_id, bbox.",
     "unnamed": "has no id, or a wrong one, in entry 0 of categories: 1. Each needs id, name.",
 }
 

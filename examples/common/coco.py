@@ -17,10 +17,16 @@ from .pictures import open_picture, with_path
 
 NOTHING = {"size": [0, 0], "counts": b""}  # the mask of an object in a picture that cannot be read
 
-# The fields that each entry of a list in a COCO file must have, with their types.
+# The fields of each entry of a list in a COCO file, with their types. Fields that may be None may also be absent.
 FIELDS = {
     "images": {"id": int | str, "file_name": str, "width": int | float, "height": int | float},
-    "annotations": {"image_id": int | str, "category_id": int | str, "bbox": list},
+    "annotations": {
+        "image_id": int | str,
+        "category_id": int | str,
+        "bbox": list,
+        "area": int | float | None,
+        "iscrowd": int | None,
+    },
     "categories": {"id": int | str, "name": int | str},
 }
 
@@ -29,17 +35,18 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())
         lists = {name: list(content[name]) for name in FIELDS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Problem(
             f"Cannot read {file} ({first_line(error)}): expected COCO's format, with images, annotations, categories."
         ) from error
     for name, fields in FIELDS.items():
+        required = [field for field, kind in fields.items() if not isinstance(None, kind)]
         for place, item in enumerate(lists[name]):
             for field, kind in fields.items():
                 if not (isinstance(item, dict) and isinstance(item.get(field), kind)):
                     raise Problem(
                         f"{file} has no {field}, or a wrong one, in entry {place} of {name}: {str(item)[:200]}. Each "
-                        f"needs {', '.join(fields)}."
+                        f"needs {', '.join(required)}."
                     )
     return lists
 
@@ -99,7 +106,7 @@ def read_coco(folder: Path, column: str, masks: bool, split: str) -> tuple[datas
         image["bbox"].append(annotation["bbox"])
         image["name"].append(categories[annotation["category_id"]])
         image["area"].append(annotation.get("area"))
-        image["iscrowd"].append(annotation.get("iscrowd", 0))
+        image["iscrowd"].append(annotation.get("iscrowd") or 0)
         if masks:
             image["masks"].append(run_lengths(annotation.get("segmentation"), image["size"], where))
     if not found:
