@@ -287,20 +287,20 @@ def read_data(args: argparse.Namespace, log: Callable[[str], None]) -> tuple[dic
 
 
 def random_view(
-    image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int, random: random.Random = random
+    image: Image.Image, size: tuple[int, int], scale: float, flip: bool, resample: int, rng: random.Random
 ) -> Image.Image:
     """A random crop, resized to `size`, (height, width), and mirrored with probability 1/2 if `flip`.
 
     The area of the crop is between `scale` and 1 of the image's area, unless the image is too narrow for it. Resizing
     changes the aspect ratio by a factor of 4/3 at most.
     """
-    area = image.width * image.height * random.uniform(scale, 1)
-    ratio = size[1] / size[0] * math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    area = image.width * image.height * rng.uniform(scale, 1)
+    ratio = size[1] / size[0] * math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width, height = min(image.width, math.sqrt(area * ratio)), min(image.height, math.sqrt(area / ratio))
-    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     image = image.resize((size[1], size[0]), resample, box=box)
-    return ImageOps.mirror(image) if flip and random.random() < 0.5 else image
+    return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
 
 
 def central_view(processor: BitImageProcessorPil, image: Image.Image, rng: random.Random | None = None) -> dict:
