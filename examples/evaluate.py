@@ -12,15 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import matplotlib
-
-matplotlib.use("Agg")  # draws into a file, on machines without a screen too
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
@@ -309,7 +305,8 @@ def draw_figure(file: Path, classes: list[dict], rows: np.ndarray, labels: list[
     ordered = sorted(classes, key=lambda row: row["top1"])
     few = len(classes) <= FEW_CLASSES
     height = 3 + 0.25 * len(classes) if few else 6.5
-    figure, (left, right) = plt.subplots(1, 2, figsize=(height + 8 if few else 13, height), layout="constrained")
+    figure = Figure(figsize=(height + 8 if few else 13, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
     figure.suptitle(summary, x=0.01, ha="left")
     if few:
         draw_bars(left, ordered, "every class, worst first")

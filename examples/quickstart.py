@@ -16,11 +16,7 @@ from pathlib import Path
 # Everything is on this machine: no look-ups on the Hub, which would stall without a network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into a file, on machines without a screen too
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -85,7 +81,7 @@ def train(folder: Path) -> None:
 
 def draw_figure(file: Path, rows: list[dict], history: list[dict], summary: str) -> None:
     """Draw test pictures with the predictions of the model, and its learning curves."""
-    figure = plt.figure(figsize=(12, 7.6), facecolor="white")
+    figure = Figure(figsize=(12, 7.6), facecolor="white")
     outer = figure.add_gridspec(
         1, 2, width_ratios=(2.35, 1), left=0.03, right=0.965, top=0.83, bottom=0.09, wspace=0.12
     )
