@@ -22,7 +22,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from common.models import load_focal, prepare
-from common.options import Problem
+from common.options import Problem, script_parser
 from common.pictures import UnreadablePicture, load_picture
 from focal_hf.attention_figures import LEVEL_COLOURS, QUERY_COLOUR, WINDOW_COLOUR
 from focal_hf.visualization import (
@@ -431,11 +431,7 @@ def pad_to_two_columns(parts: list) -> list:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.rpartition("\n")[0].rpartition("\n")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--model",
         nargs="+",

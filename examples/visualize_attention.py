@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from common.models import load_focal, prepare, resize_views
-from common.options import Problem, first_line, image_size_option
+from common.options import Problem, first_line, image_size_option, script_parser
 from common.pictures import UnreadablePicture, load_picture
 from focal_hf.visualization import (
     attention_rollout,
@@ -53,11 +53,7 @@ def point(text: str) -> tuple[float, float]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.rpartition("\n")[0].rpartition("\n")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="a Focal classifier: a folder or a name on the Hub"
@@ -86,7 +82,11 @@ def parse_arguments() -> argparse.Namespace:
         "--class", dest="label", metavar="NAME", help="class of saliency.png (default: the model's answer)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("attention"), metavar="FOLDER", help="where to write (default: attention)"
+        "--output",
+        type=Path,
+        default=Path("attention"),
+        metavar="FOLDER",
+        help="folder for attention.png, grid.png (every stage and head) and saliency.png (default: attention)",
     )
     return parser.parse_args()
 
