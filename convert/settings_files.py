@@ -86,8 +86,13 @@ def _read_yaml(path: Path, parents: tuple[Path, ...], cache: dict[Path, dict]) -
         raise ConversionError(f"BASE in {path} must list YAML files; it holds {short_repr(base_files)}.")
     base_settings = {}
     for file in base_files:
-        if file:
-            base_settings = _merge(base_settings, _read_yaml((path.parent / file).resolve(), (*parents, path), cache))
+        if not file:
+            continue
+        try:
+            base_path = (path.parent / file).resolve()
+        except (ValueError, RuntimeError) as error:  # a null byte, or a loop of symbolic links
+            raise ConversionError(f"{path} names {short_repr(file)} under BASE, which is no file: {error}.") from None
+        base_settings = _merge(base_settings, _read_yaml(base_path, (*parents, path), cache))
     cache[path] = _merge(base_settings, _parse_literals(settings))
     return cache[path]
 

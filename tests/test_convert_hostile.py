@@ -75,11 +75,14 @@ NESTED_MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i
         ("MODEL: \x1b[2J", "special characters are not allowed"),
         ("BASE: [/dev/zero]", "names /dev/zero under BASE, but that file does not exist"),
         ("BASE: [pipe]", "pipe under BASE, but that file does not exist"),
+        ('BASE: "a\\0b"', r"names 'a\\x00b' under BASE, which is no file: "),
+        ("BASE: loop", "loop'? under BASE"),  # Python 3.13 does not resolve such a link
     ],
     ids=lambda text: text[:30],
 )
 def test_hostile_settings_are_refused(tmp_path, text, message):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ConversionError, match=message) as caught:
         read_settings(str(tmp_path / "settings.yaml"))
