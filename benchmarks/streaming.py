@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
     arguments = parser.parse_args()
+    if arguments.shards < 2:
+        parser.error("--shards must be at least 2, since the rate is that from the first file of features to the last.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_shards(folder / "tars", arguments.shards, arguments.images, arguments.side)

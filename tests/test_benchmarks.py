@@ -350,6 +350,13 @@ def test_finished_runs_are_reused_if_they_have_as_many_epochs(tmp_path, monkeypa
         learning_runs.run_example("finetune.py", tmp_path, "out", 3)
 
 
+def test_streaming_needs_two_shards(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["streaming.py", "--shards", "1"])
+    with pytest.raises(SystemExit):
+        load_benchmark("streaming", monkeypatch).main()
+    assert "error: --shards must be at least 2" in capsys.readouterr().err
+
+
 def test_table_of_epochs_has_means_and_deviations(monkeypatch):
     learning_runs = load_benchmark("learning_runs", monkeypatch)
     rows = {"Focal": (1234, [{1: 0.25, 5: 0.5}, {1: 0.35, 5: 0.5}]), "Swin": (99, [{1: 0.1, 5: 1.0}])}
