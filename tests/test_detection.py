@@ -281,6 +281,13 @@ def test_network_without_stages_is_refused(tmp_path, build):
         build(args, NAMES, print)
 
 
+def test_network_of_two_stages_is_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    args = Namespace(config=str(tmp_path), model=None, head_channels=16, drop_path=None)
+    with pytest.raises(Problem, match="has 2 stages, but UperNet takes at least 3: use another model"):
+        build_segmenter(args, NAMES, print)
+
+
 @pytest.mark.parametrize("content", ['{"size": ', "[]", '{"image_processor_type": "Absent"}'])
 def test_damaged_image_processor_is_no_missing_one(tmp_path, content):
     """A checkpoint without an image processor gets a default one, and an unusable one is an error."""

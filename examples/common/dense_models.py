@@ -262,6 +262,10 @@ def build_segmenter(args: argparse.Namespace, names: list[str], log: Callable[[s
         return model
 
     config.out_features = stages_of_backbone(source, config)
+    if len(config.out_features) < 3:  # the auxiliary head of UperNet takes the third map
+        raise Problem(
+            f"{source} has {len(config.out_features)} stages, but UperNet takes at least 3: use another model."
+        )
     set_drop_path(config)
     # Small networks start from larger weights, and so should their heads.
     settings = {"initializer_range": config.initializer_range}
