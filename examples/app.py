@@ -453,8 +453,8 @@ if __name__ == "__main__":
     except Problem as problem:
         sys.exit(f"error: {problem}")
     with tempfile.TemporaryDirectory() as folder:
-        # The name under which Gradio's own tools look for the page.
         gr.set_static_paths(folder)
+        # Gradio's own tools look for the page under the name `demo`.
         demo = make_page(classifiers, example_pictures(next(iter(classifiers.values())).labels, Path(folder)))
         demo.launch(
             theme=gr.themes.Default(font=gr.themes.Font("system-ui"), font_mono=gr.themes.Font("monospace")),

@@ -52,7 +52,7 @@ examples:
   a classifier, or a model pre-trained by pretrain_mim.py, becomes the backbone of a new RT-DETR:
     accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector
 
-  continue a training that was interrupted, with the same result:
+  continue a run that was stopped, with the same result:
     accelerate launch examples/finetune_detection.py --model focal-tiny --data my_scenes --output my_detector --resume
 
   COCO itself, with another head:

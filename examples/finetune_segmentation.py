@@ -61,10 +61,10 @@ examples:
   start from a checkpoint (a classifier, a pre-trained or a segmentation model; a folder or a name on the Hub):
     accelerate launch examples/finetune_segmentation.py --model focal-tiny --data my_images --output my_model
 
-  go on after it was stopped, as if it had not been:
+  continue a run that was stopped, with the same result:
     accelerate launch examples/finetune_segmentation.py --model focal-tiny --data my_images --output my_model --resume
 
-  ADE20K as the paper has it, on eight GPUs:
+  ADE20K with the paper's recipe, on eight GPUs:
     accelerate launch --num_processes 8 examples/finetune_segmentation.py --model focal-tiny \\
         --data ADEChallengeData2016 --reduce-labels --output my_model --batch-size 2
 
@@ -73,7 +73,7 @@ examples:
         --crop-size 128 --resize 0.8 1.25 --no-flip --no-distortion --head-channels 48 --drop-path 0 \\
         --epochs 20 --batch-size 8 --learning-rate 1e-3 --clip 5
 
-  measure a finished model, seen through windows at several scales, each as it is and mirrored:
+  evaluate a finished model with sliding windows on images of several sizes, each also mirrored:
     accelerate launch examples/finetune_segmentation.py --evaluate-only --model my_model --data my_images \\
         --output report --window 512 --stride 341 --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip-test
 """

@@ -71,8 +71,8 @@ def train(folder: Path) -> None:
         *("--epochs", "10", "--batch-size", "32", "--learning-rate", "2e-3"),
         *("--crop-scale", "0.7", "--no-flip", "--crop", "1.0", "--workers", "0"),
     ]
-    # One thread: layers as small as these gain little from two, and lose fifty-fold where another program is using the
-    # second core, for every one of them then waits for its turn.
+    # One thread: layers of this size gain little from two threads. If another program uses the second core, two threads
+    # are up to fifty times slower, since every layer waits for both.
     print("\n$ OMP_NUM_THREADS=1 python " + " ".join(command), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     if subprocess.run([sys.executable, *command], env=environment).returncode:

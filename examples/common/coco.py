@@ -139,7 +139,7 @@ def picture_size(cell: dict) -> tuple[int, int]:
     try:
         with open_picture(with_path(cell, "")) as image:
             return image.size
-    except Exception:  # whatever a decoder says to damaged bytes
+    except Exception:  # damaged bytes may raise any error
         return 0, 0
 
 

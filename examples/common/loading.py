@@ -85,7 +85,7 @@ class TrainingBatches:
         return min(self.step_size, self.images - step * self.step_size) // self.processes
 
     def __iter__(self) -> Iterator[list[Item]]:
-        """The batches of this process. A step has [`images_per_process`] images, in one or more batches."""
+        """The batches of this process. A step has `share` images, in one or more batches."""
         keys = itertools.islice(enumerate(self.keys(self.epoch)), self.first_step * self.step_size, self.images)
         while step := list(itertools.islice(keys, self.step_size)):
             share = [

@@ -312,7 +312,10 @@ def add_adapters(model: PreTrainedModel, rank: int) -> peft.PeftModel:
 def apply_speed_options(
     args: argparse.Namespace, model: torch.nn.Module, checkpointed: PreTrainedModel | None = None
 ) -> None:
-    """What --gradient-checkpointing and --compile say. `checkpointed` is the part that can be, if the model cannot."""
+    """Apply --gradient-checkpointing and --compile.
+
+    `checkpointed` is the part of the model to which gradient checkpointing is applied (default: the whole model).
+    """
     if args.gradient_checkpointing:
         (checkpointed or model).gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:

@@ -20,7 +20,7 @@ from .pictures import open_picture, with_path
 
 NO_CLASS = 255  # the value of ignored pixels in maps
 LARGEST_SHARE = 0.75  # largest share of the pixels of a crop that one class may have
-TRIES = 10  # crops that are drawn to find such a one
+TRIES = 10  # largest number of crops that are drawn to find one below LARGEST_SHARE
 LONGEST = 4  # largest ratio of the longer side to the standard shorter side: 2048 to 512 in the paper
 
 
