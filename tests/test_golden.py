@@ -28,6 +28,7 @@ PUBLISHED_PARAMETERS = {
 
 
 def assert_close(answer, expected, scale=None):
+    answer = answer.detach().cpu()
     scale = expected.abs().max() if scale is None else scale
     error = ((answer - expected).abs().max() / scale).item()
     assert error < TOLERANCE, error
@@ -50,10 +51,12 @@ def models(loaded):
     _, _, config, state = loaded
     model = FocalForImageClassification(copy.deepcopy(config)).eval()
     model.load_state_dict(state, assign=True)
+    model.to(DEVICE)
     backbone_config = copy.deepcopy(config)
     backbone_config.out_features = config.stage_names
     backbone = FocalBackbone(backbone_config).eval()
     backbone.load_state_dict(state, strict=False, assign=True)
+    backbone.to(DEVICE)
     return model, backbone
 
 
@@ -63,12 +66,12 @@ def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
     model, backbone = models
     for one in models:
         one.set_attn_implementation(attention)
-    seen = {}
+    images, seen = case.pixel_values.to(DEVICE), {}
     # The golden `stem` is taken before absolute positions are added.
     stem = model.focal.embeddings.norm.register_forward_hook(lambda module, args, output: seen.update(stem=output))
     pooled = model.focal.register_forward_hook(lambda module, args, output: seen.update(pooled=output.pooler_output))
     with torch.no_grad():
-        logits = model(case.pixel_values).logits
+        logits = model(images).logits
     assert_close(logits, case.answers["logits"])
     assert_close(seen["pooled"], case.answers["pooled"])
     stem.remove()
@@ -76,12 +79,12 @@ def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
 
     if any(key.startswith("grad/") for key in case.answers):
         model.zero_grad()
-        logits = model(case.pixel_values).logits
-        assert_close(logits.detach(), case.answers["logits"])
-        (logits * golden_cases.probe(logits.shape)).sum().backward()
+        logits = model(images).logits
+        assert_close(logits, case.answers["logits"])
+        (logits * golden_cases.probe(logits.shape).to(DEVICE)).sum().backward()
         gradients = {key: value.grad for key, value in model.named_parameters()}
         gradients |= {key: value for key, value in state.items() if "nearest_index" in key}
-        gradients = original.to_original(gradients, config)
+        gradients = golden_cases.to_original(gradients, config)
         expected = {key.removeprefix("grad/"): value for key, value in case.answers.items() if key.startswith("grad/")}
         assert set(expected) == set(case.shapes)
         scale = max(value.abs().max() for value in expected.values())
@@ -89,7 +92,7 @@ def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
             assert_close(gradients[key], value, scale)
 
     with torch.no_grad():
-        maps = list(backbone(case.pixel_values, output_hidden_states=True).hidden_states)
+        maps = list(backbone(images, output_hidden_states=True).hidden_states)
     height, width = maps[0].shape[2:]
     maps[0] = seen["stem"].transpose(1, 2).unflatten(2, (height, width))
     assert len(maps) == 1 + sum(key.startswith("stage") for key in case.answers)
@@ -103,7 +106,7 @@ def test_outputs_and_gradients_equal_the_originals(loaded, models, attention):
 
 def test_conversion_to_the_original_returns_the_same_tensors(loaded):
     case, drawn, config, state = loaded
-    back = original.to_original(state, config)
+    back = golden_cases.to_original(state, config)
     assert set(back) == set(case.shapes) | set(case.buffers)
     for key, value in drawn.items():
         assert back[key].dtype == value.dtype
@@ -127,9 +130,9 @@ def test_topk_indices_of_the_checkpoint_break_ties():
     case = golden_cases.case("focalv2_ties")
     config, state = load(case)
     model = FocalForImageClassification(config).eval()
-    own = {key: value for key, value in model.state_dict().items() if "nearest_index" in key}
+    own = {key: value.cpu() for key, value in model.state_dict().items() if "nearest_index" in key}
     assert any(not torch.equal(value, state[key]) for key, value in own.items())
     model.load_state_dict(state | own)
     with torch.no_grad():
-        logits = model(case.pixel_values).logits
-    assert (logits - case.answers["logits"]).abs().max() > 1e-3
+        logits = model(case.pixel_values.to(DEVICE)).logits
+    assert (logits.cpu() - case.answers["logits"]).abs().max() > 1e-3
