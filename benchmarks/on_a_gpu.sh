@@ -100,7 +100,7 @@ for part in "${parts[@]}"; do
                 --peer --original "$ORIGINAL" --output "$results/original"
             ;;
         engines)
-            step engines 200 "${tests[@]}" tests/test_distributed.py -k engines
+            step engines 200 "${tests[@]}" tests/test_engines.py
             ;;
         tune)
             step tune 540 "$PYTHON" benchmarks/triton_attention.py --tune "${tuned[@]}"

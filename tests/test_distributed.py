@@ -1,7 +1,6 @@
 """Training in several processes, without a GPU, with PyTorch's own engines."""
 
 import importlib
-import os
 import signal
 import subprocess
 import sys
@@ -59,39 +58,6 @@ def test_fsdp_over_the_declared_blocks(attention_type, tmp_path):
     loaded = FocalForImageClassification.from_pretrained(tmp_path / "model")
     for (name, value), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU, Accelerate takes DDP in place of FSDP2")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_engines_through_accelerate(engine, precision, tmp_path):
-    """On all GPUs: a run that is killed and resumed ends like one that is not. The script prints the engine."""
-    for split in ("train", "validation"):
-        draw_noise(tmp_path / "data" / split, 8)
-    tiny_config(drop_path_rate=0.0).save_pretrained(tmp_path / "config")
-    settings = "--config_file", EXAMPLES / "engines" / f"{engine}.yaml", "--mixed_precision", precision
-    launcher = BIN / "accelerate", "launch", *settings, "--num_processes", str(torch.cuda.device_count())
-    options = "--config", "config", "--data", "data", "--epochs", 4, "--batch-size", 4, "--save-every", 1
-
-    def command(output: str) -> dict:
-        command = example_command(
-            "finetune.py", *options, "--output", output, "--resume", folder=tmp_path, launcher=launcher
-        )
-        del command["env"]["ACCELERATE_USE_CPU"]
-        return command
-
-    killed = subprocess.Popen(**command("model"), start_new_session=True)
-    while not any(int(state.name[5:]) >= 2 for state in (tmp_path / "model" / "checkpoints").glob("step_*")):
-        assert killed.poll() is None
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    for output in ("model", "whole"):
-        run = subprocess.run(**command(output), capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert f"on cuda ({'FSDP' if engine == 'fsdp2' else 'MULTI_GPU'})" in run.stdout
-    assert curve(tmp_path / "model") == pytest.approx(curve(tmp_path / "whole"), rel=0.05)
-    FocalForImageClassification.from_pretrained(tmp_path / "model")
 
 
 def test_deepspeed_in_one_process(tmp_path):
