@@ -148,6 +148,13 @@ def called(exported, images):
     return list(outputs) if isinstance(outputs, tuple | list) else values(outputs)
 
 
+def skip_without_onnxruntime():
+    if DEVICE.type != "cpu":
+        pytest.skip("onnxruntime runs on the CPU here")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+
+
 # Half of all combinations. Any three of the four arguments occur in all their combinations.
 EXPORTS = [
     (exporter, model_class, implementation, "focal" if (i + j + k) % 2 == 0 else "topk")
@@ -162,10 +169,7 @@ EXPORTS = [
 def test_exports_serve_any_batch(format, model_class, implementation, attention_type, tmp_path):
     exporter = OnnxExporter if format == "onnx" else DynamoExporter
     if exporter is OnnxExporter:
-        if DEVICE.type != "cpu":
-            pytest.skip("onnxruntime runs on the CPU here")
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
+        skip_without_onnxruntime()
     model = randomized(model_class(tiny(attention_type, **BLOCK)))
     model.set_attn_implementation(implementation)
     # It is padded, and not the size of the config.
@@ -189,9 +193,9 @@ def test_exports_serve_any_batch(format, model_class, implementation, attention_
 )
 def test_one_onnx_graph_serves_all_sizes(attention_type, model_class, tmp_path):
     """From one pixel on, in batches from one image on; with maps of the size whose indices a topk model saves."""
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package)
-    onnxruntime = pytest.importorskip("onnxruntime")
+    skip_without_onnxruntime()
+    import onnxruntime
+
     # A single block, because symbolic sizes take seconds for each.
     model = randomized(model_class(tiny(attention_type, **BLOCK, image_size=24)))
     with torch.no_grad():
