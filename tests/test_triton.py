@@ -293,6 +293,34 @@ def test_a_neighbourhood_without_squares_is_refused():
     torch.testing.assert_close(attention(maps)[0], expected)
 
 
+@BOTH
+def test_an_index_in_any_memory_layout(attention_type):
+    config = tiny(attention_type, **BLOCK)
+    attention = FocalAttention(config, 0, config.block_geometry(0, 0)).to(DEVICE)
+    maps = torch.randn(1, 8, 12, 8, device=DEVICE, requires_grad=True)
+    config._attn_implementation = "triton"
+    expected = torch.autograd.grad(attention(maps)[0].square().sum(), maps)
+
+    def transpose(module, args, neighborhood):
+        neighborhood.index = neighborhood.index.transpose(0, 1).contiguous().transpose(0, 1)
+
+    attention.neighborhood.register_forward_hook(transpose)
+    torch.testing.assert_close(torch.autograd.grad(attention(maps)[0].square().sum(), maps), expected)
+
+
+def test_images_whose_offsets_exceed_int32_are_refused():
+    from focal_hf.triton_attention_focal import LaunchPlan
+
+    def plan(channels):
+        query = key = torch.empty(1, 2**20, channels, dtype=torch.float16, device="meta")
+        tokens, source = torch.empty(8, 8, 9, device="meta"), torch.empty(1, 9, 16, device="meta")
+        LaunchPlan(query, key, tokens, None, source, squares=[4, 4, 0], shift_size=0, head_dim=32)
+
+    plan(2048)
+    with pytest.raises(ValueError, match=r"at most 2147483648 numbers.*1048576 tokens of 2080 channels"):
+        plan(2080)
+
+
 COMPILE = """
 import collections, json
 import torch, triton

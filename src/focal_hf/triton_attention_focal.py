@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # rows of `channels` numbers, of which a head has HEAD_DIM, padded to BLOCK_D. The queries of a window are numbered row
 # by row and padded to blocks of BLOCK_Q. `source` is (heads, places, FILLED queries), -inf for padding: its rows start
 # at multiples of 16 bytes and are read four numbers at a time. Log-sum-exps and deltas are (images · windows, heads,
-# queries) in float32. Offsets within an image fit into int32.
+# queries) in float32. Offsets within an image fit into int32: see MOST_NUMBERS.
 
 # Arguments that differ with the size of the images and must not trigger a compilation.
 SIZES = ["rows", "cols", "images", "all_tokens", "keys", "places"]
@@ -329,13 +329,15 @@ class LaunchSizes(NamedTuple):
 
 
 # By bytes of a number, then by channels of a head, at most. Chosen from the compiler's reports for compute capability
-# 9.0, not measured yet: no registers are spilled for heads of 32, and many programs share a multiprocessor. With
-# num_stages above 1, biases are read singly and fewer programs fit.
+# 9.0 (Triton 3.6 and 3.9), not measured yet: benchmarks/README.md has the registers. In half precision none is spilled.
+# In float32, some kernels spill up to 15 numbers, most of them outside their loops. Biases are read four at a time. With
+# num_stages above 1, they are read singly, and fewer programs fit on a multiprocessor.
 LAUNCH_SIZES = {
     2: {64: LaunchSizes(64, 32, 8, 4), 128: LaunchSizes(64, 32, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
     4: {32: LaunchSizes(32, 32, 8, 8), 128: LaunchSizes(32, 16, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
 }
 LARGEST_HEAD = 256
+MOST_NUMBERS = 2**31  # of an image's keys, because the kernels compute with offsets in int32
 # Programs that sum the gradient of the bias: enough for present GPUs, few enough that their sums take little memory.
 BIAS_GRADIENT_PROGRAMS = 1024
 
@@ -378,6 +380,12 @@ class LaunchPlan:
     def __init__(self, query, key, tokens, places, source, squares, shift_size, head_dim):
         self.rows, self.cols, self.keys = tokens.shape
         self.images, self.all_tokens, self.channels = key.shape
+        if (numbers := self.all_tokens * self.channels) > MOST_NUMBERS:
+            raise ValueError(
+                f"attn_implementation='triton' takes at most {MOST_NUMBERS} numbers in the keys of an image; got "
+                f"{numbers} ({self.all_tokens} tokens of {self.channels} channels). Use smaller images, or call "
+                "model.set_attn_implementation('sdpa')."
+            )
         self.heads, self.places, self.queries = source.shape[0], source.shape[1], source.shape[2]
         self.side = math.isqrt(self.queries)
         self.squares = [Square(*squares[at : at + 3]) for at in range(0, len(squares), 3)]
@@ -447,7 +455,7 @@ def triton_attention(query, key, value, tokens, places, source, squares, shift_s
         squares (`list[int]`), shift_size (`int`):
             Those of a [`Neighborhood`], with the numbers of all squares in one list.
     """
-    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+    query, key, value, tokens, source = (tensor.contiguous() for tensor in (query, key, value, tokens, source))
     plan = LaunchPlan(query, key, tokens, places, source, squares, shift_size, head_dim)
     output = torch.empty_like(query)
     logsumexp = source.new_empty(plan.numbers_of_queries)
@@ -476,7 +484,9 @@ def triton_attention_backward(
     grad_output, output, logsumexp, query, key, value, tokens, places, source, squares, shift_size, head_dim, scaling
 ):
     """Gradients of query, key, value and source."""
-    grad_output, query, key, value = (tensor.contiguous() for tensor in (grad_output, query, key, value))
+    grad_output, query, key, value, tokens, source = (
+        tensor.contiguous() for tensor in (grad_output, query, key, value, tokens, source)
+    )
     plan = LaunchPlan(query, key, tokens, places, source, squares, shift_size, head_dim)
     grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     delta = torch.empty_like(logsumexp)
