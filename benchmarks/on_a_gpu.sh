@@ -63,9 +63,10 @@ if [ "$DRY_RUN" ]; then
     export TRITON_INTERPRET=1
     launches=(--sizes 7 --batch-size 1 --dtype float32 --device cpu)
     tuned=("${launches[@]}")
-    selection=(-k "patch_2 or fake or every_block")
+    selection=(-k "patch_2 or fake or every_block or share_a_graph")
 fi
-tests=("$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -n "$processes")
+# By default, each of the processes would start as many compilers as there are cores.
+tests=(env TORCHINDUCTOR_COMPILE_THREADS=2 "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -n "$processes")
 time_models=("$PYTHON" benchmarks/throughput.py --device "$device" --seconds "$seconds" --task $passes --sizes $sizes)
 
 step machine 60 "$PYTHON" -c '
