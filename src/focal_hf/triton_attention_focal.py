@@ -329,9 +329,9 @@ class LaunchSizes(NamedTuple):
 
 
 # By bytes of a number, then by channels of a head, at most. Chosen from the compiler's reports for compute capability
-# 9.0 (Triton 3.6 and 3.9), not measured yet: benchmarks/README.md has the registers. In half precision none is spilled.
-# In float32, some kernels spill up to 15 numbers, most of them outside their loops. Biases are read four at a time. With
-# num_stages above 1, they are read singly, and fewer programs fit on a multiprocessor.
+# 9.0 (Triton 3.6 and 3.9), not measured yet: benchmarks/README.md lists the registers. Half precision spills none.
+# In float32, some kernels spill up to 15 numbers, most of them outside their loops. Biases are read four at a time.
+# With num_stages above 1, they are read singly, and fewer programs fit on a multiprocessor.
 LAUNCH_SIZES = {
     2: {64: LaunchSizes(64, 32, 8, 4), 128: LaunchSizes(64, 32, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
     4: {32: LaunchSizes(32, 32, 8, 8), 128: LaunchSizes(32, 16, 4, 8), 256: LaunchSizes(16, 16, 4, 8)},
