@@ -463,7 +463,8 @@ def to_original(state: Mapping[str, torch.Tensor], config: FocalConfig) -> dict[
             qkv_parts.setdefault(original_name(name), {})[part] = tensor
     for name, parts in qkv_parts.items():
         original[name] = torch.cat([parts[part] for part in range(3)])
-    return original | dict(original_buffers(config, original))
+    # Copies, because blocks share the tables of a cache, and in a file each tensor has values of its own.
+    return original | {name: buffer.clone() for name, buffer in original_buffers(config, original)}
 
 
 def list_prefixes(names: Iterable[str]) -> str:

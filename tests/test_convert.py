@@ -442,6 +442,16 @@ def test_unconvertible_models_are_refused(converted, tmp_path, kind, message, mo
     assert "Writing" not in capsys.readouterr().out
 
 
+def test_blocks_with_the_same_buffers_are_converted(tmp_path):
+    """As in all released models: the buffers of their blocks are larger together than the rest of the file."""
+    settings = {"embed_dim": 4, "depths": (6,), "num_heads": (1,), "image_size": 56, "encoder_stride": 4}
+    settings |= {"focal_levels": (2,), "focal_windows": (7,), "expand_sizes": (3,)}
+    FocalForImageClassification(FocalConfig(**settings)).save_pretrained(tmp_path / "model")
+    convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
+    state = torch.load(tmp_path / "back.pth")["model"]
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+
+
 def test_code_beside_a_model_is_not_executed(tmp_path, monkeypatch, capsys):
     """transformers would ask the user whether to execute it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
