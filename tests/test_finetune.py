@@ -431,6 +431,11 @@ def no_classes(tmp_path: Path) -> list[str]:
     return ["--streaming", "--classes", "none.txt"]
 
 
+def classes_of_one_name(tmp_path: Path) -> list[str]:
+    (tmp_path / "twice.txt").write_text("crane\nheron\ncrane\n")
+    return ["--streaming", "--classes", "twice.txt"]
+
+
 def output_below_a_file(tmp_path: Path) -> list[str]:
     (tmp_path / "file").touch()
     return ["--output", "file/out"]
@@ -457,6 +462,7 @@ ERRORS = {
     config_without_a_size: "The config (resnet) has no image_size, and there is no image processor that has a size",
     classes_of_another_encoding: "Cannot read --classes names.txt (UnicodeDecodeError: ",
     no_classes: "--classes none.txt names no classes: write one a line",
+    classes_of_one_name: "--classes twice.txt has the name crane more than once: give each class a name of its own.",
     output_below_a_file: "file: Not a directory): name another folder.",
     output_not_empty: "--output full exists and is not empty: name another folder, or add --overwrite.",
 }

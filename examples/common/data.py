@@ -186,6 +186,8 @@ def read_names(file: Path, option: str = "") -> list[str]:
         ) from error
     if not names:
         raise Problem(f"{shown} names no classes: write one a line, in the order of their numbers.")
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise Problem(f"{shown} has the name {repeated} more than once: give each class a name of its own.")
     return names
 
 
