@@ -304,7 +304,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training = begin(
         *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"{len(names)} classes",
-        pixels="{} x {}".format(*input_size(config, processor)),
+        size=input_size(config, processor),
         ema=args.ema,
         layer_decay=args.layer_decay,
     )

@@ -18,7 +18,7 @@ from common.dense_evaluation import BOX_METRICS, average_precision, ground_truth
 from common.dense_losses import detection_loss
 from common.dense_models import build_detector, finds_masks, inputs_of, rate_groups, stride_of
 from common.dense_reports import detection_card, draw_detections
-from common.detection_views import ObjectImages, View, sides, training_sizes
+from common.detection_views import ObjectImages, View, sides, smallest_batch, training_sizes
 from common.engine import NEEDS_WHOLE_MODEL, refuse_sharding
 from common.loading import row_fetcher, shuffled
 from common.models import apply_speed_options
@@ -170,6 +170,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training = begin(
         *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"{len(names)} classes, {objects} objects",
+        size=smallest_batch(sizes, step),
         groups=rate_groups(model, args),
         pixels=f"{smallest} to {side}" if smallest < side else str(side),
         unsharded=NEEDS_WHOLE_MODEL,

@@ -369,7 +369,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training = begin(
         *(args, accelerator, model, train_batches, train_loader, settings),
         about=f"on {backbone}, {len(names)} classes",
-        pixels=f"{args.crop_size} x {args.crop_size}",
+        size=(args.crop_size, args.crop_size),
         decay=linear_schedule,
         unsharded=NEEDS_WHOLE_MODEL,
     )

@@ -254,8 +254,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     settings = result_settings(args, accelerator, images, (train_data, validation_data))
     hidden, squares = hidden_squares(args, *size)
     about = f"{hidden} of {squares} squares of {args.mask_patch} pixels hidden"
-    pixels = "{} x {}".format(*size)
-    training = begin(args, accelerator, model, train_batches, train_loader, settings, about, pixels)
+    training = begin(args, accelerator, model, train_batches, train_loader, settings, about, size)
     shown = None
 
     def measure(model: torch.nn.Module) -> dict:

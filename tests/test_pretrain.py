@@ -178,3 +178,15 @@ def test_masks_that_do_not_fit_are_one_clear_line(place):
     assert not (place / "none").exists()
     with pytest.raises(Problem, match="hide 4 of 4 squares, which is all of images of 16 x 16 pixels"):
         check_masks(Namespace(mask_patch=8, mask_ratio=0.8), tiny_config(), 16, 16)
+
+
+def test_images_too_small_for_the_model_replace_nothing(place):
+    """Swin fails on maps that are smaller than a window."""
+    small = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=4)
+    for name in ("small_swin", "kept"):
+        small.save_pretrained(place / name)
+    options = ("--config", "small_swin", "--output", "kept", "--overwrite")
+    _, complained = Run(place, *OPTIONS, *options, script=SCRIPT).end(1)
+    (error,) = (line for line in complained.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: The model (swin) cannot process training images of 16 x 16 pixels: RuntimeError: ")
+    assert [file.name for file in (place / "kept").iterdir()] == ["config.json"]

@@ -105,6 +105,13 @@ def training_sizes(processor: BaseImageProcessor, smallest: int, step: int) -> l
     return [{name: round(value * shorter / side) for name, value in size.items()} for shorter in drawn]
 
 
+def smallest_batch(sizes: list[dict[str, int]], step: int) -> tuple[int, int]:
+    """Height and width of the smallest batch: those of a square image, unless the sizes have a height and a width."""
+    shorter = min(sizes[0].values())
+    height, width = (math.ceil(sizes[0].get(name, shorter) / step) * step for name in ("height", "width"))
+    return height, width
+
+
 class ObjectImages(Images):
     """Images with their objects. An unreadable image becomes a black image without objects.
 

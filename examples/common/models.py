@@ -244,6 +244,22 @@ def run_on_plain_images(
         ) from error
 
 
+def check_size(model: torch.nn.Module, height: int, width: int) -> None:
+    """Raise an error if the model cannot process images of this size."""
+    weight, training = next(model.parameters()), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            # Not `model(...)`, which may be compiled.
+            model.forward(pixel_values=torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device))
+    except Exception as error:
+        raise Problem(
+            f"The model ({model.config.model_type}) cannot process training images of {height} x {width} pixels: "
+            f"{first_line(error)}. Train on larger images, or use another model."
+        ) from error
+    model.train(training)
+
+
 def view_side(processor: BaseImageProcessor) -> int:
     """The shorter side of an image processor's outputs, in pixels."""
     return min(dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size).values())

@@ -21,7 +21,7 @@ from .engine import Training
 from .files import check_output, clear_output, is_complete, save_model, write_results
 from .fingerprint import fingerprint
 from .loading import EvaluationBatches, Images, Loader, TrainingBatches
-from .models import decay_groups
+from .models import check_size, decay_groups
 from .options import Problem, first_line, run_script
 from .recipe import schedule
 from .reports import Card, draw_curves, write_card
@@ -123,8 +123,9 @@ def begin(
     loader: Loader,
     settings: dict,
     about: str,
-    pixels: str,
+    size: tuple[int, int],
     *,
+    pixels: str | None = None,
     decay: Callable = schedule,
     ema: float | None = None,
     layer_decay: float = 1.0,
@@ -135,11 +136,13 @@ def begin(
 
     Args:
         about: a text about the data and the model, for the summary.
-        pixels: the size of the training images as a text, for the summary.
+        size: height and width of the smallest training images.
+        pixels: the size of the training images as a text, for the summary (default: `size`).
         decay: the learning rate schedule.
         groups: the parameter groups of the optimizer (default: those of [`decay_groups`]).
         ema, unsharded: as in [`Training`].
     """
+    check_size(model, *size)
     groups = groups or decay_groups(model, args.weight_decay, args.learning_rate, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     training = Training(
@@ -177,7 +180,8 @@ def begin(
     accelerator.print(
         f"{model.config.model_type}, {parameters / 1e6:.2f} M parameters"
         + (f" ({learning / 1e6:.2f} M trainable)" if learning < parameters else "")
-        + f", {about}; {settings['the number of training images']} training images of {pixels} pixels; "
+        + f", {about}; {settings['the number of training images']} training images of "
+        f"{pixels or '{} x {}'.format(*size)} pixels; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}{engine}, "
         f"precision {accelerator.mixed_precision}; {args.epochs} epochs, {train_batches.steps * args.epochs} steps."
     )
