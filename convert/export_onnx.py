@@ -193,6 +193,8 @@ def compare(model: nn.Module, file: Path, shapes: list[tuple[int, ...]], precisi
         print_progress(f"{shape}: the largest difference from PyTorch is {share:.1e} of the largest output")
         if not share <= TOLERANCES[precision]:
             remedy = "Export without --int8" if precision == "int8" else "Try another --opset or --dtype"
+            if not all(output.isfinite().all() for output in expected):
+                remedy = "The model's own outputs are not finite: check its weights"
             raise ConversionError(
                 f"The outputs of the graph differ from the model's by {share:.1e} of the largest output, for images of "
                 f"shape {shape}. Nothing was kept. {remedy}."
