@@ -347,8 +347,8 @@ def test_invalid_requests_are_refused():
     for match, options in {
         "fractions.*(1.2, 0.5)": {"at": (1.2, 0.5)},
         "no stage 2: .* there are 2": {"stage": 2},
-        "no layer of stage 1 1: .* there are 1": {"stage": 1, "layer": 1},
-        "no head in stage 0 -2": {"head": -2},
+        "no stage 1, layer 1: .* there are 1": {"stage": 1, "layer": 1},
+        "no stage 0, head -2": {"head": -2},
     }.items():
         with pytest.raises(ValueError, match=match):
             query_attention(record, **{"at": (0.5, 0.5)} | options)
@@ -442,8 +442,8 @@ def test_errors_of_the_script_are_one_clear_line(trained, tmp_path):
         ("noise.png", "--model", "./nowhere"): r"Cannot load --model \./nowhere",
         ("noise.png", "--model", "./vit"): r"--model \./vit is a vit",
         (*good, "--stage", 2): r"no stage 2: they are counted from 0, and there are 2",
-        (*good, "--stage", 1, "--layer", 1): r"no layer of stage 1 1",
-        (*good, "--head", 1): r"no head in stage 0 1",
+        (*good, "--stage", 1, "--layer", 1): r"no stage 1, layer 1",
+        (*good, "--head", 1): r"no stage 0, head 1",
         (*good, "--class", "bird"): r"--class bird is not among the 2 classes of .*: cat, dog\.",
         (*good, "--output", "file"): r"Cannot write to --output file",
         (*good, "--at", "0.5"): r"argument --at: 0\.5 is not X,Y with both from 0 to 1",

@@ -232,7 +232,7 @@ def plot_grid(image: np.ndarray, record: AttentionRecord, at: tuple[float, float
     """
     lines = []
     for stage, blocks in enumerate(record.stages):
-        block = blocks[checked_number(f"layer of stage {stage}", layer, len(blocks))]
+        block = blocks[checked_number(f"stage {stage}, layer", layer, len(blocks))]
         views = [query_attention(record, at, stage, layer, head) for head in range(block.weights.shape[1])]
         lines += [views[first : first + HEADS_PER_LINE] for first in range(0, len(views), HEADS_PER_LINE)]
     columns, ratio = max(map(len, lines)), record.image_size[0] / record.image_size[1]

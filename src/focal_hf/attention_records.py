@@ -298,10 +298,10 @@ def query_attention(
             f"A point is two fractions of the image's width and height, each from 0 to 1; got {tuple(at)}."
         )
     stage = checked_number("stage", stage, len(record.stages))
-    layer = checked_number(f"layer of stage {stage}", layer, len(record.stages[stage]))
+    layer = checked_number(f"stage {stage}, layer", layer, len(record.stages[stage]))
     block = record.stages[stage][layer]
     if head is not None:
-        head = checked_number(f"head in stage {stage}", head, block.weights.shape[1])
+        head = checked_number(f"stage {stage}, head", head, block.weights.shape[1])
 
     stride = record.patch_size * 2**stage
     row, col = (
