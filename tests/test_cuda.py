@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from focal_hf import FocalForImageClassification
 from forked_scripts import ForkedScript
@@ -85,6 +86,7 @@ def test_cuda_graphs(attention_type, implementation):
     """Also with other images and after the weights have changed."""
     model = classifier(attention_type, implementation)
     torch.compiler.reset()
+    counters.clear()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for step in range(5):
@@ -92,6 +94,7 @@ def test_cuda_graphs(attention_type, implementation):
             torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-4, atol=1e-4)
             if step == 3:
                 model.classifier.weight.mul_(2)
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch before 2.9 has no fake devices of any name")
