@@ -79,7 +79,7 @@ for part in "${parts[@]}"; do
     case $part in
         tests)
             step test_triton 170 "${tests[@]}" tests/test_triton.py "${selection[@]}"
-            step test_cuda 110 "${tests[@]}" tests/test_cuda.py "${selection[@]}"
+            step test_cuda 150 "${tests[@]}" tests/test_cuda.py "${selection[@]}"
             step test_golden 90 "${tests[@]}" --device "$device" tests/test_golden.py "${selection[@]}"
             step test_model 120 "${tests[@]}" --device "$device" tests/test_model.py tests/test_attention.py \
                 "${selection[@]}"
