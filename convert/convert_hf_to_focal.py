@@ -108,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print_progress("Checking the written files")
         config = config_from_settings(read_settings(str(new_settings)))
-        config.out_indices = model.config.out_indices
+        # The settings hold neither: in a backbone, both follow from its use.
+        config.out_indices, config.drop_remainder = model.config.out_indices, model.config.drop_remainder
         converted_back = from_original(read_checkpoint(new_checkpoint), config, type(model))
         for name, tensor in weights.items():
             if not torch.equal(converted_back[name], tensor):

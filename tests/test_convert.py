@@ -561,6 +561,16 @@ def test_topk_backbone_keeps_its_indices(convert, tmp_path):
     assert_feature_maps(folder, case, state, (0, 1))
 
 
+def test_backbone_with_a_remainder_of_the_image_size(convert, tmp_path):
+    """It is padded: the absolute positions are 14 x 14, and 13 x 13 without the remainder."""
+    config = FocalConfig(image_size=53, embed_dim=4, depths=(1,), num_heads=(1,), focal_levels=(1,), focal_windows=(1,),
+                         expand_sizes=(3,), use_absolute_embeddings=True, encoder_stride=4)  # fmt: skip
+    FocalBackbone(config).save_pretrained(tmp_path / "model")
+    convert_hf_to_focal.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
+    again = convert(tmp_path / "back.pth", config=str(tmp_path / "back.yaml"))
+    assert equal_bitwise(load_file(again / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors"))
+
+
 def damage_backbone(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     if kind == "norm":
         del state["norm0.bias"]
