@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-from common.options import seed_option
+from common.options import first_line, seed_option
 
 CONTENTS = """\
 what FOLDER then holds, the same for equal options:
@@ -157,6 +157,8 @@ def main() -> None:
     try:
         write_scenes(temporary, args, photographs)
         temporary.rename(args.folder)
+    except OSError as error:
+        raise SystemExit(f"error: Cannot write {args.folder}: {first_line(error)}. Name another folder.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

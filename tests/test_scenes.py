@@ -74,3 +74,12 @@ def test_a_killed_run_leaves_no_scenes(tmp_path):
     ((status, *_),) = run_examples_in_turn("make_scenes.py", [["scenes", *OPTIONS]], tmp_path)
     assert status == 0
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+
+
+def test_folder_below_a_file_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    ((status, _, complained),) = run_examples_in_turn("make_scenes.py", [["file/scenes", *OPTIONS]], tmp_path)
+    assert status == 1
+    assert "error: Cannot write file/scenes: NotADirectoryError: " in complained
+    assert "Traceback" not in complained
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
