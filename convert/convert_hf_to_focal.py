@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print_progress("Checking the written files")
         config = config_from_settings(read_settings(str(new_settings)))
-        # The settings hold neither: in a backbone, both follow from its use.
+        # The original's settings hold neither.
         config.out_indices, config.drop_remainder = model.config.out_indices, model.config.drop_remainder
         converted_back = from_original(read_checkpoint(new_checkpoint), config, type(model))
         for name, tensor in weights.items():

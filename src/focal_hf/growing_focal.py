@@ -44,7 +44,8 @@ def add_focal_levels(
         A new model of the same class, on the same device, with the same dtype and mode.
 
     Raises:
-        ValueError: for another model, for a share out of bounds, or for settings that contradict each other.
+        ValueError: for another model, or for a share out of bounds.
+        StrictDataclassClassValidationError: where settings contradict each other; the message names them.
 
     Example:
 
