@@ -80,4 +80,4 @@ def test_notebook_runs_from_the_first_cell_to_the_last(quickstart, tmp_path, mon
     answers = cells[3].outputs[-1].data["text/plain"]
     assert answers.startswith("[{'label': '3'")
     assert figures(cells) == figures(committed) == 5
-    assert (tmp_path / "even_or_odd" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "even_or_odd_model" / "model.safetensors").is_file()
