@@ -72,6 +72,8 @@ def _clean_up(folder: Path, outputs: tuple[Path, ...]) -> None:
                 (old / output.name).replace(output)
             elif not (new / output.name).exists():
                 output.unlink()
+    # `old` first: if a signal interrupts this, its handler finds nothing more to restore.
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

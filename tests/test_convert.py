@@ -1,5 +1,6 @@
 """convert/: conversion in both directions, refused inputs, --overwrite, signals and uploads."""
 
+import functools
 import io
 import json
 import os
@@ -1040,6 +1041,35 @@ def test_checkpoint_and_settings_are_replaced_together(tmp_path, monkeypatch, th
     assert stopped == (stopped_at < len(there) + 2)
     assert found() == (old if stopped else {"back.pth": "new", "back.yaml": "new"})
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(found())
+
+
+@pytest.mark.parametrize("stopped_at", range(5))
+def test_interrupted_clean_up_is_repeated(tmp_path, monkeypatch, stopped_at):
+    """A signal comes while the staging folder of a failed run is deleted, and its handler cleans up again."""
+    outputs = tmp_path / "back.pth", tmp_path / "back.yaml"
+    for output in outputs:
+        output.write_text("old")
+    unlink, rmdir, calls = os.unlink, os.rmdir, []
+
+    def stop_or(function, *arguments, **options):
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        calls.append(function)
+        return function(*arguments, **options)
+
+    folder = tmp_path / ".back.pth.partial"
+    for name in ("new", "old"):
+        (folder / name).mkdir(parents=True)
+    for output in outputs:
+        (folder / "new" / output.name).write_text("new")
+    outputs[0].rename(folder / "old" / outputs[0].name)  # after which the second output could not be moved
+    monkeypatch.setattr(os, "unlink", functools.partial(stop_or, unlink))
+    monkeypatch.setattr(os, "rmdir", functools.partial(stop_or, rmdir))
+    with pytest.raises(KeyboardInterrupt):
+        output_files._clean_up(folder, outputs)
+    monkeypatch.undo()
+    output_files._clean_up(folder, outputs)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"back.pth": "old", "back.yaml": "old"}
 
 
 def test_linked_settings_are_not_replaced(converted, tmp_path):
