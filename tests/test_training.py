@@ -372,7 +372,11 @@ CONTRADICTIONS = {
         *("--streaming", "--data", "shards", "--image-column", "png", "--label-column", "cls"),
         *("--classes", "classes.txt"),
     ),
-    "--output data holds nothing to --resume: name the folder of the stopped run.": ("--output", "data", "--resume"),
+    "--output config holds nothing to --resume: name the folder of the stopped run.": (
+        "--output",
+        "config",
+        "--resume",
+    ),
 }
 
 
