@@ -132,3 +132,8 @@ def test_derived_values_follow_changed_fields(tmp_path):
     three = {"depths": (1, 1, 1), "num_heads": (1, 2, 2), "focal_levels": (2, 2, 2), "focal_windows": (3, 1, 1)}
     config = FocalConfig.from_pretrained(tmp_path, **three, expand_sizes=(2, 2, 2))
     assert [config.block_geometry(stage, 0).pooled_levels for stage in range(3)] == [1, 1, 1]
+
+
+def test_models_take_a_config_alone():
+    with pytest.raises(TypeError, match="config in `FocalModel"):
+        FocalModel(TINY)

@@ -587,9 +587,9 @@ class FocalPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: FocalConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
         # `from_pretrained(..., key=value)` sets fields after the config has checked itself.
         config.validate()
-        super().__init__(config, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The convolution of the patches."""
