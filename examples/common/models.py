@@ -244,20 +244,18 @@ def run_on_plain_images(
         ) from error
 
 
+@torch.no_grad()
 def check_size(model: torch.nn.Module, height: int, width: int) -> None:
-    """Raise an error if the model cannot process images of this size."""
-    weight, training = next(model.parameters()), model.training
-    model.eval()
+    """Raise an error if the model cannot process images of this size. The model is in evaluation mode afterwards."""
+    weight = next(model.parameters())
+    image = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
     try:
-        with torch.no_grad():
-            # Not `model(...)`, which may be compiled.
-            model.forward(pixel_values=torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device))
+        model.eval().forward(pixel_values=image)  # not `model(...)`, which may be compiled
     except Exception as error:
         raise Problem(
             f"The model ({model.config.model_type}) cannot process training images of {height} x {width} pixels: "
             f"{first_line(error)}. Train on larger images, or use another model."
         ) from error
-    model.train(training)
 
 
 def view_side(processor: BaseImageProcessor) -> int:
