@@ -89,6 +89,7 @@ examples:
 """
 
 OURS, SDPA, FROZEN, ORIGINAL, CONVERTED = "focal_hf", "sdpa", "frozen", "original", "swin-as-focal"
+OUR_CODE = (OURS, SDPA, FROZEN)  # the same Focal, run in different ways
 PEERS = {
     "swin": (SwinConfig, SwinForImageClassification, SwinBackbone),
     "focalnet": (FocalNetConfig, FocalNetForImageClassification, FocalNetBackbone),
@@ -168,7 +169,7 @@ def log(text: str) -> None:
 
 
 def title(name: str, work: Workload) -> str:
-    kind = " topk" if name in (OURS, SDPA, FROZEN, ORIGINAL) and work.attention == "topk" else ""
+    kind = " topk" if name in (*OUR_CODE, ORIGINAL) and work.attention == "topk" else ""
     return f"{LABELS[name]}-{work.size.capitalize()}{kind}{' backbone' * work.backbone}"
 
 
@@ -217,7 +218,7 @@ def build(name: str, work: Workload, checkout: str | None) -> torch.nn.Module:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             own = {"img_size": work.image_size, "focal_levels": (2, 2, 2, 2), "focal_pool": "fc", "focal_topK": 128}
             return original_class(checkout, work.attention)(**settings, **own, use_conv_embed=overlapping)
-    if name in (OURS, SDPA, FROZEN):
+    if name in OUR_CODE:
         classes = FocalConfig, FocalForImageClassification, FocalBackbone
         settings = settings | {"attention_type": work.attention, "use_conv_embed": overlapping}
     else:

@@ -74,7 +74,7 @@ def token_count(neighborhood: Neighborhood) -> int:
 
 
 def dense_padding(neighborhood: Neighborhood) -> int:
-    """The number of zero tokens that dense attention attends to besides."""
+    """The number of tokens of zeros that dense attention needs in addition."""
     tokens = token_count(neighborhood)
     return padded_length(tokens) - tokens
 
@@ -128,7 +128,7 @@ def attend_densely(
     neighborhood: Neighborhood,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of all queries of the map to all tokens. `key` and `value` have `dense_padding`."""
+    """Attention of all queries of the map to all tokens. `key` and `value` include `dense_padding` tokens."""
     queries, keys, values = (
         tensor.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)
     )

@@ -56,8 +56,8 @@ class LevelGrid(NamedTuple):
 def level_grid(height: int, width: int, window_size: int, level: int) -> LevelGrid:
     """The cells of map tokens that the tokens of a level stand for.
 
-    Level 0 is the map itself. Level k, if pooled, has 2ᵏ⁻¹ cells per window and axis. Where these do not fill the map,
-    they are centred in it.
+    Level 0 is the map itself. Level k above 0 is pooled, with 2ᵏ⁻¹ cells per window and axis. Where these do not fill
+    the map, they are centred in it.
     """
     if level == 0:
         return LevelGrid(height, width, 1, 0, 0)
